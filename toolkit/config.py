@@ -1,0 +1,208 @@
+"""The whole configuration as frozen pydantic models; every default of the toolkit lives here, once.
+
+    config = load(cfg)              # the DictConfig that Hydra composed -> RunConfig
+    schema()                        # the same defaults as a plain dict: Hydra's base config
+
+Unknown keys are refused at every level with the nearest valid name. The node ``deepspeed`` is
+DeepSpeed's own JSON and is checked by :mod:`toolkit.ds_config`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from toolkit.errors import ConfigError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """A frozen node that knows exactly its own keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Train(Strict):
+    """How long to train and how often to log, evaluate and save; all in optimizer steps."""
+
+    steps: Positive = 1000
+    log_every: Positive = 10
+    eval_every: Positive | None = None  # None: only at the end
+    eval_samples: Positive | None = 2048  # None: the whole held-out part
+    save_every: Positive | None = None  # None: only at the end
+    keep_checkpoints: Positive = 3
+    compile: bool = False
+    tf32: bool = True
+
+
+class Batch(Strict):
+    """Samples per optimizer step over all ranks, and per forward pass on one rank."""
+
+    global_size: Positive = 256
+    micro_size: Positive = 16
+
+
+class Model(Strict):
+    """The Hugging Face BertConfig in its own key names; ``dropout`` sets hidden and attention."""
+
+    type: Literal["bert"] = "bert"
+    hidden_size: Positive = 768
+    num_hidden_layers: Positive = 12
+    num_attention_heads: Positive = 12
+    intermediate_size: Positive = 3072
+    max_position_embeddings: Positive = 512
+    hidden_act: str = "gelu"
+    initializer_range: float = Field(0.02, gt=0)
+    layer_norm_eps: float = Field(1e-12, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    weights: str | None = None  # a hub name, a Hugging Face folder, or a run directory
+    vocab_size: Positive | None = None  # None: the tokenizer's; another number than its is refused
+
+
+class Tokenizer(Strict):
+    """A pretrained tokenizer (``path``: hub name, folder or vocab.txt), or one trained on the corpus."""
+
+    path: str | None = None
+    vocab_size: Positive = 30522
+    lowercase: bool = True
+    min_frequency: Positive = 2
+
+
+class Data(Strict):
+    """Where the text comes from and how it becomes masked sentence pairs."""
+
+    format: Literal["python_docs", "text", "jsonl", "parquet", "hub"] = "python_docs"
+    path: str | tuple[str, ...] | None = None  # files, globs, or hub names as owner/name[:config]
+    column: str = "text"
+    split: str = "train"
+    streaming: bool = True  # hub only
+    documents: str = "blank_line"  # text only: blank_line, file, or a regex of a document's first line
+    on_error: Literal["raise", "skip"] = "raise"  # a bad line or file: stop, or count it and go on
+    holdout: Share = 0.05  # share of the documents kept out of training, for evaluation
+    max_length: Positive = 128
+    max_predictions: Positive = 20
+    mask_rate: float = Field(0.15, gt=0, lt=1)
+    whole_word: bool = False
+    short_rate: Share = 0.1
+    dynamic: bool = True  # draw pairs and masks anew each epoch
+    workers: Annotated[int, Field(ge=0)] = 1
+    cache_dir: str | None = None  # None: <the user's cache>/deepspeed-toolkit/data
+
+
+class Task(Strict):
+    """What the model learns."""
+
+    name: Literal["pretrain"] = "pretrain"
+    objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
+
+
+class Schedule(Strict):
+    """The learning rate over the run; ``warmup`` counts steps from 1, below 1 it is a share of train.steps."""
+
+    name: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"
+    warmup: float = Field(0.01, ge=0)
+
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("a warm-up of 1 or more counts steps and must be whole")
+        return value
+
+
+class Activation(Strict):
+    """What happens to the activations that the backward pass needs."""
+
+    recompute: bool = False
+
+
+class Machine(Strict):
+    """What one device can do, for MFU; None is looked up by the device's name, or measured on CPU."""
+
+    name: str = "this"
+    device_name: str | None = None  # part of torch.cuda.get_device_name()
+    memory_gib: float | None = None
+    peak_tflops: dict[Literal["fp32", "tf32", "bf16", "fp16"], float] = {}  # dense, by input type
+
+
+class RunConfig(Strict):
+    """Everything that defines a run; ``config.yaml`` in the run directory is exactly this."""
+
+    name: str | None = None  # None: derived once on rank 0 from task and time
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    resume: str = "auto"  # auto, never, or the path of a checkpoint
+    train: Train = Train()
+    batch: Batch = Batch()
+    model: Model = Model()
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    task: Task = Task()
+    schedule: Schedule | None = Schedule()  # None: deepspeed.scheduler decides, or a constant rate
+    activation: Activation = Activation()
+    machine: Machine = Machine()
+    deepspeed: dict[str, Any] = {}  # DeepSpeed's JSON, checked by toolkit.ds_config
+
+
+def schema() -> dict[str, Any]:
+    """The defaults as a plain dict: what Hydra composes the groups upon."""
+    return RunConfig().model_dump(mode="json")
+
+
+def conf_dir() -> Path:
+    """The folder of Hydra groups: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent
+    return next(d for d in (package / "conf", package.parent / "conf") if d.is_dir())
+
+
+def cache_dir(kind: str) -> Path:
+    """``~/.cache/deepspeed-toolkit/<kind>``, honouring XDG_CACHE_HOME."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "deepspeed-toolkit" / kind
+
+
+def load(cfg: Any) -> RunConfig:
+    """Check a composed config (DictConfig or dict). Raises ConfigError naming every bad key."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {error.msg}") from error
+    try:
+        return RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, RunConfig) for e in error.errors())) from error
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(model, error["loc"][:-1])
+        return f"{key}: unknown key.{nearest(str(error['loc'][-1]), known)} Known: {', '.join(known)}."
+    return f"{key}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
+
+
+def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{'a': {'b': 1}}`` as ``{'a.b': 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
