@@ -82,6 +82,7 @@ class Data(Strict):
     split: str = "train"
     streaming: bool = True  # hub only
     documents: str = "blank_line"  # text only: blank_line, file, or a regex of a document's first line
+    language: str = "en"  # ISO code; its rules split paragraphs into sentences
     on_error: Literal["raise", "skip"] = "raise"  # a bad line or file: stop, or count it and go on
     holdout: Share = 0.05  # share of the documents kept out of training, for evaluation
     max_length: Positive = 128

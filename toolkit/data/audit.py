@@ -1,0 +1,122 @@
+"""What is in the prepared data, in numbers a person can judge before training.
+
+prepare(config).audit              # the dict, also audit.json in the cache
+rich.print(format_audit(audit))    # the same as a table
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.config import RunConfig
+from toolkit.data.chunks import Rule
+from toolkit.data.draws import Shuffle
+from toolkit.data.pairs import PairDataset, Sample
+from toolkit.data.prepared import Prepared
+
+SAMPLES = 2000  # of epoch 0, in training order: what the numbers under "sample" are taken from
+BLOCK_DOCUMENTS = 4096
+
+
+def audit(prepared: Prepared, config: RunConfig, held: NDArray[np.bool_], rule: Rule) -> dict[str, Any]:
+    """Counts of the corpus, its splits and chunks, entropies in nats per token, and sample statistics."""
+    counts = json.loads((prepared.corpus / "corpus.json").read_text())["counts"]
+    unigrams = _unigrams(prepared, held)
+    return {
+        **counts,
+        "vocab_size": prepared.vocab_size,
+        "unknown_share": counts["unknown_tokens"] / counts["tokens"],
+        "entropy": {
+            "corpus_unigram": cross_entropy(unigrams.sum(0), unigrams.sum(0)),
+            "eval_under_train_unigram": cross_entropy(unigrams[1], unigrams[0] + 1),
+        },
+        "train": _split(prepared, "train", unigrams[0], rule),
+        "eval": _split(prepared, "eval", unigrams[1], rule),
+        "sample": _sampled(prepared, config),
+    }
+
+
+def cross_entropy(counts: NDArray[np.int64], model: NDArray[np.int64]) -> float | None:
+    """Nats per token of ``counts`` under the distribution ``model / model.sum()``; None of no tokens."""
+    seen = counts > 0
+    if not seen.any():
+        return None
+    log_p = np.log(model[seen] / model.sum())
+    return float(-(counts[seen] * log_p).sum() / counts.sum())
+
+
+def _unigrams(prepared: Prepared, held: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How often each token occurs, int64 [train and eval, vocabulary]."""
+    counts = np.zeros((2, prepared.vocab_size), np.int64)
+    starts = prepared.sentences[prepared.documents]  # token at which each document starts
+    for low in range(0, len(held), BLOCK_DOCUMENTS):
+        bounds = starts[low : low + BLOCK_DOCUMENTS + 1]
+        split = np.repeat(held[low : low + BLOCK_DOCUMENTS], np.diff(bounds))
+        tokens = prepared.tokens[bounds[0] : bounds[-1]]
+        for row, chosen in enumerate((~split, split)):
+            counts[row] += np.bincount(tokens[chosen], minlength=prepared.vocab_size)
+    return counts
+
+
+def _split(prepared: Prepared, split: str, unigrams: NDArray[np.int64], rule: Rule) -> dict[str, Any]:
+    chunks, bounds = prepared.chunks(split), prepared.sentences
+    lengths = bounds[chunks["first"] + chunks["count"]] - bounds[chunks["first"]]
+    too_long = lengths > rule.room
+    return {
+        "documents": len(prepared.members(split)),
+        "tokens": int(unigrams.sum()),
+        "chunks": len(lengths),
+        "chunks_of_one_sentence": int((chunks["count"] == 1).sum()),
+        "chunks_short_target": int((chunks["target"] < rule.room).sum()),
+        "chunks_truncated": int(too_long.sum()),
+        "tokens_cut": int((lengths - rule.room)[too_long].sum()),
+    }
+
+
+def _sampled(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    data = config.data
+    dataset = PairDataset(prepared, data, config.task.objective, config.seed, "train")
+    order = Shuffle(len(dataset), config.seed, 0)(np.arange(min(SAMPLES, len(dataset))))
+    samples = [dataset.sample(0, index) for index in order.tolist()]
+    lengths = np.array([len(sample.input_ids) for sample in samples])
+    tokens = int(sum(len(s.input_ids) - 2 - (s.pair_label >= 0) for s in samples))
+    histogram, edges = np.histogram(lengths, bins=8, range=(0, data.max_length))
+    return {
+        "samples": len(samples),
+        "pair_label_1_share": _pair_share(samples),
+        "mask_rate": sum(len(s.positions) for s in samples) / tokens,
+        "truncated_share": float(np.mean([s.cut > 0 for s in samples])),
+        "tokens_cut_share": sum(s.cut for s in samples) / (tokens + sum(s.cut for s in samples)),
+        "short_share": float(np.mean(lengths < data.max_length / 2)),
+        "padding_share": float(1 - lengths.sum() / (len(samples) * data.max_length)),
+        "length_histogram": {f"{int(edge)}": int(n) for edge, n in zip(edges[1:], histogram, strict=True)},
+    }
+
+
+def _pair_share(samples: list[Sample]) -> float | None:
+    labels = [sample.pair_label for sample in samples if sample.pair_label >= 0]
+    return float(np.mean(labels)) if labels else None
+
+
+def format_audit(audit: dict[str, Any]) -> Any:
+    """A rich Table with one row per number."""
+    from rich.table import Table
+
+    table = Table("what", "value", title="Prepared data")
+    for section, value in audit.items():
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for name, number in rows:
+            table.add_row(f"{section} {name}".strip().replace("_", " "), _shown(name or section, number))
+    return table
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2%}" if name.endswith(("share", "rate")) else f"{value:.4g}"
+    if isinstance(value, dict):
+        return "  ".join(f"≤{length}: {number}" for length, number in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) or "-"
+    return "-" if value is None else f"{value:,}"

@@ -1,0 +1,138 @@
+"""The tokenizer: a pretrained one, a WordPiece vocab.txt, or WordPiece trained on the corpus.
+
+tokenizer = create(config.tokenizer, paragraphs)   # a Hugging Face tokenizer
+tokenizer.save_pretrained(folder)                  # AutoTokenizer.from_pretrained(folder) loads it
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import Tokenizer
+from toolkit.errors import DataError
+
+SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+
+
+@dataclass(frozen=True)
+class Special:
+    """The ids of the five tokens that BERT's input is built with."""
+
+    pad: int
+    unk: int
+    cls: int
+    sep: int
+    mask: int
+
+
+def create(config: Tokenizer, paragraphs: Iterator[str]) -> Any:
+    """The configured tokenizer; ``paragraphs`` are consumed only if it is trained. Raises DataError."""
+    from transformers import BertTokenizer
+
+    if config.path is None:
+        return BertTokenizer(_train(config, paragraphs), do_lower_case=config.lowercase)
+    if vocab := _vocab_file(config.path):
+        return BertTokenizer(_read_vocab(vocab, config.lowercase), do_lower_case=config.lowercase)
+    return _pretrained(config.path)
+
+
+def identity(config: Tokenizer) -> list[Any]:
+    """What the tokenizer's ids depend on besides the corpus; file contents, not names."""
+    if config.path is None:
+        return [config.vocab_size, config.lowercase, config.min_frequency]
+    if vocab := _vocab_file(config.path):
+        return [config.lowercase, _digest(vocab.read_bytes())]
+    if (folder := Path(config.path).expanduser()).is_dir():
+        return [[path.name, _digest(path.read_bytes())] for path in sorted(folder.glob("*token*"))]
+    return [_digest(_pretrained(config.path).backend_tokenizer.to_str().encode())]
+
+
+def special_ids(tokenizer: Any) -> Special:
+    """The ids of pad, unk, cls, sep and mask. Raises DataError naming the ones that are missing."""
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    if missing := [SPECIAL[name] for name, value in ids.items() if value is None]:
+        raise DataError(
+            f"tokenizer: has no {', '.join(missing)}. Use a BERT tokenizer, or train one (path=null)."
+        )
+    return Special(**ids)
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """Rows the model's embedding needs: the largest id plus one, added tokens and holes included."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def encoder(tokenizer: Any) -> Any:
+    """The Rust tokenizer for corpus text: no padding, no truncation, and '[MASK]' in a text is only text."""
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _train(config: Tokenizer, paragraphs: Iterator[str]) -> dict[str, int]:
+    """WordPiece over the corpus: special tokens at ids 0 to 4, the same corpus gives the same ids."""
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    trainer = BertWordPieceTokenizer(lowercase=config.lowercase)
+    trainer.train_from_iterator(
+        paragraphs,
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        # Every character is kept twice, alone and as '##' piece, before any merge is counted.
+        limit_alphabet=max(1, min(1000, (config.vocab_size - len(SPECIAL)) // 2)),
+        special_tokens=list(SPECIAL.values()),
+        show_progress=False,
+    )
+    vocab: dict[str, int] = trainer.get_vocab()
+    if len(vocab) == len(SPECIAL):
+        raise DataError("tokenizer: the corpus holds no word to train on. Check data.path and data.column.")
+    return vocab
+
+
+def _vocab_file(path: str) -> Path | None:
+    """The WordPiece vocabulary that ``path`` names: the file, or a folder that holds nothing else."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return place
+    names = {file.name for file in place.glob("*.*")} if place.is_dir() else set()
+    alone = "vocab.txt" in names and not names & {"tokenizer.json", "tokenizer_config.json"}
+    return place / "vocab.txt" if alone else None
+
+
+def _read_vocab(path: Path, lowercase: bool) -> dict[str, int]:
+    """One token per line, the id is the line number from 0."""
+    tokens = path.read_text("utf-8").splitlines()
+    vocab = {token: number for number, token in enumerate(tokens)}
+    if missing := [token for token in SPECIAL.values() if token not in vocab]:
+        raise DataError(f"tokenizer.path={path}: has no {', '.join(missing)}. Use a BERT vocab.txt.")
+    capital = next((token for token in tokens if token[:1] != "[" and token != token.lower()), None)
+    if lowercase and capital:
+        raise DataError(
+            f"tokenizer.lowercase=true with tokenizer.path={path}: the vocabulary is cased "
+            f"(it has {capital!r}). Use tokenizer.lowercase=false."
+        )
+    return vocab
+
+
+def _pretrained(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()) if path[0] in "~." else path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"tokenizer.path={path}: no tokenizer could be loaded ({reason}) "
+            "Name a file vocab.txt, a Hugging Face folder or a hub model, or train one (path=null)."
+        ) from error
+    if not tokenizer.is_fast:
+        raise DataError(f"tokenizer.path={path}: has no tokenizer.json. Use one with a fast tokenizer.")
+    return tokenizer
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
