@@ -29,6 +29,10 @@ class CheckpointError(ToolkitError):
     """A checkpoint is missing, broken or belongs to another model."""
 
 
+class Stopped(Exception):  # noqa: N818 it is no error
+    """Training was asked to stop, and has saved."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'stage'?`` for a misspelt ``name``, or the empty string."""
     known = list(known)

@@ -1,0 +1,165 @@
+"""The only deepspeed.initialize, and one verb, ``train_batch``, for whatever engine it returns.
+
+    engine = Engine.start(model, task, run)
+    step = engine.train_batch(batches, stop=False)     # one optimizer step
+"""
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit import ranks
+from toolkit.models.build import decay_groups
+from toolkit.run import Run
+from toolkit.schedule import factor
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. ``losses`` are this rank's shares of the global means: their sum over ranks."""
+
+    losses: dict[str, Tensor]
+    counts: dict[str, float]  # over all ranks
+    data_seconds: float  # this rank waited for its micro-batches
+    stop: bool  # some rank wants to stop
+
+
+class Engine:
+    """DeepSpeed's engine (``ds``) with the toolkit's normalisation of losses."""
+
+    def __init__(self, ds: Any, task: Any) -> None:
+        self.ds = ds
+        self.task = task
+        self.device = ds.device
+        self.last_learning_rate: float | None = None  # the one the last step used
+
+    @classmethod
+    def start(cls, model: nn.Module, task: Any, run: Run) -> "Engine":
+        """Hand the model to DeepSpeed; what DeepSpeed gets is written to ds_config.json."""
+        import deepspeed
+
+        config = run.config
+        ds = run.deepspeed(task.vocab_size)
+        run.write_json("ds_config.json", ds)
+        torch.manual_seed(config.seed + ranks.rank())  # dropout differs between ranks
+        if config.train.tf32:
+            torch.set_float32_matmul_precision("high")
+        schedule = None
+        if config.schedule is not None:
+            chosen, steps = config.schedule, config.train.steps
+            schedule = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(  # noqa: E731
+                optimizer, lambda step: factor(chosen, step, steps)
+            )
+        decay = ds["optimizer"].get("params", {}).get("weight_decay", 0.0)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=decay_groups(model, decay),
+            lr_scheduler=schedule,
+            config=copy.deepcopy(ds),
+        )
+        _keep_stage0_norm(engine)
+        if config.train.compile:
+            engine.compile()
+        run.monitor = engine.monitor
+        return cls(engine, task)
+
+    def train_batch(self, batches: Iterator[Batch], *, stop: bool = False) -> Step:
+        """One optimizer step over accumulation-many micro-batches.
+
+        The loss is the mean over all predictions of the global batch, so counts are added up over
+        the ranks first: the same number and gradient however the batch is split.
+        """
+        self.ds.train()
+        start = time.perf_counter()
+        micro = [next(batches) for _ in range(self.ds.gradient_accumulation_steps())]
+        waited = time.perf_counter() - start
+        counts = _added(self.task.counts(b) for b in micro)
+        *sums, stops = ranks.total([*counts.values(), float(stop)])
+        counts = dict(zip(counts, sums, strict=True))
+        losses: dict[str, Tensor] = {}
+        for batch in micro:
+            batch = self._to_device(batch)
+            shares = self._shares(self.task.losses(self._forward(batch), batch), counts)
+            # DeepSpeed divides by accumulation steps and averages over ranks: undo both.
+            scale = self.ds.gradient_accumulation_steps() * ranks.world()
+            self.last_learning_rate = float(self.ds.get_lr()[0])
+            self.ds.backward(sum(shares.values()) * scale)
+            self.ds.step()
+            losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
+        return Step(losses, counts, waited, stops > 0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Mean losses and accuracies over all ranks' batches; each sample counts once."""
+        self.ds.eval()
+        names: list[str] = []
+        sums = torch.zeros(0)
+        for batch in batches:
+            counts = self.task.counts(batch)
+            batch = self._to_device(batch)
+            outputs = self._forward(batch)
+            losses = self.task.losses(outputs, batch)
+            right = self.task.correct(outputs, batch)
+            names = list(losses)
+            row = [x for n in names for x in (losses[n].float(), right[n].float(), torch.tensor(float(counts[n])))]
+            sums = torch.stack([x.double().cpu() for x in row]) + (sums if len(sums) else 0)
+        totals = ranks.total(sums.tolist())
+        result: dict[str, float] = {}
+        for i, name in enumerate(names):
+            loss, correct, count = totals[3 * i : 3 * i + 3]
+            result[f"{name}_loss"] = loss / count
+            result[f"{name}_accuracy"] = correct / count
+        return {"loss": sum(v for k, v in result.items() if k.endswith("_loss")), **result}
+
+    def _forward(self, batch: Batch) -> Batch:
+        return self.ds(**{name: batch[name] for name in self.task.inputs})  # type: ignore[no-any-return]
+
+    def _shares(self, losses: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, Tensor]:
+        return {name: loss / max(1.0, counts[name]) for name, loss in losses.items()}
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    @property
+    def dtype(self) -> str:
+        """What the matrix products are computed in: fp32, bf16 or fp16."""
+        return "bf16" if self.ds.bfloat16_enabled() else "fp16" if self.ds.fp16_enabled() else "fp32"
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm before clipping of the last step, over all parameters and ranks."""
+        norm = self.ds.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float | None:
+        return float(self.ds.optimizer.cur_scale) if self.ds.fp16_enabled() else None
+
+
+def _added(rows: Any) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for row in rows:
+        total = {name: total.get(name, 0) + value for name, value in row.items()}
+    return total
+
+
+def _keep_stage0_norm(engine: Any) -> None:
+    """At ZeRO 0 in fp32 DeepSpeed clips but forgets the norm that it computed; keep it.
+
+    DeepSpeedEngine.clip_fp32_gradients drops the return value of clip_grad_norm_ (0.19.8).
+    """
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip_fp32_gradients() -> None:
+        engine._global_grad_norm = clip_grad_norm_(
+            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+        )
+
+    engine.clip_fp32_gradients = clip_fp32_gradients

@@ -1,0 +1,137 @@
+"""Turns a function of a RunConfig into a command for `deepspeed`, `torchrun` and plain `python`.
+
+    @recipe
+    def main(config: RunConfig) -> None: ...
+
+The decorated function reads Hydra overrides from the command line, refuses a wrong configuration
+before any process group exists, builds DeepSpeed's ops, joins the ranks, and turns errors into one
+line and an exit code: 0 done, 1 a bug, 2 refused, 75 stopped by a signal after saving.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from toolkit.config import RunConfig, conf_dir, load, schema
+from toolkit.errors import ConfigError, Stopped, ToolkitError, nearest
+
+REFUSED = 2
+# The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
+HYDRA = [
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+]
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
+
+
+def recipe(main: Callable[[RunConfig], None]) -> Callable[[], None]:
+    """Make ``main`` a command; see the module's docstring."""
+
+    @functools.wraps(main)
+    def command() -> None:
+        import hydra
+
+        register_schema()
+        debug = "--debug" in sys.argv
+        # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
+        arguments = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
+        try:
+            sys.argv[1:] = permissive(arguments) + HYDRA
+        except ConfigError as error:
+            refuse(error)
+        debug = debug or os.environ.get("HYDRA_FULL_ERROR") == "1"
+        decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+        decorate(functools.partial(_job, main, debug))()
+
+    return command
+
+
+def register_schema() -> None:
+    """Give Hydra the defaults of toolkit/config.py as the base of the composition."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store("schema", schema())
+
+
+def permissive(arguments: list[str]) -> list[str]:
+    """Let every key through Hydra (``a.b=1`` as ``++a.b=1``), so that one place judges keys: ours.
+
+    Hydra refuses keys that no option mentions yet, which would bar valid DeepSpeed keys, and names no
+    nearest key for a typo. The options of a group are checked here for the same reason.
+    """
+    return [_permissive(a) for a in arguments]
+
+
+def _permissive(argument: str) -> str:
+    match = re.match(r"([A-Za-z_][\w./]*)=(.*)$", argument, re.DOTALL)
+    if not match or match[1].startswith("hydra"):
+        return argument
+    key, value = match.groups()
+    folder = conf_dir() / key
+    if "." in key or not folder.is_dir():
+        return f"++{argument}"
+    options = sorted(f.stem for f in folder.glob("*.yaml"))
+    for option in value.strip("[]").split(","):
+        if option.strip() not in (*options, "null"):
+            hint = nearest(option, options)
+            raise ConfigError(f"{argument}: no such option.{hint} {key} has: {', '.join(options)}.")
+    return argument
+
+
+def refuse(error: ToolkitError) -> None:
+    """Print the error's lines on rank 0 and leave with code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+    sys.exit(REFUSED)
+
+
+def _job(main: Callable[[RunConfig], None], debug: bool, cfg: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _sweep_job(list(HydraConfig.get().overrides.task))
+        return
+    try:
+        config = load(cfg)
+        _run(main, config, debug)
+    except ToolkitError as error:
+        if debug:
+            raise
+        refuse(error)
+
+
+def _sweep_job(overrides: list[str]) -> None:
+    """One training of a --multirun, in a process of its own: no state of one reaches the next."""
+    print(f"--- {' '.join(overrides)}", flush=True)
+    done = subprocess.run([sys.executable, sys.argv[0], *overrides], check=False)
+    if done.returncode:
+        raise ToolkitError(f"{sys.argv[0]} {' '.join(overrides)}: exit code {done.returncode}")
+
+
+def _run(main: Callable[[RunConfig], None], config: RunConfig, debug: bool) -> None:
+    from toolkit import ds_config, ranks
+    from toolkit.run import Terminal
+
+    ranks.complete_environment()
+    device = ranks.device()
+    ds = ds_config.complete(config, world=ranks.world(), device=device)
+    with Terminal(quiet=not debug) as terminal:
+        from toolkit import ops
+
+        ops.ensure(ds_config.required_ops(ds, device=device, world=ranks.world()), terminal.console)
+        try:
+            with ranks.joined():
+                main(config)
+        except Stopped as stop:
+            terminal.console.print(str(stop))
+            sys.exit(STOPPED)

@@ -1,0 +1,100 @@
+"""Throughput as it is: over all ranks, real work only, the clock stopped for warm-up, evaluation and saving.
+
+    meter.add(step); ...; record = meter.read()
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from toolkit import ranks
+from toolkit.config import RunConfig
+from toolkit.plan.machines import peak_tflops
+
+WARMUP_STEPS = 2  # first calls allocate, compile and fill caches
+GIB = 2**30
+
+
+class Meter:
+    """Counts steps between two readings. Reading is the only place where the device is waited for."""
+
+    def __init__(self, config: RunConfig, task: Any, dtype: str) -> None:
+        self.config = config
+        self.task = task
+        cuda = torch.cuda.is_available() and ranks.device() == "cuda"
+        self.cuda = cuda
+        name = torch.cuda.get_device_name() if cuda else None
+        if dtype == "fp32" and cuda and config.train.tf32:
+            dtype = "tf32"
+        self.peak_tflops = peak_tflops(config.machine, dtype, name)
+        self.seen = 0
+        self.active_seconds = 0.0  # of all counted steps of this process
+        self.active_tokens = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.steps = 0
+        self.counts: dict[str, float] = {}
+        self.waited = 0.0
+        self.paused_seconds = 0.0
+        self.start = self._now()
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def add(self, step: Any) -> None:
+        """Count one :class:`toolkit.engine.Step`."""
+        self.seen += 1
+        self.steps += 1
+        self.waited += step.data_seconds
+        self.counts = {k: self.counts.get(k, 0) + v for k, v in step.counts.items()}
+        if self.seen == WARMUP_STEPS:
+            self._restart()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the clock."""
+        start = self._now()
+        yield
+        self.paused_seconds += self._now() - start
+
+    def read(self) -> dict[str, float | None]:
+        """Rates since the last reading, over all ranks; {} while warming up. All ranks must call it."""
+        seconds = self._now() - self.start - self.paused_seconds
+        memory = self._memory()
+        steps, counts, waited = self.steps, self.counts, self.waited
+        warming = self.seen < WARMUP_STEPS or steps == 0
+        if not warming:
+            self._restart()
+        slowest, peak, process = ranks.largest([seconds, *memory])
+        (all_waited,) = ranks.total([waited])
+        memory_record = {"peak_gib": peak, "process_peak_gib": process}
+        if warming:
+            return dict(memory_record)
+        positions = counts["sequences"] * self.config.data.max_length
+        self.active_seconds += slowest
+        self.active_tokens += positions
+        tflops = self.task.useful_flops(counts) / slowest / ranks.world() / 1e12
+        return {
+            "step_seconds": slowest / steps,
+            "samples_per_second": counts["sequences"] / slowest,
+            "tokens_per_second": positions / slowest,
+            "tokens_per_second_unpadded": counts["tokens"] / slowest,
+            "data_wait": all_waited / ranks.world() / slowest,
+            "tflops_per_device": tflops,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+            **memory_record,
+        }
+
+    def _memory(self) -> tuple[float, float]:
+        """Peak GiB of the device (of the process where there is none) and of the process."""
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+        return (torch.cuda.max_memory_allocated() / GIB if self.cuda else process), process

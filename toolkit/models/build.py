@@ -1,0 +1,157 @@
+"""Builds a Hugging Face model for the engine: the same initial weights in every layout.
+
+    model = build_model(run, task)
+
+Under ZeRO 3 every parameter is partitioned as it is made, so no rank ever holds the whole model;
+values are then drawn, or copied from a checkpoint that rank 0 alone reads, one module at a time.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertConfig
+from transformers.initialization import no_init_weights
+
+from toolkit import ranks
+from toolkit.config import Model
+from toolkit.errors import CheckpointError, ConfigError
+
+
+def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
+    """The Hugging Face configuration of a model made from scratch."""
+    names = BertConfig().to_dict().keys() & Model.model_fields.keys()
+    shape = model.model_dump(include=names)
+    dropout = {"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": model.dropout}
+    return BertConfig(**(shape | dropout | {"vocab_size": vocab_size, "pad_token_id": pad_id}))
+
+
+def model_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
+    """From ``model.weights`` if given (shape and vocabulary are its own), else from the keys."""
+    if model.weights is None:
+        return bert_config(model, vocab_size=vocab_size, pad_id=pad_id)
+    config = BertConfig.from_pretrained(weights_folder(model.weights))
+    if config.vocab_size != vocab_size:
+        raise ConfigError(
+            f"model.weights={model.weights}: its vocabulary has {config.vocab_size} entries, the tokenizer "
+            f"{vocab_size}. Use the tokenizer of these weights: tokenizer.path={model.weights}."
+        )
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = model.dropout
+    return config
+
+
+def weights_folder(weights: str) -> str:
+    """A run directory stands for its export; anything else is a folder or a hub name."""
+    export = Path(weights) / "export"
+    if export.is_dir():
+        return str(export)
+    if (Path(weights) / "metrics.jsonl").exists():
+        raise CheckpointError(f"model.weights={weights}: this run has no export yet. Run: toolkit export {weights}")
+    return weights
+
+
+def build_model(run: Any, task: Any) -> nn.Module:
+    """The task's model in this run's layout, on the CPU or partitioned; with recompute if asked for."""
+    config = run.config
+    hf_config = task.hf_config
+    hf_config._attn_implementation = config.model.attention
+    with no_init_weights(), _partitioned(run.deepspeed(task.vocab_size)):
+        model: Any = task.model_class(hf_config)
+    model.tie_weights()
+    if config.model.weights:
+        _copy(model, _read(task.model_class, config.model.weights))
+    else:
+        initialise(model, config.seed)
+    if config.activation.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model  # type: ignore[no-any-return]
+
+
+def _partitioned(ds: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """``deepspeed.zero.Init`` at stage 3, nothing below."""
+    if ds.get("zero_optimization", {}).get("stage", 0) < 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=dict(ds))  # type: ignore[no-any-return]
+
+
+def initialise(model: Any, seed: int) -> None:
+    """Draw every module's parameters as Hugging Face does, from (seed, module name).
+
+    So the weights depend neither on the ZeRO stage nor on which modules this rank holds.
+    """
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        if not own:
+            continue  # nothing here, or only weights tied to a module already drawn
+        seen.update(id(p) for p in own)
+        with _whole(own), torch.random.fork_rng(devices=[]):
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            _draw(model, module, own)
+
+
+def _draw(model: Any, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Run the model's own initialisation on the CPU in fp32: the same draws on every device and dtype."""
+    places = [p.data for p in parameters]
+    for p, place in zip(parameters, places, strict=True):
+        p.data = torch.zeros(place.shape)
+    with torch.no_grad():
+        module.apply(lambda m: model._init_weights(m) if m is module else None)
+        for p, place in zip(parameters, places, strict=True):
+            place.copy_(p.data)
+            p.data = place
+
+
+def _read(model_class: Any, weights: str) -> dict[str, torch.Tensor] | None:
+    """The state of ``weights`` on rank 0, which alone reads it; None elsewhere."""
+    if ranks.rank() != 0:
+        return None
+    folder = weights_folder(weights)
+    # safetensors, or torch.load with weights_only: nothing in the file is executed
+    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"]:
+        raise CheckpointError(f"model.weights={weights}: lacks {', '.join(sorted(info['missing_keys']))}.")
+    return dict(model.state_dict())
+
+
+def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:
+    """Rank 0's ``state`` into the model of every rank, one parameter at a time."""
+    for name, parameter in model.named_parameters():
+        with _whole([parameter]), torch.no_grad():
+            if state is not None:
+                parameter.copy_(state[name])
+            if not hasattr(parameter, "ds_id"):
+                torch.distributed.broadcast(parameter.data, src=0, group=ranks._control)
+
+
+def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Gather parameters that ZeRO 3 has partitioned; rank 0's changes are kept."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)  # type: ignore[no-any-return]
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimizer groups: weight matrices decay, biases and LayerNorm do not (Devlin et al., A.2)."""
+    exempt = set(_exempt(model))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for n, p in named if n not in exempt]
+    rest = [p for n, p in named if n in exempt]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def _exempt(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if name.endswith("bias") or isinstance(module, nn.LayerNorm):
+                yield f"{prefix}.{name}" if prefix else name

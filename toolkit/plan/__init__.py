@@ -1,0 +1,1 @@
+"""What a configuration costs, computed without torch."""

@@ -1,0 +1,127 @@
+"""Which rank this process is, and the few collectives that the toolkit itself needs.
+
+    with joined(config): ...        # the process group, up and down again
+    ranks.total([tokens, pairs])    # sums over all ranks, on the CPU, without touching the device
+
+Before :func:`joined` only the environment is read, so checks can run first.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+# Preparing a corpus may take rank 0 hours while the others wait for it.
+PATIENCE = timedelta(days=2)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_size() -> int:
+    """Ranks on this host; torchrun and the deepspeed launcher name the variable differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def complete_environment() -> None:
+    """Without a launcher this is a world of one; DeepSpeed would go looking for mpi4py otherwise."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.setdefault("LOCAL_SIZE", str(local_size()))
+
+
+def device() -> str:
+    """``cuda`` or ``cpu``: what DeepSpeed will choose."""
+    chosen = os.environ.get("DS_ACCELERATOR")
+    if chosen:
+        return chosen
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+_control: Any = None  # a gloo group of all ranks, for small numbers that live on the host
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Enter the process group (nccl or gloo, as the device wants) and leave it at the end."""
+    global _control
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    if device() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each start a thread per core slow each other down.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size()))
+    deepspeed.init_distributed(verbose=False)
+    _control = dist.new_group(backend="gloo")
+    yield
+    # Only on success: after an error the peers may be gone, and the launcher ends them.
+    _control = None
+    dist.destroy_process_group()
+
+
+def total(numbers: Sequence[float]) -> list[float]:
+    """Element-wise sums over all ranks, as float64."""
+    import torch
+    import torch.distributed as dist
+
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums, group=_control)
+    return [float(x) for x in sums]
+
+
+def largest(numbers: Sequence[float]) -> list[float]:
+    """Element-wise maxima over all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    values = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_control)
+    return [float(x) for x in values]
+
+
+def from_rank0(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank (pickled between our own processes)."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_control)
+    return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's ``value``, in rank order, on every rank."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+def wait(patience: timedelta | None = None) -> None:
+    """A barrier; with ``patience`` one that outlasts the process group's own time limit."""
+    import torch.distributed as dist
+
+    if patience is None:
+        dist.barrier(group=_control)
+        return
+    group = dist.new_group(backend="gloo", timeout=patience)
+    dist.barrier(group=group)
+    dist.destroy_process_group(group)

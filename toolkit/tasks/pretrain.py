@@ -1,0 +1,105 @@
+"""Masked LM with next sentence prediction (or sentence order, or neither) on prepared text."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from toolkit import data, ranks
+from toolkit.errors import ConfigError
+from toolkit.models.build import model_config
+from toolkit.models.pretraining import MODELS
+from toolkit.plan import flops
+from toolkit.run import Run
+
+Batch = dict[str, Tensor]
+IGNORED = -100
+
+
+class Pretrain:
+    """Each loss is a sum over what was predicted; the engine divides by the global batch's count."""
+
+    inputs = ("input_ids", "attention_mask", "token_type_ids", "mlm_positions")
+
+    def __init__(self, run: Run) -> None:
+        config = self.config = run.config
+        # The first rank of each host prepares; a cache on a shared disk is made once, under a lock.
+        if ranks.local_rank() == 0:
+            self.prepared = data.prepare(config, console=run.console, progress=ranks.rank() == 0)
+        ranks.wait(ranks.PATIENCE)
+        if ranks.local_rank() != 0:
+            self.prepared = data.prepare(config, console=run.console, progress=False)
+        self.vocab_size = self.prepared.vocab_size
+        if config.model.vocab_size not in (None, self.vocab_size):
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size}: the tokenizer has {self.vocab_size} entries. "
+                "Leave it null, or choose the tokenizer that belongs to the model."
+            )
+        self.hf_config = model_config(config.model, vocab_size=self.vocab_size, pad_id=self.prepared.pad_id)
+        self.model_class = MODELS[config.task.objective]
+        self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
+        self.flops = flops.bert(config.model, vocab_size=self.vocab_size, length=config.data.max_length)
+
+    def train_batches(self, start_sample: int) -> Iterator[Batch]:
+        """This rank's micro-batches from the sample at ``start_sample`` of the endless stream."""
+        batch = self.config.batch
+        return data.train_batches(
+            self._dataset("train"),
+            start_sample=start_sample,
+            global_size=batch.global_size,
+            micro_size=batch.micro_size,
+            rank=ranks.rank(),
+            world=ranks.world(),
+            workers=self.config.data.workers,
+        )
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's share of the held-out samples, the same ones and the same masks each time."""
+        return data.eval_batches(
+            self._dataset("eval"),
+            micro_size=self.config.batch.micro_size,
+            rank=ranks.rank(),
+            world=ranks.world(),
+            limit=self.config.train.eval_samples,
+        )
+
+    def _dataset(self, split: str) -> Any:
+        config = self.config
+        return data.PairDataset(self.prepared, config.data, config.task.objective, config.seed, split)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """What this micro-batch holds: predicted tokens, labelled pairs, sequences, tokens without padding."""
+        counts = {
+            "mlm": int((batch["mlm_labels"] != IGNORED).sum()),
+            "sequences": len(batch["input_ids"]),
+            "tokens": int(batch["attention_mask"].sum()),
+        }
+        return counts | ({self.pair: int((batch["nsp_labels"] != IGNORED).sum())} if self.pair else {})
+
+    def losses(self, outputs: Batch, batch: Batch) -> Batch:
+        """Summed cross-entropies in nats: ``mlm`` over predicted tokens, ``nsp`` or ``sop`` over pairs."""
+        losses = {"mlm": _sum(outputs["mlm"], batch["mlm_labels"])}
+        return losses | ({self.pair: _sum(outputs["pair"], batch["nsp_labels"])} if self.pair else {})
+
+    def correct(self, outputs: Batch, batch: Batch) -> Batch:
+        """How many of the predictions are right, under the same names as the losses."""
+        right = {"mlm": _right(outputs["mlm"], batch["mlm_labels"])}
+        return right | ({self.pair: _right(outputs["pair"], batch["nsp_labels"])} if self.pair else {})
+
+    def useful_flops(self, counts: dict[str, float]) -> float:
+        """Forward and backward of real tokens and real predictions; padding is no use to anyone."""
+        sequences = counts["tokens"] / self.config.data.max_length
+        pairs = counts.get(self.pair, 0) if self.pair else 0
+        return self.flops.step(sequences=sequences, predictions=counts["mlm"], pairs=pairs)
+
+
+def _sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.sum((logits.argmax(-1) == labels) & (labels != IGNORED))

@@ -1,0 +1,153 @@
+"""The loop: train, log, evaluate, save, and stop cleanly when asked to.
+
+    fit(engine, task, run)
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from toolkit import checkpoint, ranks
+from toolkit.engine import Engine, Step
+from toolkit.errors import Stopped, ToolkitError
+from toolkit.meter import Meter
+from toolkit.run import Run
+
+
+def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
+    """Train to ``train.steps``, from the newest checkpoint if there is one. Returns the last evaluation."""
+    config, total = run.config, run.config.train.steps
+    state = checkpoint.resume(run, engine)
+    step, samples = state.step, state.samples
+    run.rewind(step)
+    batches = task.train_batches(start_sample=samples)
+    meter = Meter(config, task, engine.dtype)
+    with stop_signals() as stopping, progress(run, step, total) as bar:
+        while step < total:
+            done = engine.train_batch(batches, stop=stopping())
+            step, samples = step + 1, samples + config.batch.global_size
+            meter.add(done)
+            bar(step)
+            if due(step, config.train.log_every, total) or step == 1:
+                log(run, engine, meter, step, done)
+            with meter.paused():
+                if config.train.eval_every and step % config.train.eval_every == 0 and step < total:
+                    evaluate(engine, task, run, step)
+                if due(step, config.train.save_every, total) or done.stop:
+                    checkpoint.save(run, engine, checkpoint.State(step, samples))
+            if done.stop and step < total:
+                raise Stopped(f"Stopped by a signal after step {step}; saved in {run.dir}. Start again to go on.")
+    result = evaluate(engine, task, run, step)
+    summarise(run, meter, result)
+    return result
+
+
+def due(step: int, every: int | None, total: int) -> bool:
+    """On every ``every``-th step, and on the last."""
+    return step == total or (every is not None and step % every == 0)
+
+
+def log(run: Run, engine: Engine, meter: Meter, step: int, done: Step) -> None:
+    """One training record: losses of this very step over the global batch, rates since the last record."""
+    names = list(done.losses)
+    shares = ranks.total([float(done.losses[n]) for n in names])
+    losses = {f"{n}_loss": share for n, share in zip(names, shares, strict=True)}
+    record: dict[str, Any] = {"step": step, "loss": sum(shares), **losses}
+    record |= {"lr": engine.last_learning_rate, "grad_norm": engine.grad_norm}
+    if engine.loss_scale is not None:
+        record["loss_scale"] = engine.loss_scale
+    record |= meter.read()
+    if "step_seconds" in record:
+        record["eta_seconds"] = record["step_seconds"] * (run.config.train.steps - step)
+    run.log(record)
+    run.console.print(line(record, run.config.train.steps), highlight=False)
+    if not math.isfinite(record["loss"]):
+        raise ToolkitError(
+            f"step {step}: the loss is {record['loss']}. Lower deepspeed.optimizer.params.lr or lengthen "
+            f"schedule.warmup, and start again: the newest checkpoint of {run.dir} is from before."
+        )
+
+
+def line(record: dict[str, Any], total: int) -> str:
+    """A record as one line for the console."""
+    losses = "  ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in record.items() if k.endswith("_loss"))
+    text = f"step {record['step']}/{total}  loss {record['loss']:.3f}  {losses}  lr {record['lr']:.2e}"
+    if "tokens_per_second" in record:
+        text += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        if record["mfu"] is not None:
+            text += f"  MFU {record['mfu']:.1%}"
+        text += f"  ETA {clock(record['eta_seconds'])}"
+    return text
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def evaluate(engine: Engine, task: Any, run: Run, step: int) -> dict[str, Any]:
+    """One evaluation record: means over the held-out samples, each counted once."""
+    start = time.perf_counter()
+    result = {f"eval_{k}": v for k, v in engine.evaluate(task.eval_batches()).items()}
+    record = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
+    run.log(record)
+    text = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.3f}" for k, v in result.items())
+    run.console.print(f"step {step}  held out: {text}", highlight=False)
+    return record
+
+
+def summarise(run: Run, meter: Meter, result: dict[str, Any]) -> None:
+    """The table at the end of a run."""
+    steps = [r for r in run.records() if "loss" in r]
+    if not steps:
+        return
+    first, last = steps[0], steps[-1]
+    table = Table(title=f"{run.dir.name}: {last['step']} steps", show_header=True, title_justify="left")
+    for column in ("", f"step {first['step']}", f"step {last['step']}", "held out"):
+        table.add_column(column, justify="right" if column else "left")
+    for key in [k for k in first if k.endswith("_loss")]:
+        held = result.get(f"eval_{key}")
+        table.add_row(key.replace("_", " "), *(_number(x) for x in (first[key], last.get(key), held)))
+        accuracy = result.get(f"eval_{key.replace('_loss', '_accuracy')}")
+        table.add_row(key.replace("_loss", " accuracy"), "", "", "" if accuracy is None else f"{accuracy:.1%}")
+    for name, value in run.notes.items():
+        table.add_row(name, "", "", _number(value))
+    if meter.active_seconds:
+        rate = meter.active_tokens / meter.active_seconds
+        table.add_row("tokens/s (all ranks)", "", f"{rate:,.0f}", "")
+    run.console.print(table)
+    run.console.print(f"Run directory: {run.dir}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+@contextmanager
+def progress(run: Run, step: int, total: int) -> Iterator[Any]:
+    """A bar on a terminal, nothing elsewhere: the log lines say it there."""
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=run.console, disable=not run.console.is_terminal, transient=True)
+    with bar:
+        task = bar.add_task("train", total=total, completed=step)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Any]:
+    """SIGTERM and SIGINT only set a flag here: the ranks agree on it at a step's start and save after it."""
+    received: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
