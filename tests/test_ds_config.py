@@ -1,0 +1,327 @@
+"""Every rule on a DeepSpeed config has a row here; every preset passes them and DeepSpeed itself."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from composing import compose
+
+from toolkit import ds_rules
+from toolkit.ds_config import check, complete, examine, required_ops
+from toolkit.errors import ConfigError
+
+ZERO = "deepspeed.zero_optimization"
+OPT = "deepspeed.optimizer"
+SCHEDULER = "schedule=none deepspeed.scheduler.type"
+
+# rule, device, overrides, a part of the message; two data-parallel ranks
+ROWS = [
+    # batch
+    ("batch_split", "cpu", "batch.global_size=250", "Use batch.global_size=224 or 256, or batch.micro_size=5 or 25."),
+    ("batch_split", "cpu", "batch.global_size=15", "batch.global_size=32."),
+    ("batch_split", "cpu", "batch.global_size=4 batch.micro_size=16", "batch.micro_size=2"),
+    ("batch_twice", "cpu", "deepspeed.train_batch_size=128", "Drop deepspeed.train_batch_size, or set batch.global_"),
+    ("batch_twice", "cpu", "deepspeed.gradient_accumulation_steps=2", "give 8 on 2 ranks"),
+    # keys and types
+    ("unknown_key", "cpu", "deepspeed.gradient_clip=1", "Did you mean 'gradient_clipping'?"),
+    ("unknown_key", "cpu", f"{ZERO}.stag=1", "deepspeed.zero_optimization.stag: DeepSpeed knows no such key"),
+    ("unknown_key", "cpu", f"{ZERO}.offload_optimizer.devise=cpu", "Did you mean 'device'?"),
+    ("unknown_key", "cpu", "deepspeed.activation_checkpointing.partitioned=true", "no such key"),
+    ("unknown_key", "cpu", "deepspeed.data_types.grad_dtype=fp32", "no such key"),
+    ("unknown_key", "cpu", "deepspeed.aio.blocksize=4096", "Did you mean 'block_size'?"),
+    ("unknown_key", "cpu", "deepspeed.pipeline.stage=2", "Did you mean 'stages'?"),
+    ("unknown_key", "cpu", "deepspeed.checkpoint.tag=Warn", "no such key"),
+    ("unknown_key", "cpu", "deepspeed.flops_profiler.step=5", "no such key"),
+    ("removed_key", "cpu", "deepspeed.elasticity.enabled=true", "Elastic training has been removed"),
+    ("removed_key", "cpu", "deepspeed.amp.enabled=true", "'torch_autocast' instead"),
+    ("removed_key", "cpu", f"{ZERO}.mics_shard_size=2", "MiCS ZeRO-3 sharding has been removed"),
+    ("replaced_key", "cpu", "deepspeed.bfloat16.enabled=true", "Use deepspeed.bf16."),
+    ("replaced_key", "cpu", f"{ZERO}.cpu_offload=true", "Use deepspeed.zero_optimization.offload_optimizer."),
+    ("auto", "cpu", "deepspeed.gradient_clipping=auto", "deepspeed.gradient_clipping='auto'"),
+    ("auto", "cpu", f"{OPT}.params.lr=auto", "Write a value"),
+    ("auto", "cpu", "deepspeed.train_batch_size=auto", "Write a value"),
+    ("type", "cpu", f"{ZERO}.stage=4", "must be one of 0, 1, 2, 3"),
+    ("type", "cpu", f"{ZERO}.reduce_bucket_size=big", "must be a whole number"),
+    ("type", "cpu", f"{ZERO}.overlap_comm=1", "must be true or false"),
+    ("type", "cpu", f"{ZERO}.offload_optimizer.device=disk", "must be one of cpu, none, nvme"),
+    ("type", "cpu", "deepspeed.zero_optimization=true", "must be a block"),
+    ("type", "cpu", "deepspeed.gradient_clipping=true", "must be a number"),
+    ("type", "cpu", "deepspeed.communication_data_type=fp64", "must be one of fp32, fp16, bf16, null"),
+    # precision
+    ("two_precisions", "cuda", "precision=fp16 deepspeed.bf16.enabled=true", "a model has one precision"),
+    ("fp16_on_cpu", "cpu", "precision=fp16", "Use precision=fp32 or precision=bf16."),
+    ("fp16_options", "cpu", "deepspeed.fp16.loss_scale=128", "fp16.loss_scale without effect"),
+    ("bf16_options", "cpu", "deepspeed.bf16.check_grad_overflow=true", "bf16.check_grad_overflow without effect"),
+    (
+        "static_scale",
+        "cuda",
+        "precision=fp16 deepspeed.fp16.loss_scale=128 deepspeed.fp16.hysteresis=4",
+        "fp16.hysteresis have no effect",
+    ),
+    ("accumulation_at_stage0", "cpu", "precision=bf16 zero=stage0", "Use zero=stage1, or"),
+    ("accumulation_at_stage0", "cpu", "zero=stage0 deepspeed.data_types.grad_accum_dtype=bf16", "fp32 weights"),
+    ("param_dtype", "cpu", "deepspeed.data_types.param_dtype=bf16", "but the weights are fp32"),
+    ("master_weights", "cuda", "precision=bf16 deepspeed.bf16.bf16_master_weights_and_grads=true", "offload=cpu"),
+    ("bf16_states", "cuda", "precision=bf16 deepspeed.bf16.bf16_optimizer_states=true", "Set both, or drop it."),
+    ("autocast_dtype", "cpu", "deepspeed.torch_autocast.enabled=true", "deepspeed.torch_autocast.dtype=bfloat16"),
+    # ZeRO
+    ("zero_keys_at_stage0", "cpu", f"zero=stage0 {ZERO}.overlap_comm=true", "overlap_comm without effect"),
+    ("zero_keys_at_stage0", "cpu", f"zero=stage0 {ZERO}.reduce_bucket_size=1e6", "Use zero=stage1 to stage3"),
+    ("stage3_keys", "cpu", f"zero=stage2 {ZERO}.stage3_prefetch_bucket_size=1e6", "only ZeRO 3 reads them"),
+    ("stage3_keys", "cpu", f"zero=stage1 {ZERO}.sub_group_size=1e6", "sub_group_size without effect"),
+    ("stage12_keys", "cpu", f"zero=stage3 {ZERO}.allgather_bucket_size=1e6", "only ZeRO 1 and 2 read them"),
+    ("legacy_stage1", "cpu", f"zero=stage1 {ZERO}.legacy_stage1=true", "Drop it."),
+    ("sum_at_stage3", "cpu", "zero=stage3 deepspeed.gradient_allreduce_op=sum", "ZeRO 3 only averages"),
+    ("scaled_reduction", "cpu", "deepspeed.prescale_gradients=true", "reduce_scatter=false"),
+    ("scaled_reduction", "cpu", "deepspeed.gradient_predivide_factor=2", "reduce_scatter=false"),
+    ("no_grad_norm", "cpu", f"{ZERO}.compute_grad_norm=false", "gradient_clipping=0"),
+    ("odd_bucket", "cpu", f"{ZERO}.allgather_bucket_size=4097", "must be even"),
+    ("unmanaged_overlap", "cpu", "zero=stage1 deepspeed.managed_gradient_accumulation=false", "below stage 2"),
+    # offload
+    ("offload_at_stage0", "cpu", "zero=stage0 offload=cpu", "there is no ZeRO to offload"),
+    ("param_offload_stage", "cpu", "zero=stage2 offload=cpu_params", "only ZeRO 3 offloads parameters"),
+    ("nvme_stage", "cuda", "zero=stage2 offload=nvme", "it would stay in CPU memory"),
+    ("nvme_params_on_cpu", "cpu", "zero=stage3 offload=nvme", "stores such parameters in bf16"),
+    (
+        "nvme_buffer_size",
+        "cuda",
+        f"zero=stage3 offload=nvme {ZERO}.offload_param.buffer_size=1e6",
+        "largest parameter (23440896 elements)",
+    ),
+    (
+        "nvme_buffer_count",
+        "cuda",
+        f"zero=stage3 offload=nvme {ZERO}.offload_optimizer.buffer_count=3",
+        "AdamW needs 4",
+    ),
+    ("partial_offload", "cpu", f"offload=cpu {ZERO}.offload_optimizer.ratio=0.5", "needs ZeRO 3"),
+    ("super_offload", "cpu", f"offload=cpu {ZERO}.offload_optimizer.super_offload=true", "only ZeRO 3 reads it"),
+    ("aio_without_nvme", "cpu", "deepspeed.aio.queue_depth=32", "nothing is offloaded to NVMe"),
+    ("gds_on_cpu", "cpu", "precision=bf16 zero=stage3 offload=nvme deepspeed.aio.use_gds=true", "CUDA's"),
+    # optimizer
+    ("optimizer_type", "cpu", "~deepspeed.optimizer.type", "Set deepspeed.optimizer.type=AdamW."),
+    ("unknown_optimizer", "cpu", f"{OPT}.type=AdmW", "Did you mean 'AdamW'?"),
+    ("unknown_optimizer", "cpu", f"{OPT}.type=OneBitAdam", "DeepSpeed has no such optimizer"),
+    ("unknown_param", "cpu", f"{OPT}.params.beta=[0.9,0.95]", "FusedAdam takes no such parameter. Did you mean 'betas'?"),
+    ("unknown_param", "cpu", f"offload=cpu {OPT}.params.set_grad_none=true", "DeepSpeedCPUAdam takes no such"),
+    ("unknown_param", "cpu", f"{SCHEDULER}=WarmupLR deepspeed.scheduler.params.steps=5", "WarmupLR takes no such"),
+    ("param_type", "cpu", f"{OPT}.params.lr=fast", "must be a number"),
+    ("param_type", "cpu", f"{SCHEDULER}=WarmupLR deepspeed.scheduler.params.warmup_num_steps=0.1", "a whole number"),
+    ("max_grad_norm", "cpu", f"{OPT}.params.max_grad_norm=1.0", "Use deepspeed.gradient_clipping"),
+    ("fused_on_cpu", "cpu", "optimizer=lion", "Lion also runs with zero=stage1 (or 2, 3) offload=cpu"),
+    ("fused_on_cpu", "cpu", "zero=stage0 optimizer=lamb", "has no implementation on a CPU"),
+    ("lamb_offload", "cuda", "optimizer=lamb offload=cpu", "cannot be offloaded"),
+    (
+        "lamb_scale",
+        "cuda",
+        "zero=stage0 optimizer=lamb precision=fp16 deepspeed.fp16.loss_scale=128",
+        "it needs a dynamic scale",
+    ),
+    ("needs_matrices", "cuda", "optimizer=lamb zero=stage1", "would depend on the ranks. Use zero=stage0"),
+    ("untested_optimizer", "cpu", "~deepspeed.zero_allow_untested_optimizer optimizer=sgd", "allow_untested"),
+    ("muon_scatter", "cpu", "optimizer=muon zero=stage3", "reduce_scatter=false"),
+    ("muon_clipping", "cpu", "optimizer=muon deepspeed.gradient_clipping=1", "Set deepspeed.gradient_clipping=0"),
+    # scheduler
+    ("scheduler_type", "cpu", "schedule=none deepspeed.scheduler.params.warmup_num_steps=5", "scheduler.type="),
+    ("unknown_scheduler", "cpu", f"{SCHEDULER}=WarmUpLR", "Did you mean 'WarmupLR'?"),
+    ("scheduler_params", "cpu", f"{SCHEDULER}=WarmupLR", "deepspeed.scheduler.params={}"),
+    ("scheduler_params", "cpu", f"{SCHEDULER}=WarmupCosineLR", "Set deepspeed.scheduler.params.total_num_steps."),
+    (
+        "warmup_decay_default",
+        "cpu",
+        f"{SCHEDULER}=WarmupDecayLR deepspeed.scheduler.params.total_num_steps=100",
+        "would replace optimizer.params.lr=0.0001",
+    ),
+    ("torch_scheduler", "cpu", f"{SCHEDULER}=StepLR deepspeed.scheduler.params.step_size=5", "is torch's"),
+    # the rest
+    ("enabled", "cpu", "deepspeed.tensorboard.job_name=mine", "tensorboard without effect: it is off"),
+    ("packages", "cpu", "deepspeed.wandb.enabled=true", "whose package is missing: wandb"),
+    ("deepcompile_stage", "cpu", "zero=stage0 train.compile=true deepspeed.compile.deepcompile=true", "stage=0"),
+    ("compile_options", "cpu", "deepspeed.compile.debug_log=true", "compile.deepcompile is false"),
+    # the run
+    ("heads", "cpu", "model.num_attention_heads=7", "does not divide by model.num_attention_heads=7"),
+    ("max_length", "cpu", "data.max_length=1024", "above model.max_position_embeddings=512"),
+    ("max_predictions", "cpu", "data.max_predictions=200", "above data.max_length=128"),
+    ("flash_on_cpu", "cpu", "model.attention=flash_attention_2", "Use model.attention=sdpa"),
+    ("flash_in_fp32", "cuda", "model.attention=flash_attention_2", "Use precision=bf16"),
+    ("warmup", "cpu", "schedule.warmup=2000", "schedule.warmup=2000 steps is above train.steps=1000"),
+    ("two_schedules", "cpu", "deepspeed.scheduler.type=WarmupLR", "Use schedule=none"),
+    ("no_optimizer", "cpu", "~deepspeed.optimizer", "Use optimizer=adamw"),
+    ("deepcompile_off", "cpu", "deepspeed.compile.deepcompile=true", "Set train.compile=true"),
+    ("unused", "cpu", "deepspeed.activation_checkpointing.profile=true", "Use activation=recompute instead"),
+]
+
+# rule, a DeepSpeed file from elsewhere, a part of the message
+FOREIGN: list[tuple[str, dict[str, Any], str]] = [
+    ("batch_product", {"train_batch_size": 100, "train_micro_batch_size_per_gpu": 16}, "train_batch_size=100 is not"),
+    ("batch_product", {"gradient_accumulation_steps": 2}, "Give two of the three"),
+    (
+        "nvme_path",
+        {"train_batch_size": 2, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        "offload_optimizer.nvme_path to a folder",
+    ),
+]
+# Asked for in ds_config.py itself, not in the tables of ds_rules.py.
+SHAPE_RULES = {
+    "auto", "batch_split", "batch_twice", "param_type", "removed_key", "replaced_key", "
+    ""scheduler_params", "type",
+    "unknown_key", "unknown_optimizer", "unknown_param", "unknown_scheduler",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "device", "overrides", "message"), ROWS, ids=lambda v: str(v)[:60])
+def test_a_wrong_config_is_refused_saying_why(
+    rule: str, device: str, overrides: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ds_rules, "installed", lambda package: False)
+    config = compose(*overrides.split())
+    with pytest.raises(ConfigError) as error:
+        complete(config, world=2, device=device)
+    line = next((text for text in str(error.value).splitlines() if message in text), None)
+    assert line, f"no line of {error.value} has {message!r}"
+    assert (rule, line) in [(p.rule, p.text) for p in examine(config, world=2, device=device).problems]
+
+
+@pytest.mark.parametrize(("rule", "ds", "message"), FOREIGN)
+def test_a_file_from_elsewhere_is_refused_saying_why(rule: str, ds: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(ds, world=2, device="cuda")
+
+
+def test_every_rule_has_a_row() -> None:
+    rows = {row[0] for row in ROWS} | {row[0] for row in FOREIGN}
+    assert rows == {*ds_rules.RULES, *ds_rules.RUN_RULES, *SHAPE_RULES}
+
+
+def test_all_problems_are_told_at_once() -> None:
+    config = compose("batch.global_size=250", "deepspeed.gradient_clip=1", "precision=fp16", "schedule.warmup=5000")
+    with pytest.raises(ConfigError) as error:
+        complete(config, world=2, device="cpu")
+    assert [line.split(":")[0].split(" ")[0] for line in str(error.value).splitlines()] == [
+        "batch.global_size=250",
+        "deepspeed.gradient_clip",
+        "deepspeed.fp16.enabled=True",
+        "schedule.warmup=5000",
+    ]
+
+
+GROUPS = {
+    "zero": ["stage0", "stage1", "stage2", "stage3"],
+    "offload": ["none", "cpu", "cpu_params", "nvme"],
+    "precision": ["fp32", "bf16", "fp16"],
+    "optimizer": ["adamw", "lamb", "lion", "muon", "sgd"],
+}
+
+
+def allowed(zero: str, offload: str, precision: str, optimizer: str, device: str) -> bool:
+    """The combinations of presets that are meant to work, said a second time and in other words."""
+    stage = int(zero[-1])
+    if device == "cpu" and (precision == "fp16" or (offload == "nvme" and precision == "fp32")):
+        return False
+    if precision == "bf16" and stage == 0:  # accumulates in fp32
+        return False
+    if optimizer == "lamb" and (stage or device == "cpu"):
+        return False
+    if optimizer == "lion" and device == "cpu" and offload == "none":
+        return False
+    if optimizer == "muon" and stage == 3:
+        return False
+    return stage >= {"none": 0, "cpu": 1, "cpu_params": 3, "nvme": 3}[offload]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_pass_in_every_combination_that_is_meant_to_work(device: str) -> None:
+    wrong = []
+    for options in itertools.product(*GROUPS.values()):
+        config = compose(*(f"{group}={option}" for group, option in zip(GROUPS, options, strict=True)))
+        try:
+            complete(config, world=2, device=device)
+            passed = True
+        except ConfigError:
+            passed = False
+        if passed != allowed(*options, device):
+            wrong.append(options)
+    assert not wrong
+
+
+@pytest.mark.parametrize("zero", GROUPS["zero"])
+def test_deepspeed_itself_accepts_what_was_completed(zero: str, tmp_path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for offload, precision in itertools.product(GROUPS["offload"], GROUPS["precision"]):
+        if allowed(zero, offload, precision, "adamw", "cuda"):
+            config = compose(f"zero={zero}", f"offload={offload}", f"precision={precision}")
+            ds = complete(config, world=1, device="cuda", run_dir=tmp_path)
+            assert DeepSpeedConfig(ds).train_batch_size == 256
+
+
+def test_numbers_that_deepspeed_wants_whole_become_whole() -> None:
+    ds = complete(compose("zero=stage3", f"{ZERO}.sub_group_size=1e8"), world=1, device="cpu")
+    sizes = {k: v for k, v in ds["zero_optimization"].items() if k.endswith(("size", "threshold"))}
+    assert len(sizes) == 4
+    assert all(type(v) is int for v in sizes.values())
+
+
+def test_completing_leaves_the_config_as_it_was() -> None:
+    config = compose("zero=stage3", "offload=nvme", "precision=bf16")
+    before = config.model_dump()
+    complete(config, world=2, device="cpu")
+    assert config.model_dump() == before
+
+
+def test_nvme_buffers_hold_the_largest_parameter_and_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = compose("zero=stage3", "offload=nvme", "precision=bf16", "model=bert_large")
+    zero = complete(config, world=2, device="cpu", vocab_size=30528, run_dir=tmp_path)["zero_optimization"]
+    assert 30528 * 1024 <= zero["offload_param"]["buffer_size"] < 30528 * 1024 + 2**20
+    assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(tmp_path / "nvme")
+
+
+def test_what_the_user_says_about_nvme_stays() -> None:
+    config = compose(
+        "zero=stage3", "offload=nvme", "precision=bf16", f"{ZERO}.offload_param.buffer_size=5e7",
+        f"{ZERO}.offload_param.nvme_path=/nvme",
+    )  # fmt: skip
+    block = complete(config, world=2, device="cpu")["zero_optimization"]["offload_param"]
+    assert (block["buffer_size"], block["nvme_path"]) == (50_000_000, "/nvme")
+
+
+def test_monitors_write_into_the_run_directory(tmp_path: Path) -> None:
+    config = compose("deepspeed.csv_monitor.enabled=true")
+    ds = complete(config, world=1, device="cpu", run_dir=tmp_path)
+    assert ds["csv_monitor"] == {"enabled": True, "output_path": str(tmp_path), "job_name": "csv_monitor"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "ops"),
+    [
+        ("", "cpu", ["ShareMemCommBuilder", "FusedAdamBuilder"]),
+        ("", "cuda", ["FusedAdamBuilder"]),
+        ("offload=cpu", "cpu", ["ShareMemCommBuilder", "CPUAdamBuilder"]),
+        ("offload=cpu optimizer=lion", "cuda", ["CPULionBuilder"]),
+        ("optimizer=lion", "cuda", ["FusedLionBuilder"]),
+        ("zero=stage0 optimizer=lamb", "cuda", ["FusedLambBuilder"]),
+        ("optimizer=sgd offload=cpu", "cuda", []),
+        ("optimizer=muon offload=cpu", "cuda", ["CPUAdamBuilder"]),
+        ("deepspeed.optimizer.params.torch_adam=true", "cuda", []),
+        ("zero=stage3 offload=nvme", "cuda", ["CPUAdamBuilder", "AsyncIOBuilder", "PinMemoryBuilder"]),
+    ],
+)
+def test_the_ops_to_build_are_known_before_training(overrides: str, device: str, ops: list[str]) -> None:
+    ds = complete(compose(*overrides.split()), world=2, device=device)
+    assert required_ops(ds, device=device, world=2) == ops
+
+
+def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
+    pytest.importorskip("deepspeed")
+    import make_ds_keys
+
+    assert make_ds_keys.text() == make_ds_keys.FILE.read_text(), "run python tests/make_ds_keys.py, read the diff"
+
+
+def test_checking_needs_no_torch() -> None:
+    code = "import sys, toolkit.ds_config; print([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"

@@ -1,0 +1,320 @@
+"""The ``deepspeed`` node: completed for a run, and checked before any process group exists; pure, no torch.
+
+    ds = complete(config, world=2, device="cuda", run_dir=run.dir)    # exactly what DeepSpeed gets
+    check(json.loads(text), world=8, device="cuda")                   # a DeepSpeed file from elsewhere
+    required_ops(ds, device="cuda", world=2)                          # builders to compile ahead of time
+
+Both raise one ConfigError with a line for every problem. The keys that DeepSpeed knows are in
+ds_keys.json, written from the installed version by tests/make_ds_keys.py; the rules in ds_rules.py.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import RunConfig, cache_dir, dotted
+from toolkit.ds_rules import RULES, RUN_RULES, UNUSED, Facts
+from toolkit.errors import ConfigError, nearest
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages", "expert_parallel.")  # DeepSpeed's own "auto"
+ADAM_KEYS = {"adam_w_mode": "bool", "torch_adam": "bool", "fp32_optimizer_states": "bool"}
+ADAM_FAMILY = ("FusedAdam", "DeepSpeedCPUAdam", "MuonWithAuxAdam", "torch.Adam", "torch.AdamW")
+TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "list": (list, tuple),
+    "block": (Mapping,),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A broken rule (its name in ds_rules, or here) and the line that is shown."""
+
+    rule: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The DeepSpeed JSON of a run as far as it could be completed, and what is wrong with the run."""
+
+    ds: dict[str, Any]
+    problems: list[Problem]
+
+
+def complete(
+    config: RunConfig, *, world: int, device: str, vocab_size: int | None = None, run_dir: Path | None = None
+) -> dict[str, Any]:
+    """``config.deepspeed`` with the batch sizes, NVMe buffers and monitor paths that follow from the run.
+
+    ``world`` counts data-parallel ranks. Raises ConfigError for whatever is wrong in the run's config.
+    """
+    completed = examine(config, world=world, device=device, vocab_size=vocab_size, run_dir=run_dir)
+    _raise(completed.problems)
+    return completed.ds
+
+
+def examine(
+    config: RunConfig, *, world: int, device: str, vocab_size: int | None = None, run_dir: Path | None = None
+) -> Completed:
+    """What ``complete`` does, with the problems as values."""
+    largest = largest_parameter(config, vocab_size)
+    ds: dict[str, Any] = _whole_numbers(copy.deepcopy(config.deepspeed))
+    batch = list(_batch_problems(config, world))
+    if not batch:
+        ds = {**_batch(config, world), **ds}
+    if not list(_shape(ds, "")):
+        _fill_nvme(ds, largest, run_dir)
+        _fill_monitors(ds, run_dir)
+    facts = Facts(ds, world, device, largest, config)
+    rest = [p for p in problems(facts) if not (batch and p.rule == "batch_product")]
+    return Completed(ds, batch + rest + run_problems(facts))
+
+
+def check(ds: Mapping[str, Any], *, world: int, device: str) -> None:
+    """Raise ConfigError if DeepSpeed would refuse ``ds``, or ignore a part of it in silence."""
+    _raise(problems(Facts(_whole_numbers(copy.deepcopy(dict(ds))), world, device), prefix=""))
+
+
+def problems(facts: Facts, prefix: str = "deepspeed.") -> list[Problem]:
+    """What is wrong with a DeepSpeed config: its keys and types, or else the combination of its values."""
+    found = list(_shape(facts.ds, prefix))
+    if any(p.rule not in ("unknown_key", "removed_key") for p in found):
+        return found  # the rules read values, which must have their types for that
+    found += _optimizer_shape(facts, prefix)
+    found += _scheduler_shape(facts, prefix)
+    for name, (when, say) in RULES.items():
+        if got := when(facts):
+            found.append(Problem(name, _format(say, p=prefix, f=facts, got=got)))
+    return found
+
+
+def run_problems(facts: Facts) -> list[Problem]:
+    """What is wrong between the parts of a RunConfig."""
+    config = facts.config
+    assert config is not None
+    found = []
+    for name, (when, say) in RUN_RULES.items():
+        if got := when(config, facts):
+            unused = UNUSED.get(got[0]) if isinstance(got, list) else None
+            found.append(Problem(name, _format(say, c=config, f=facts, got=got, unused=unused)))
+    return found
+
+
+def required_ops(ds: Mapping[str, Any], *, device: str, world: int) -> list[str]:
+    """The op builders (DeepSpeed's class names) that training with ``ds`` loads, to be built before."""
+    facts = Facts(ds, world, device)
+    adam = "FusedAdamBuilder" if facts.offload == "none" else "CPUAdamBuilder"
+    builders = {
+        "FusedAdam": adam,
+        "DeepSpeedCPUAdam": adam,
+        "MuonWithAuxAdam": "" if facts["optimizer.params.torch_adam"] else adam,  # its Adam half
+        "DeepSpeedCPUAdagrad": "CPUAdagradBuilder",
+        "DeepSpeedCPULion": "CPULionBuilder",
+        "FusedLamb": "FusedLambBuilder",
+        "FusedLion": "FusedLionBuilder",
+    }
+    gds = bool(facts["aio.use_gds"])
+    wanted = {
+        "ShareMemCommBuilder": device == "cpu",  # comm/torch.py loads it whatever the world size
+        builders.get(facts.optimizer, ""): True,
+        "AsyncIOBuilder": facts.nvme and not gds,
+        "PinMemoryBuilder": facts.nvme and not gds,  # loaded by AsyncIOBuilder.load
+        "GDSBuilder": facts.nvme and gds,
+        "QuantizerBuilder": bool(
+            facts["zero_optimization.zero_quantized_weights"]
+            or facts["zero_optimization.zero_quantized_gradients"]
+            or facts["zero_optimization.zero_quantized_nontrainable_weights"]
+        ),
+        "DeepCompileBuilder": bool(facts["compile.deepcompile"]),
+    }
+    return [name for name, needed in wanted.items() if name and needed]
+
+
+def largest_parameter(config: RunConfig, vocab_size: int | None = None) -> int:
+    """Elements of the largest parameter of the model: the word embedding, but for tiny vocabularies."""
+    model = config.model
+    vocab = vocab_size or model.vocab_size or config.tokenizer.vocab_size
+    return model.hidden_size * max(vocab, model.intermediate_size, model.max_position_embeddings)
+
+
+def _batch(config: RunConfig, world: int) -> dict[str, int]:
+    total, micro = config.batch.global_size, config.batch.micro_size
+    return dict(zip(BATCH_KEYS, (total, micro, total // (micro * world)), strict=True))
+
+
+def _batch_problems(config: RunConfig, world: int) -> Iterator[Problem]:
+    total, micro, derived = config.batch.global_size, config.batch.micro_size, _batch(config, world)
+    ours = {BATCH_KEYS[0]: "batch.global_size", BATCH_KEYS[1]: "batch.micro_size"}
+    for key in BATCH_KEYS:
+        given = config.deepspeed.get(key, derived[key])
+        if given not in (derived[key], "auto"):
+            text = f"deepspeed.{key}={given!r}: batch.global_size={total} and batch.micro_size={micro} give"
+            way = f"Drop deepspeed.{key}" + (f", or set {ours[key]}={given}." if key in ours else ".")
+            yield Problem("batch_twice", f"{text} {derived[key]} on {world} ranks. {way}")
+    if total % (micro * world):
+        step = micro * world
+        sizes = _joined([s for s in (total // step * step, (total // step + 1) * step) if s])
+        text = f"batch.global_size={total} is no multiple of batch.micro_size={micro} x {world} ranks"
+        micros = _nearest_divisors(total // world, micro) if total % world == 0 else []
+        way = f", or batch.micro_size={_joined(micros)}" if micros else ""
+        yield Problem("batch_split", f"{text}. Use batch.global_size={sizes}{way}.")
+
+
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < wanted], [d for d in divisors if d > wanted]
+    return below[-1:] + above[:1]
+
+
+def _joined(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
+
+
+def _fill_nvme(ds: dict[str, Any], largest: int, run_dir: Path | None) -> None:
+    zero = ds.get("zero_optimization", {})
+    # Below the run: DeepSpeed empties the folder at start, so two runs must not share one.
+    folder = str((run_dir or cache_dir("swap")) / "nvme")
+    for key in ("offload_optimizer", "offload_param"):
+        block = zero.get(key) or {}
+        if block.get("device") == "nvme":
+            block.setdefault("nvme_path", folder)
+            if key == "offload_param":  # the default of 1e8 elements, times five buffers, is pinned memory
+                block.setdefault("buffer_size", -(-largest // 2**20) * 2**20)
+
+
+def _fill_monitors(ds: dict[str, Any], run_dir: Path | None) -> None:
+    for key in ("tensorboard", "csv_monitor"):
+        block = ds.get(key) or {}
+        if run_dir is not None and block.get("enabled") and not block.get("output_path"):
+            block["output_path"] = str(run_dir)
+            block.setdefault("job_name", key)
+
+
+@cache
+def known() -> dict[str, Any]:
+    """ds_keys.json."""
+    text = (Path(__file__).parent / "ds_keys.json").read_text()
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def _whole_numbers(tree: Any, path: str = "") -> Any:
+    """5e7 is a float in YAML; where DeepSpeed wants an int it gets one."""
+    if isinstance(tree, dict):
+        return {k: _whole_numbers(v, f"{path}.{k}" if path else str(k)) for k, v in tree.items()}
+    kind = known()["keys"].get(path)
+    if path.startswith("scheduler.params.") and path.endswith("num_steps"):
+        kind = "int"
+    whole = kind in ("int", "int?") or isinstance(kind, list)
+    return int(tree) if whole and isinstance(tree, float) and tree.is_integer() else tree
+
+
+def _shape(ds: Mapping[str, Any], prefix: str) -> Iterator[Problem]:
+    """Keys that DeepSpeed does not know, has removed or renamed, and values of another type."""
+    keys = known()["keys"]
+    for path, value in dotted(ds).items():
+        if value == "auto" and not path.startswith(AUTO):
+            way = "only Hugging Face's Trainer fills this in. Write a value, or drop it."
+            yield Problem("auto", f"{prefix}{path}='auto': {way}")
+    yield from _shape_of(ds, "", keys, prefix)
+
+
+def _shape_of(tree: Mapping[str, Any], path: str, keys: dict[str, Any], prefix: str) -> Iterator[Problem]:
+    for key, value in tree.items():
+        full = f"{path}{key}"
+        shown = f"{prefix}{full}"
+        if full in known()["removed"]:
+            yield Problem("removed_key", f"{shown}: {known()['removed'][full]} Drop it.")
+        elif full in known()["replaced"]:
+            yield Problem("replaced_key", f"{shown}: renamed. Use {prefix}{known()['replaced'][full]}.")
+        elif full not in keys:
+            siblings = [k[len(path) :] for k in keys if k.startswith(path) and "." not in k[len(path) :]]
+            way = nearest(str(key), siblings) or " Drop it."
+            yield Problem("unknown_key", f"{shown}: DeepSpeed knows no such key.{way}")
+        elif value == "auto":
+            continue
+        elif not _fits(keys[full], value):
+            yield Problem("type", f"{shown}={value!r}: must be {_named(keys[full])}. Change it, or drop it.")
+        elif str(keys[full]).startswith("block") and value is not None:
+            yield from _shape_of(value, f"{full}.", keys, prefix)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if isinstance(kind, list):
+        lower = value.lower() if isinstance(value, str) else value
+        return any(lower == (k.lower() if isinstance(k, str) else k) for k in kind) and value is not True
+    if value is None:
+        return bool(kind.endswith("?"))
+    name = kind.rstrip("?")
+    is_bool = isinstance(value, bool)  # a bool is an int to Python, but not to a person
+    return name not in TYPES or (isinstance(value, TYPES[name]) and is_bool == (name == "bool"))
+
+
+def _named(kind: Any) -> str:
+    if isinstance(kind, list):
+        return "one of " + ", ".join("null" if k is None else str(k) for k in kind)
+    articles = {"int": "a whole number", "number": "a number", "bool": "true or false", "string": "a text"}
+    name = kind.rstrip("?")
+    return articles.get(name, f"a {name}") + (" or null" if kind.endswith("?") else "")
+
+
+def _optimizer_shape(f: Facts, prefix: str) -> Iterator[Problem]:
+    accepted = known()["optimizers"]
+    if not f.optimizer:
+        return
+    if f.optimizer not in accepted:
+        names = sorted({"Lamb", "Lion", "Muon", *(n[6:] for n in accepted if n.startswith("torch."))})
+        text = f"{prefix}optimizer.type={f['optimizer.type']}: DeepSpeed has no such optimizer."
+        way = f"{nearest(f['optimizer.type'], names)} Known: {', '.join(names)}."
+        yield Problem("unknown_optimizer", text + way)
+        return
+    extra = ADAM_KEYS if f.optimizer in ADAM_FAMILY else {}
+    yield from _params(f, prefix, "optimizer", {**accepted[f.optimizer], **extra}, ignore="max_grad_norm")
+
+
+def _scheduler_shape(f: Facts, prefix: str) -> Iterator[Problem]:
+    accepted, name = known()["schedulers"], f["scheduler.type"]
+    if not name:
+        return
+    if name not in accepted:
+        text = f"{prefix}scheduler.type={name}: DeepSpeed has no such one."
+        yield Problem("unknown_scheduler", f"{text}{nearest(name, accepted)} Known: {', '.join(accepted)}.")
+        return
+    needed = [key for key, kind in accepted[name].items() if kind.endswith("!")]
+    missing = [key for key in needed if key not in (f["scheduler.params"] or {})]
+    if missing or f["scheduler.params"] is None:  # DeepSpeed unpacks it: engine.py, _scheduler_from_config
+        which = ", ".join(f"{prefix}scheduler.params.{key}" for key in missing)
+        way = f"Set {which or prefix + 'scheduler.params={}'}."
+        yield Problem("scheduler_params", f"{prefix}scheduler.type={name} lacks what it needs. {way}")
+    yield from _params(f, prefix, "scheduler", accepted[name])
+
+
+def _params(f: Facts, prefix: str, block: str, accepted: dict[str, str], ignore: str = "") -> Iterator[Problem]:
+    name = f.optimizer if block == "optimizer" else f["scheduler.type"]
+    for key, value in (f[f"{block}.params"] or {}).items():
+        shown = f"{prefix}{block}.params.{key}"
+        if key == ignore:
+            continue
+        if key not in accepted:
+            way = nearest(key, accepted) or f" Known: {', '.join(sorted(accepted))}."
+            yield Problem("unknown_param", f"{shown}: {name} takes no such parameter.{way}")
+        elif not _fits(accepted[key].rstrip("!"), value):
+            kind = _named(accepted[key].rstrip("!"))
+            yield Problem("param_type", f"{shown}={value!r}: must be {kind}. Change it.")
+
+
+def _format(text: str, **values: Any) -> str:
+    return text.format(**values)
+
+
+def _raise(found: list[Problem]) -> None:
+    if found:
+        raise ConfigError("\n".join(dict.fromkeys(problem.text for problem in found)))
