@@ -11,16 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config import RunConfig
-from toolkit.data.chunks import Rule
+from toolkit.data.chunks import SPLITS
 from toolkit.data.draws import Shuffle
 from toolkit.data.pairs import PairDataset, Sample
 from toolkit.data.prepared import Prepared
 
 SAMPLES = 2000  # of epoch 0, in training order: what the numbers under "sample" are taken from
-BLOCK_DOCUMENTS = 4096
+BLOCK_TOKENS = 2**18
 
 
-def audit(prepared: Prepared, config: RunConfig, held: NDArray[np.bool_], rule: Rule) -> dict[str, Any]:
+def audit(
+    prepared: Prepared, config: RunConfig, held: NDArray[np.bool_], chunk_counts: dict[str, dict[str, int]]
+) -> dict[str, Any]:
     """Counts of the corpus, its splits and chunks, entropies in nats per token, and sample statistics."""
     counts = json.loads((prepared.corpus / "corpus.json").read_text())["counts"]
     unigrams = _unigrams(prepared, held)
@@ -32,8 +34,14 @@ def audit(prepared: Prepared, config: RunConfig, held: NDArray[np.bool_], rule: 
             "corpus_unigram": cross_entropy(unigrams.sum(0), unigrams.sum(0)),
             "eval_under_train_unigram": cross_entropy(unigrams[1], unigrams[0] + 1),
         },
-        "train": _split(prepared, "train", unigrams[0], rule),
-        "eval": _split(prepared, "eval", unigrams[1], rule),
+        **{
+            split: {
+                "documents": len(prepared.members(split)),
+                "tokens": int(row.sum()),
+                **chunk_counts[split],
+            }
+            for split, row in zip(SPLITS, unigrams, strict=True)
+        },
         "sample": _sampled(prepared, config),
     }
 
@@ -51,28 +59,14 @@ def _unigrams(prepared: Prepared, held: NDArray[np.bool_]) -> NDArray[np.int64]:
     """How often each token occurs, int64 [train and eval, vocabulary]."""
     counts = np.zeros((2, prepared.vocab_size), np.int64)
     starts = prepared.sentences[prepared.documents]  # token at which each document starts
-    for low in range(0, len(held), BLOCK_DOCUMENTS):
-        bounds = starts[low : low + BLOCK_DOCUMENTS + 1]
-        split = np.repeat(held[low : low + BLOCK_DOCUMENTS], np.diff(bounds))
-        tokens = prepared.tokens[bounds[0] : bounds[-1]]
-        for row, chosen in enumerate((~split, split)):
+    for low in range(0, len(prepared.tokens), BLOCK_TOKENS):
+        tokens = prepared.tokens[low : low + BLOCK_TOKENS]
+        first, last = np.searchsorted(starts, [low, low + len(tokens) - 1], side="right") - 1
+        edges = np.clip(starts[first : last + 2], low, low + len(tokens))
+        in_eval = np.repeat(held[first : last + 1], np.diff(edges))
+        for row, chosen in enumerate((~in_eval, in_eval)):
             counts[row] += np.bincount(tokens[chosen], minlength=prepared.vocab_size)
     return counts
-
-
-def _split(prepared: Prepared, split: str, unigrams: NDArray[np.int64], rule: Rule) -> dict[str, Any]:
-    chunks, bounds = prepared.chunks(split), prepared.sentences
-    lengths = bounds[chunks["first"] + chunks["count"]] - bounds[chunks["first"]]
-    too_long = lengths > rule.room
-    return {
-        "documents": len(prepared.members(split)),
-        "tokens": int(unigrams.sum()),
-        "chunks": len(lengths),
-        "chunks_of_one_sentence": int((chunks["count"] == 1).sum()),
-        "chunks_short_target": int((chunks["target"] < rule.room).sum()),
-        "chunks_truncated": int(too_long.sum()),
-        "tokens_cut": int((lengths - rule.room)[too_long].sum()),
-    }
 
 
 def _sampled(prepared: Prepared, config: RunConfig) -> dict[str, Any]:

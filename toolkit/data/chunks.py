@@ -5,6 +5,7 @@
 A chunk is (document's rank in its split, first sentence, number of sentences, target length).
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,7 @@ from toolkit.errors import ConfigError, DataError
 SPLITS = ("train", "eval")
 COLUMNS = {"document": np.int64, "first": np.int64, "count": np.int32, "target": np.int32}
 HOLDOUT, IS_SHORT, SHORT_LENGTH = 1, 2, 3  # salts: one stream of random numbers for each decision
-BLOCK_DOCUMENTS = 4096
+BLOCK_SENTENCES = 2**16
 
 
 @dataclass(frozen=True)
@@ -73,42 +74,63 @@ def write(
     documents: NDArray[np.int64],
     held: NDArray[np.bool_],
     rule: Rule,
-) -> None:
-    """Write the chunks and the documents of both splits; ``sentences``, ``documents`` are bounds."""
+) -> dict[str, dict[str, int]]:
+    """Write the chunks and the documents of both splits and count them, for the audit.
+
+    ``sentences`` and ``documents`` are bounds. Memory holds some 30 bytes a document and one block.
+    """
     ranks = np.where(held, np.cumsum(held), np.cumsum(~held)) - 1
     spools = {s: {c: Spool(folder / f"{s}_{c}", dtype) for c, dtype in COLUMNS.items()} for s in SPLITS}
+    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for block in _blocks(sentences, documents, rule):
         in_eval = held[block["document"]]
         block["document"] = ranks[block["document"]]
         for split, chosen in zip(SPLITS, (~in_eval, in_eval), strict=True):
+            mine = {name: column[chosen] for name, column in block.items()}
             for column, spool in spools[split].items():
-                spool.append(block[column][chosen])
+                spool.append(mine[column])
+            counts[split].update(_counts(mine, rule))
     for split, chosen in zip(SPLITS, (~held, held), strict=True):
         seal(folder / f"{split}_chunks.arrow", spools[split])
         members = Spool(folder / f"{split}_documents", np.int64)
         members.append(np.flatnonzero(chosen))
         seal(folder / f"{split}_documents.arrow", {"document": members})
+    return {split: dict(counted) for split, counted in counts.items()}
+
+
+def _counts(block: dict[str, NDArray[Any]], rule: Rule) -> dict[str, int]:
+    excess = np.maximum(block["tokens"] - rule.room, 0)
+    return {
+        "chunks": len(excess),
+        "chunks_of_one_sentence": int((block["count"] == 1).sum()),
+        "chunks_short_target": int((block["target"] < rule.room).sum()),
+        "chunks_truncated": int((excess > 0).sum()),
+        "tokens_cut": int(excess.sum()),
+    }
 
 
 def _blocks(
     sentences: NDArray[np.int64], documents: NDArray[np.int64], rule: Rule
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """The chunks of some thousand documents at a time, as columns."""
-    for start in range(0, len(documents) - 1, BLOCK_DOCUMENTS):
-        bounds = documents[start : start + BLOCK_DOCUMENTS + 1]
+    """The chunks of as many whole documents at a time as BLOCK_SENTENCES hold, as columns."""
+    start = 0
+    while start < len(documents) - 1:
+        fits = np.searchsorted(documents, documents[start] + BLOCK_SENTENCES, side="right") - 1
+        bounds = documents[start : max(int(fits), start + 1) + 1]
         low, high = int(bounds[0]), int(bounds[-1])
         lengths, targets = np.diff(sentences[low : high + 1]), _targets(low, high, rule)
-        local = (bounds - low).tolist()
-        runs = _runs(lengths.tolist(), targets.tolist(), local, rule.least)
-        first, count = np.array(runs[0], np.int64), np.array(runs[1], np.int64)
+        runs = _runs(lengths.tolist(), targets.tolist(), (bounds - low).tolist(), rule.least)
+        first = np.array(runs[0], np.int64)
+        tokens = np.add.reduceat(lengths, first)
         block = {
             "document": start + np.searchsorted(bounds - low, first, side="right") - 1,
             "first": low + first,
-            "count": count,
+            "count": np.array(runs[1], np.int64),
             "target": targets[first],
+            "tokens": tokens,
         }
-        tokens = np.add.reduceat(lengths, first)
         yield {name: column[tokens >= rule.fewest_tokens] for name, column in block.items()}
+        start += len(bounds) - 1
 
 
 def _targets(low: int, high: int, rule: Rule) -> NDArray[np.int64]:

@@ -59,8 +59,9 @@ def write(folder: Path, data: Data, config: Tokenizer, report: Report = lambda c
     """Tokenise every document of the sources into ``folder``; memory holds a few blocks at a time."""
     # Setting it, even to its default, keeps the encoder from warning when a loader forks later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    texts = (p for document in documents(data, Problems(data.on_error)) for p in document.paragraphs)
-    tokenizer = tokenizers.create(config, texts)
+    tokenizer = tokenizers.create(
+        config, lambda: (p for document in documents(data) for p in document.paragraphs)
+    )
     special = tokenizers.special_ids(tokenizer)
     problems = Problems(data.on_error)
     counts = _write_tokens(folder, _encoded(documents(data, problems), tokenizer, data), tokenizer, report)

@@ -57,5 +57,6 @@ def _unreachable(name: str, error: Exception) -> DataError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(
         f"data.path={name}: the hub data set cannot be loaded ({reason}) "
-        "Check the name (owner/name[:config]), data.split and the network."
+        "Check the name (owner/name[:config]), data.split and the network; without one, data.streaming=false "
+        "reads what was downloaded before."
     )

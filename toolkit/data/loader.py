@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from torch import Tensor, cuda, set_num_threads
+from torch import Generator, Tensor, cuda, set_num_threads
 from torch.utils.data import DataLoader
 
 from toolkit.data.draws import Shuffle
@@ -90,6 +90,7 @@ def train_batches(
             batch_sampler=MicroBatches(dataset, start_sample, global_size, micro_size, rank, world),
             collate_fn=dataset.collate,
             pin_memory=cuda.is_available(),
+            generator=Generator(),  # else the loader draws from the global one, which a resume restores
             **parallel if workers else {},
         )
     )

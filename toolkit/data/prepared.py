@@ -5,7 +5,7 @@ prepared.train_samples, prepared.vocab_size, prepared.audit
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from toolkit.data import tokenizer as tokenizers
 from toolkit.data.arrays import open_columns
 from toolkit.data.cache import build, fingerprint
 from toolkit.data.tokenizer import Special
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,13 @@ def _write_samples(folder: Path, corpus_path: Path, config: RunConfig) -> None:
     (folder / "samples.json").write_text(json.dumps({"corpus": corpus_path.name}))
     sentences = open_columns(corpus_path / "sentences.arrow")["end"]
     documents = open_columns(corpus_path / "documents.arrow")["end"]
+    if config.data.whole_word and not open_columns(corpus_path / "vocabulary.arrow")["piece"].any():
+        raise ConfigError(
+            "data.whole_word=true: the tokenizer's vocabulary has no '##' pieces, so where words end "
+            "is unknown. Use a WordPiece tokenizer or data.whole_word=false."
+        )
     rule = chunks.rule(config.data, objective, config.seed)
     held = chunks.held_out(len(documents) - 1, config.data.holdout, config.seed, objective)
-    chunks.write(folder, sentences, documents, held, rule)
-    found = audit(Prepared.open(folder), config, held, rule)
-    (folder / "audit.json").write_text(json.dumps(found | {"rule": asdict(rule)}, indent=1))
+    counts = chunks.write(folder, sentences, documents, held, rule)
+    found = audit(Prepared.open(folder), config, held, counts)
+    (folder / "audit.json").write_text(json.dumps(found, indent=1))

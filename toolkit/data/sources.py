@@ -236,7 +236,7 @@ def _parquet(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
 
 
 def _row_document(row: Any, column: str, where: str, problems: Problems) -> Iterator[Document]:
-    """The document in a row: a text with blank lines between paragraphs, or a list of sentences."""
+    """The document in a row: a text with blank lines between paragraphs, or a list of paragraphs."""
     if not isinstance(row, dict) or column not in row:
         names = ", ".join(row) if isinstance(row, dict) else f"none, it is a {type(row).__name__}"
         hint = nearest(column, row) if isinstance(row, dict) else ""

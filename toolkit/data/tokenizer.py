@@ -1,11 +1,12 @@
 """The tokenizer: a pretrained one, a WordPiece vocab.txt, or WordPiece trained on the corpus.
 
-tokenizer = create(config.tokenizer, paragraphs)   # a Hugging Face tokenizer
+tokenizer = create(config.tokenizer, texts)   # a Hugging Face tokenizer
 tokenizer.save_pretrained(folder)                  # AutoTokenizer.from_pretrained(folder) loads it
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ class Special:
     mask: int
 
 
-def create(config: Tokenizer, paragraphs: Iterator[str]) -> Any:
-    """The configured tokenizer; ``paragraphs`` are consumed only if it is trained. Raises DataError."""
+def create(config: Tokenizer, texts: Callable[[], Iterator[str]]) -> Any:
+    """The configured tokenizer; ``texts()`` reads the corpus, only if one is trained. Raises DataError."""
     from transformers import BertTokenizer
 
     if config.path is None:
-        return BertTokenizer(_train(config, paragraphs), do_lower_case=config.lowercase)
+        return BertTokenizer(_train(config, texts), do_lower_case=config.lowercase)
     if vocab := _vocab_file(config.path):
         return BertTokenizer(_read_vocab(vocab, config.lowercase), do_lower_case=config.lowercase)
     return _pretrained(config.path)
@@ -73,24 +74,42 @@ def encoder(tokenizer: Any) -> Any:
     return backend
 
 
-def _train(config: Tokenizer, paragraphs: Iterator[str]) -> dict[str, int]:
-    """WordPiece over the corpus: special tokens at ids 0 to 4, the same corpus gives the same ids."""
+def _train(config: Tokenizer, texts: Callable[[], Iterator[str]]) -> dict[str, int]:
+    """WordPiece over the corpus: special tokens at ids 0 to 4, the same corpus gives the same ids.
+
+    The trainer numbers '##' characters, and breaks ties between merges by these numbers, in the order
+    in which its hash table gives the words: another one each time. So they are numbered before it starts.
+    """
     from tokenizers.implementations import BertWordPieceTokenizer
 
     trainer = BertWordPieceTokenizer(lowercase=config.lowercase)
+    most = max(1, min(1000, (config.vocab_size - len(SPECIAL)) // 2))  # each is kept twice, alone and as '##'
+    alphabet = _alphabet(texts(), trainer.normalizer, most)
+    if not alphabet:
+        raise DataError("tokenizer: the corpus holds no word to train on. Check data.path and data.column.")
+    continuing = [f"##{c}" for c in alphabet if len(trainer.pre_tokenizer.pre_tokenize_str(f"a{c}")) == 1]
     trainer.train_from_iterator(
-        paragraphs,
+        texts(),
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
-        # Every character is kept twice, alone and as '##' piece, before any merge is counted.
-        limit_alphabet=max(1, min(1000, (config.vocab_size - len(SPECIAL)) // 2)),
-        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        special_tokens=[*SPECIAL.values(), *continuing],
         show_progress=False,
     )
-    vocab: dict[str, int] = trainer.get_vocab()
-    if len(vocab) == len(SPECIAL):
-        raise DataError("tokenizer: the corpus holds no word to train on. Check data.path and data.column.")
-    return vocab
+    return dict(trainer.get_vocab())
+
+
+def _alphabet(texts: Iterator[str], normalizer: Any, most: int) -> list[str]:
+    """The most frequent characters after normalisation, sorted."""
+    raw: Counter[str] = Counter()
+    for text in texts:
+        raw.update(text)
+    counts: Counter[str] = Counter()
+    for character, number in raw.items():
+        for normal in normalizer.normalize_str(character).strip():
+            counts[normal] += number
+    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:most])
 
 
 def _vocab_file(path: str) -> Path | None:
@@ -121,8 +140,11 @@ def _read_vocab(path: Path, lowercase: bool) -> dict[str, int]:
 def _pretrained(path: str) -> Any:
     from transformers import AutoTokenizer
 
+    place = Path(path).expanduser()
+    if path[0] in "~./" and not place.exists():  # the library would look for it on the hub
+        raise DataError(f"tokenizer.path={path}: does not exist. Correct it, or train one (path=null).")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()) if path[0] in "~." else path)
+        tokenizer = AutoTokenizer.from_pretrained(str(place) if place.exists() else path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(

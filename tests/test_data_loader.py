@@ -1,0 +1,166 @@
+"""Training sees one endless stream of samples, whatever the world size, the workers or the first step."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import dataset, random_lengths, toy
+from torch import Tensor
+
+from toolkit.config import RunConfig
+from toolkit.data import eval_batches, require, train_batches
+from toolkit.data.draws import Shuffle
+from toolkit.data.loader import keys
+from toolkit.data.pairs import PairDataset
+from toolkit.errors import DataError
+
+Step = dict[str, Tensor]
+GLOBAL, MICRO = 16, 2
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return toy(tmp_path_factory.mktemp("loader"), random_lengths(10, 30), holdout=0.3)
+
+
+@pytest.fixture(scope="module")
+def pairs(config: RunConfig) -> PairDataset:
+    return dataset(config)
+
+
+@pytest.fixture(scope="module")
+def held(config: RunConfig) -> PairDataset:
+    return dataset(config, "eval")
+
+
+def steps(pairs: PairDataset, number: int, *, world: int = 1, workers: int = 0, start: int = 0) -> list[Step]:
+    """The samples of ``number`` optimizer steps from sample ``start``, put together from all ranks."""
+    ranks = [
+        train_batches(
+            pairs,
+            start_sample=start,
+            global_size=GLOBAL,
+            micro_size=MICRO,
+            rank=r,
+            world=world,
+            workers=workers,
+        )
+        for r in range(world)
+    ]
+    micro = GLOBAL // (MICRO * world)
+    rounds = [[next(rank) for rank in ranks] for _ in range(number * micro)]
+    batches = [batch for one in rounds for batch in one]
+    size = len(batches) // number
+    return [merged(batches[i * size : (i + 1) * size]) for i in range(number)]
+
+
+def merged(batches: list[Step]) -> Step:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def assert_same(left: list[Step], right: list[Step]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 2)])
+def test_another_world_size_sees_the_same_samples_and_masks(
+    pairs: PairDataset, world: int, workers: int
+) -> None:
+    assert_same(steps(pairs, 3, world=world, workers=workers), steps(pairs, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_resuming_is_starting_at_another_sample(pairs: PairDataset, workers: int) -> None:
+    whole = steps(pairs, 20)  # 320 samples: more than two epochs
+    assert len(pairs) < 160
+    assert_same(steps(pairs, 9, world=2, workers=workers, start=11 * GLOBAL), whole[11:])
+
+
+def test_an_epoch_has_every_sample_once_and_the_next_one_another_order(pairs: PairDataset) -> None:
+    n = len(pairs)
+    first, second = keys(pairs, 0, n), keys(pairs, n, n)
+    assert sorted(first) == [(0, i) for i in range(n)] and sorted(second) == [(1, i) for i in range(n)]
+    assert [i for _, i in first] != [i for _, i in second]
+    assert keys(pairs, n - 3, 6) == first[-3:] + second[:3]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
+def test_the_shuffle_is_a_permutation(n: int) -> None:
+    for epoch in range(3):
+        assert sorted(Shuffle(n, 7, epoch)(np.arange(n)).tolist()) == list(range(n))
+
+
+def test_the_shuffle_differs_by_seed_and_epoch_and_looks_random() -> None:
+    n = 4000
+    orders = [Shuffle(n, seed, epoch)(np.arange(n)) for seed in (1, 2) for epoch in (0, 1)]
+    for i, order in enumerate(orders):
+        assert (order == np.arange(n)).sum() < 10  # a random permutation has one fixed point on average
+        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 5 / n**0.5
+        assert (np.abs(np.diff(order)) == 1).sum() < 20  # neighbours are torn apart
+        assert all((order == other).sum() < 10 for other in orders[:i])
+
+
+def test_a_shuffle_of_a_trillion_costs_no_memory() -> None:
+    images = Shuffle(10**12, 1, 0)(np.arange(1000))
+    assert len(set(images.tolist())) == 1000 and images.max() < 10**12 and images.max() > 10**11
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("limit", [None, 1, 7, 10**6])
+def test_evaluation_counts_each_sample_once_over_the_ranks(
+    held: PairDataset, world: int, limit: int | None
+) -> None:
+    ranks = [list(eval_batches(held, micro_size=4, rank=r, world=world, limit=limit)) for r in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = merged([batch for batches in ranks for batch in batches])
+    real = rows["nsp_labels"] != -100
+    number = min(limit or len(held), len(held))
+    assert real.sum() == number
+    expected = held.collate([held.sample(0, i) for i in range(number)])
+    assert sorted(rows["input_ids"][real].tolist()) == sorted(expected["input_ids"].tolist())
+    assert (rows["mlm_labels"] != -100).sum() == (expected["mlm_labels"] != -100).sum()
+    assert (rows["attention_mask"].sum(1) > 0).all()  # a row of padding only would make NaN
+
+
+def test_evaluation_draws_the_same_each_time_and_other_than_training(held: PairDataset) -> None:
+    once, again = (list(eval_batches(held, micro_size=8, rank=0, world=1, limit=8)) for _ in range(2))
+    assert_same(once, again)
+    assert all(np.array_equal(held.sample(5, i).input_ids, held.sample(0, i).input_ids) for i in range(5))
+
+
+def test_a_corpus_smaller_than_a_step_says_how_many_samples_there_are(pairs: PairDataset) -> None:
+    n = len(pairs)
+    with pytest.raises(
+        DataError, match=rf"batch.global_size={n + 1}: .* only {n} training samples. Use a smaller"
+    ):
+        require(pairs.prepared, n + 1)
+    require(pairs.prepared, n)
+
+
+def test_evaluating_without_a_holdout_is_refused(tmp_path: Path) -> None:
+    nothing = dataset(toy(tmp_path, random_lengths(3, 5)), "eval")
+    with pytest.raises(DataError, match=r"data.holdout=0: nothing is held out.*Set data.holdout above 0"):
+        next(eval_batches(nothing, micro_size=1, rank=0, world=1, limit=None))
+
+
+def test_loading_leaves_the_global_random_state_alone(pairs: PairDataset) -> None:
+    before = torch.random.get_rng_state()
+    steps(pairs, 1, workers=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_workers_end_when_the_stream_is_dropped(pairs: PairDataset) -> None:
+    import gc
+    import multiprocessing
+
+    stream = train_batches(
+        pairs, start_sample=0, global_size=GLOBAL, micro_size=MICRO, rank=0, world=1, workers=1
+    )
+    assert len(list(islice(stream, 3))) == 3
+    del stream
+    gc.collect()
+    assert not multiprocessing.active_children()
