@@ -72,7 +72,7 @@ def examine(
     if not batch:
         ds = {**_batch(config, world), **ds}
     if not list(_shape(ds, "")):
-        _fill_nvme(ds, largest, run_dir)
+        _fill_nvme(ds, Facts(ds, world, device, largest), run_dir)
         _fill_monitors(ds, run_dir)
     facts = Facts(ds, world, device, largest, config)
     rest = [p for p in problems(facts) if not (batch and p.rule == "batch_product")]
@@ -179,16 +179,17 @@ def _joined(numbers: list[int]) -> str:
     return " or ".join(map(str, numbers))
 
 
-def _fill_nvme(ds: dict[str, Any], largest: int, run_dir: Path | None) -> None:
-    zero = ds.get("zero_optimization", {})
+def _fill_nvme(ds: dict[str, Any], facts: Facts, run_dir: Path | None) -> None:
     # Below the run: DeepSpeed empties the folder at start, so two runs must not share one.
     folder = str((run_dir or cache_dir("swap")) / "nvme")
-    for key in ("offload_optimizer", "offload_param"):
-        block = zero.get(key) or {}
-        if block.get("device") == "nvme":
-            block.setdefault("nvme_path", folder)
-            if key == "offload_param":  # the default of 1e8 elements, times five buffers, is pinned memory
-                block.setdefault("buffer_size", -(-largest // 2**20) * 2**20)
+    zero = ds.get("zero_optimization", {})
+    if facts.offload == "nvme":
+        zero["offload_optimizer"].setdefault("nvme_path", folder)
+        zero["offload_optimizer"].setdefault("buffer_count", facts.swap_buffers)
+    if facts.param_offload == "nvme":
+        zero["offload_param"].setdefault("nvme_path", folder)
+        # DeepSpeed's default is 1e8 elements for each of five buffers, all pinned memory.
+        zero["offload_param"].setdefault("buffer_size", -(-(facts.largest or 1) // 2**20) * 2**20)
 
 
 def _fill_monitors(ds: dict[str, Any], run_dir: Path | None) -> None:

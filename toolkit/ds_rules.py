@@ -134,9 +134,10 @@ class Facts:
         return (self.stage, self.dtype, self.accumulation) == (1, "bf16", "fp32") and self.offload != "cpu"
 
     @property
-    def swapped_states(self) -> int:
-        """Buffers that one parameter needs on NVMe: itself, its gradient and the optimizer's states."""
-        return 3 if self.optimizer in ("DeepSpeedCPULion", "torch.SGD", "DeepSpeedCPUAdagrad") else 4
+    def swap_buffers(self) -> int:
+        """Buffers that one parameter's optimizer state on NVMe takes, twice where steps overlap. Seen."""
+        block = self["zero_optimization.offload_optimizer"] or {}
+        return 8 if block.get("pipeline_read") or block.get("pipeline_write") else 4
 
     @property
     def batch_found(self) -> int:
@@ -322,15 +323,17 @@ RULES: dict[str, Rule] = {
         "than one of {f.world} parts of the largest parameter ({f.largest} elements). Drop it: it is "
         "derived.",
     ),
-    "nvme_buffer_count": (  # partitioned_optimizer_swapper.py, swap_in_optimizer_state; seen
-        lambda f: (
-            f.offload == "nvme"
-            and f["zero_optimization.offload_optimizer.buffer_count"] is not None
-            and f["zero_optimization.offload_optimizer.buffer_count"] < f.swapped_states
-        ),
-        "{p}zero_optimization.offload_optimizer.buffer_count="
-        "{f[zero_optimization.offload_optimizer.buffer_count]}: {f[optimizer.type]} needs "
-        "{f.swapped_states}. Drop it.",
+    "nvme_buffer_count": (  # partitioned_ and pipelined_optimizer_swapper.py assert it at the first step
+        lambda f: f.offload == "nvme" and (f["zero_optimization.offload_optimizer.buffer_count"] or 4) < f.swap_buffers,
+        "{p}zero_optimization.offload_optimizer.buffer_count is below {f.swap_buffers}: too few for a parameter, its "
+        "gradient and its states (twice, if pipelined). Set it to {f.swap_buffers}.",
+    ),
+    # The swapper reads a gradient with O_DIRECT to where its parameter starts in the sub-group, and
+    # gets garbage off a multiple of 512 bytes; alone in its sub-group it starts at 0. Seen.
+    "nvme_sub_groups": (
+        lambda f: f.offload == "nvme" and f.stage == 3 and (f["zero_optimization.sub_group_size"] or 2) > 1,
+        "{p}zero_optimization.offload_optimizer.device=nvme needs {p}zero_optimization.sub_group_size=1: DeepSpeed "
+        "misreads the gradients of larger groups and trains on garbage. Use offload=nvme, or set it.",
     ),
     "partial_offload": (  # zero/config.py, offload_ratio_check; stage3.py
         lambda f: (
