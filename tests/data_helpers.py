@@ -64,7 +64,7 @@ def random_lengths(documents: int, sentences: int, words: tuple[int, int] = (3, 
 def unmasked(sample: Sample) -> list[int]:
     ids = sample.input_ids.copy()
     ids[sample.positions] = sample.labels
-    return ids.tolist()
+    return [int(i) for i in ids]
 
 
 def parts(sample: Sample) -> tuple[list[int], list[int]]:

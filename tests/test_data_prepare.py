@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ from data_helpers import (
     unmasked,
     write_vocab,
 )
+from filelock import FileLock
 from rich.console import Console
 
 from toolkit import data
@@ -33,6 +35,7 @@ from toolkit.config import RunConfig
 from toolkit.data import corpus as corpora
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.arrays import Spool, open_columns, seal
+from toolkit.data.cache import build
 from toolkit.data.pairs import PairDataset
 from toolkit.data.sentences import split
 from toolkit.data.sources import documents
@@ -77,7 +80,8 @@ def test_documents_that_span_blocks_or_are_empty_keep_their_bounds(
     monkeypatch.setattr(corpora, "BLOCK_CHARACTERS", 40)
     (tmp_path / "x.jsonl").write_text(
         "".join(
-            json.dumps({"text": t}) + "\n" for t in (["w1 w2", "w3"] * 9, "", ["\x00", "w0"], " ", ["w2"] * 5)
+            json.dumps({"text": t}) + "\n"
+            for t in (["w1 w2", "w3"] * 9, "", ["\x00", "w0"], " ", ["w2"] * 5, "\x01 " * 60)
         )
     )
     vocab = write_vocab(tmp_path, [f"w{i}" for i in range(9)])
@@ -87,7 +91,7 @@ def test_documents_that_span_blocks_or_are_empty_keep_their_bounds(
     prepared = data.prepare(config)
     assert prepared.tokens.tolist() == [6, 7, 8] * 9 + [5] + [7] * 5
     assert prepared.documents.tolist() == [0, 18, 19, 24]
-    assert (prepared.audit["documents"], prepared.audit["empty_documents"]) == (3, 2)
+    assert (prepared.audit["documents"], prepared.audit["empty_documents"]) == (3, 3)
 
 
 def test_large_vocabularies_get_wider_tokens(tmp_path: Path) -> None:
@@ -118,13 +122,15 @@ def test_held_out_documents_are_never_in_training_samples(tmp_path: Path) -> Non
     lengths = random_lengths(20, 12)
     config = toy(tmp_path, lengths, holdout=0.3)
     prepared = data.prepare(config)
+    home = {t: d for d, document in enumerate(corpus(lengths)) for s in document for t in s}
     seen = {}
     for part in ("train", "eval"):
         samples = dataset(config, part, prepared)
-        tokens = [
-            t for e in range(6) for i in range(len(samples)) for p in parts(samples.sample(e, i)) for t in p
-        ]
-        seen[part] = set(tokens)
+        drawn = [samples.sample(e, i) for e in range(6) for i in range(len(samples))]
+        seen[part] = {token for sample in drawn for segment in parts(sample) for token in segment}
+        for sample in drawn:
+            here, there = ({home[t] for t in segment} for segment in parts(sample))
+            assert len(here) == len(there) == 1 and (here != there) == (sample.pair_label == 1)
     assert not seen["train"] & seen["eval"]
     held = {d for d, document in enumerate(corpus(lengths)) if set(chain(*document)) & seen["eval"]}
     assert len(held) == 6 and held == set(prepared.members("eval").tolist())
@@ -164,6 +170,8 @@ def test_what_was_skipped_is_in_the_audit(tmp_path: Path) -> None:
     source.write_text(source.read_text() + '{"text": \n{"txt": "x"}\n{"text": ""}\n')
     audit = data.prepare(config).audit
     assert (audit["documents"], audit["skipped"], audit["empty_documents"]) == (5, 2, 1)
+    with pytest.raises(DataError, match=r"corpus.jsonl:6: no valid JSON"):
+        data.prepare(with_data(config, on_error="raise"))
     assert "corpus.jsonl:6: no valid JSON" in audit["skipped_first"][0]
 
 
@@ -258,6 +266,24 @@ def test_two_processes_preparing_the_same_data_build_it_once(tmp_path: Path) -> 
     outputs = [process.communicate(timeout=120)[0] for process in [start(config), start(config)]]
     assert outputs[0] == outputs[1] and int(outputs[0]) > 0
     assert len(built(config)) == 2
+
+
+def test_waiting_for_another_process_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    held, built_at = threading.Event(), []
+
+    def hold() -> None:
+        with FileLock(tmp_path / "x.lock"):
+            held.set()
+            time.sleep(0.3)
+            built_at.append("released")
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    build(tmp_path, "x", lambda folder: built_at.append("built"))
+    holder.join()
+    assert built_at == ["released", "built"]
+    assert "waiting for another process that is preparing" in caplog.text
 
 
 def test_a_killed_build_is_not_taken_for_done_and_is_cleared_away(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def test_a_file_is_a_document_of_unwrapped_paragraphs(tmp_path: Path) -> None:
     text(tmp_path / "b.txt", "Wrapped\nprose here.\n\n\nSecond\n  paragraph.")
     text(tmp_path / "a.txt", "First file.\n")
     files = str(tmp_path / "*.txt")
+    odd = text(tmp_path / "[odd name]?.md", "Odd.")
+    assert read(path=odd) == [["Odd."]]  # an existing file is no glob
     assert read(path=files, documents="file") == [
         ["First file."],
         ["Wrapped prose here.", "Second paragraph."],
@@ -102,7 +104,7 @@ BAD = [
 
 @pytest.mark.parametrize(("format", "content", "data", "message"), BAD)
 def test_bad_input_is_named_or_skipped(
-    tmp_path: Path, format: str, content: bytes, data: dict[str, str], message: str
+    tmp_path: Path, format: str, content: bytes, data: dict[str, Any], message: str
 ) -> None:
     path = text(tmp_path / "x", content)
     with pytest.raises(DataError, match=message + ".*data.on_error=skip") as raised:

@@ -1,12 +1,13 @@
 """Arrays larger than memory: spooled while they grow, then sealed as one Arrow file that memory-maps.
 
-spool = Spool(folder / "tokens", np.uint16)
-spool.append(values)
-seal(folder / "tokens.arrow", {"id": spool})
-open_columns(folder / "tokens.arrow")["id"]  # a numpy view of the file, nothing is copied
+    spool = Spool(folder / "tokens", np.uint16)
+    spool.append(values)
+    seal(folder / "tokens.arrow", {"id": spool})
+    open_columns(folder / "tokens.arrow")["id"]  # a numpy view of the file, nothing is copied
+
+A slice of a column reads that part of the file and nothing else.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,8 @@ def seal(path: Path, columns: dict[str, Spool]) -> None:
     spool is mapped, not read, so sealing costs a copy on disk and no memory.
     """
     batch = pa.record_batch({name: pa.array(spool.view()) for name, spool in columns.items()})
-    with path.open("wb") as file:
-        with pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
+    with pa.ipc.new_file(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
     for spool in columns.values():
         spool.remove()
 

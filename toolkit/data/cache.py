@@ -1,18 +1,23 @@
 """Cached folders: built once under a lock, named by what they depend on, complete or absent.
 
-folder = build(cache, f"corpus-{fingerprint(sources, tokenizer)}", write)
+    folder = build(cache, f"corpus-{fingerprint(sources, tokenizer)}", write)
+
+A folder of that name is complete and never changes again; deleting it is always safe.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+log = logging.getLogger(__name__)
 FORMAT = 1  # raise it when the meaning of any cached file changes
 
 
@@ -32,7 +37,7 @@ def build(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{name}.lock"):
+    with _locked(cache / f"{name}.lock"):
         for leftover in cache.glob(f"{name}.building-*"):  # under the lock, so its process is dead
             shutil.rmtree(leftover)
         if not folder.is_dir():
@@ -40,11 +45,29 @@ def build(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
     return folder
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The lock is the operating system's, so that of a killed process is free."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for another process that is preparing %s", path.with_suffix(""))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _stage(folder: Path, write: Callable[[Path], None]) -> None:
     staging = folder.with_name(f"{folder.name}.building-{os.getpid()}")
     staging.mkdir()
     try:
         write(staging)
+        for path in (path for path in staging.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # the name must not outlive a power cut that the content does not
         staging.replace(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -85,8 +85,9 @@ def _write_vocabulary(folder: Path, tokenizer: Any) -> None:
     """Per id: is it a '##' piece of a word, and may masking draw it (it exists and is not special)?"""
     size = tokenizers.vocab_size(tokenizer)
     piece, regular = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
-    for token, number in tokenizer.get_vocab().items():
-        piece[number], regular[number] = token.startswith("##"), number not in tokenizer.all_special_ids
+    regular[list(tokenizer.get_vocab().values())] = 1
+    regular[tokenizer.all_special_ids] = 0
+    piece[[number for token, number in tokenizer.get_vocab().items() if token.startswith("##")]] = 1
     columns = {"piece": Spool(folder / "piece", np.uint8), "regular": Spool(folder / "regular", np.uint8)}
     columns["piece"].append(piece)
     columns["regular"].append(regular)

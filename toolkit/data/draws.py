@@ -1,7 +1,9 @@
 """Random choices as pure functions of whole numbers: no state, so any rank or worker draws the same.
 
-uniform(mix(seed, salt, index))       # many choices at once, each in [0, 1)
-generator(seed, split, epoch, index)  # a numpy Generator for one sample
+    uniform(mix(seed, salt, index))       # many choices at once, each in [0, 1)
+    generator(seed, split, epoch, index)  # a numpy Generator for one sample
+
+Salts and splits keep the random numbers of different decisions apart.
 """
 
 import numpy as np

@@ -1,6 +1,8 @@
 """Data sets of the Hugging Face hub, streamed or downloaded by the datasets library.
 
-for where, row in rows(data, ["Salesforce/wikitext:wikitext-2-raw-v1"]): ...
+    for where, row in rows(data, ["Salesforce/wikitext:wikitext-2-raw-v1"]): ...
+
+A folder of data files stands for a data set of the hub, as in the library.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
 """Prepared data: what ``toolkit prepare`` leaves in the cache and training maps into memory.
 
-prepared = prepare(config, progress=True)
-prepared.train_samples, prepared.vocab_size, prepared.audit
+    prepared = prepare(config, progress=True)
+    prepared.train_samples, prepared.vocab_size, prepared.audit
+
+Calling it again with the same config and the same sources finds everything in the cache.
 """
 
 import json

@@ -1,6 +1,8 @@
 """English prose that every Python carries: its language topics and the standard library's docstrings.
 
-for title, paragraphs in documents(): ...   # 'topics/with', ['The "with" statement is used …', …]
+    for title, paragraphs in documents(): ...   # 'topics/with', ['The "with" statement is used …', …]
+
+Nothing is imported, run or downloaded; the text differs only between versions of Python.
 """
 
 import ast

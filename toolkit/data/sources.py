@@ -83,10 +83,10 @@ def files(data: Data) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in paths(data):
         absolute = Path(pattern).expanduser().absolute()
-        matches = [Path(p) for p in glob.glob(str(absolute), recursive=True)]  # noqa: PTH207 - takes absolute ones
-        if matches == [absolute] and absolute.is_dir():
+        if absolute.is_dir():
             raise DataError(f"data.path={pattern}: is a folder. Name its files: data.path='{pattern}/*'.")
-        matches = sorted(path.resolve() for path in matches if path.is_file())
+        names = [absolute] if absolute.is_file() else glob.glob(str(absolute), recursive=True)  # noqa: PTH207
+        matches = sorted(path.resolve() for path in map(Path, names) if path.is_file())
         if not matches:
             raise DataError(f"data.path={pattern}: no file matches (working directory {Path.cwd()}).")
         found |= dict.fromkeys(matches)

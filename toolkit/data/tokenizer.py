@@ -1,7 +1,9 @@
 """The tokenizer: a pretrained one, a WordPiece vocab.txt, or WordPiece trained on the corpus.
 
-tokenizer = create(config.tokenizer, texts)   # a Hugging Face tokenizer
-tokenizer.save_pretrained(folder)                  # AutoTokenizer.from_pretrained(folder) loads it
+    tokenizer = create(config.tokenizer, texts)   # a Hugging Face tokenizer
+    tokenizer.save_pretrained(folder)             # AutoTokenizer.from_pretrained(folder) loads it
+
+Corpus text is then encoded by :func:`encoder`, which adds and cuts nothing.
 """
 
 import hashlib
