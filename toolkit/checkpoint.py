@@ -164,7 +164,11 @@ def _compare(path: Path, manifest: dict[str, Any], layout: dict[str, Any]) -> No
         there = manifest.get(key)
         if there != here:
             if isinstance(here, dict) and isinstance(there, dict):
-                key, there, here = next((f"{key}.{k}", there.get(k), here.get(k)) for k in sorted({*here, *there}) if there.get(k) != here.get(k))
+                key, there, here = next(
+                    (f"{key}.{k}", there.get(k), here.get(k))
+                    for k in sorted({*here, *there})
+                    if there.get(k) != here.get(k)
+                )
             raise CheckpointError(
                 f"{path}: saved with {key}={there}, this run has {key}={here}. Use the saved value, or start a "
                 "new run from its weights: toolkit export, then model.weights=<that export>."
@@ -172,7 +176,7 @@ def _compare(path: Path, manifest: dict[str, Any], layout: dict[str, Any]) -> No
 
 
 def _rng() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 whoever uses the global one
+    kind, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     state["numpy"] = [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest]
     if torch.cuda.is_available():
@@ -184,7 +188,7 @@ def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from toolkit.errors import ConfigError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
+Dtype = Literal["fp32", "tf32", "bf16", "fp16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -128,7 +129,7 @@ class Machine(Strict):
     name: str = "this"
     device_name: str | None = None  # part of torch.cuda.get_device_name()
     memory_gib: float | None = None
-    peak_tflops: dict[Literal["fp32", "tf32", "bf16", "fp16"], float] = {}  # dense, by input type
+    peak_tflops: dict[Dtype, float] = {}  # dense, by input type
 
 
 class RunConfig(Strict):

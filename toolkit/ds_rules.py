@@ -307,7 +307,7 @@ RULES: dict[str, Rule] = {
         "{p}zero_optimization.{got[0]}.nvme_path to a folder on the NVMe drive.",
     ),
     "nvme_params_on_cpu": (  # partition_parameters.py, Init._set_dtype: bf16 whatever was asked; seen
-        lambda f: f.param_offload == "nvme" and f.device == "cpu" and f.dtype == "fp32",
+        lambda f: f.config is None and f.param_offload == "nvme" and f.device == "cpu" and f.dtype == "fp32",
         "{p}zero_optimization.offload_param.device=nvme in fp32 on a CPU: DeepSpeed stores such "
         "parameters in bf16. "
         "Use offload=cpu_params, or precision=bf16.",

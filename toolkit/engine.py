@@ -1,7 +1,7 @@
 """The only deepspeed.initialize, and one verb, ``train_batch``, for whatever engine it returns.
 
-    engine = Engine.start(model, task, run)
-    step = engine.train_batch(batches, stop=False)     # one optimizer step
+engine = Engine.start(model, task, run)
+step = engine.train_batch(batches, stop=False)     # one optimizer step
 """
 
 import copy
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit import ranks
+from toolkit.config import Dtype
 from toolkit.models.build import decay_groups
 from toolkit.run import Run
 from toolkit.schedule import factor
@@ -128,7 +129,7 @@ class Engine:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Dtype:
         """What the matrix products are computed in: fp32, bf16 or fp16."""
         return "bf16" if self.ds.bfloat16_enabled() else "fp16" if self.ds.fp16_enabled() else "fp32"
 

@@ -29,7 +29,7 @@ class CheckpointError(ToolkitError):
     """A checkpoint is missing, broken or belongs to another model."""
 
 
-class Stopped(Exception):  # noqa: N818 it is no error
+class Stopped(Exception):
     """Training was asked to stop, and has saved."""
 
 

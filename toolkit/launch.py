@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from toolkit.config import RunConfig, conf_dir, load, schema
-from toolkit.errors import ConfigError, Stopped, ToolkitError, nearest
+from toolkit.compose import permissive, register_schema
+from toolkit.config import RunConfig, conf_dir, load
+from toolkit.errors import ConfigError, Stopped, ToolkitError
 
 REFUSED = 2
 # The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
@@ -52,38 +53,6 @@ def recipe(main: Callable[[RunConfig], None]) -> Callable[[], None]:
         decorate(functools.partial(_job, main, debug))()
 
     return command
-
-
-def register_schema() -> None:
-    """Give Hydra the defaults of toolkit/config.py as the base of the composition."""
-    from hydra.core.config_store import ConfigStore
-
-    ConfigStore.instance().store("schema", schema())
-
-
-def permissive(arguments: list[str]) -> list[str]:
-    """Let every key through Hydra (``a.b=1`` as ``++a.b=1``), so that one place judges keys: ours.
-
-    Hydra refuses keys that no option mentions yet, which would bar valid DeepSpeed keys, and names no
-    nearest key for a typo. The options of a group are checked here for the same reason.
-    """
-    return [_permissive(a) for a in arguments]
-
-
-def _permissive(argument: str) -> str:
-    match = re.match(r"([A-Za-z_][\w./]*)=(.*)$", argument, re.DOTALL)
-    if not match or match[1].startswith("hydra"):
-        return argument
-    key, value = match.groups()
-    folder = conf_dir() / key
-    if "." in key or not folder.is_dir():
-        return f"++{argument}"
-    options = sorted(f.stem for f in folder.glob("*.yaml"))
-    for option in value.strip("[]").split(","):
-        if option.strip() not in (*options, "null"):
-            hint = nearest(option, options)
-            raise ConfigError(f"{argument}: no such option.{hint} {key} has: {', '.join(options)}.")
-    return argument
 
 
 def refuse(error: ToolkitError) -> None:

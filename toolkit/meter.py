@@ -1,6 +1,6 @@
 """Throughput as it is: over all ranks, real work only, the clock stopped for warm-up, evaluation and saving.
 
-    meter.add(step); ...; record = meter.read()
+meter.add(step); ...; record = meter.read()
 """
 
 import resource
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from toolkit import ranks
-from toolkit.config import RunConfig
+from toolkit.config import Dtype, RunConfig
 from toolkit.plan.machines import peak_tflops
 
 WARMUP_STEPS = 2  # first calls allocate, compile and fill caches
@@ -23,7 +23,7 @@ GIB = 2**30
 class Meter:
     """Counts steps between two readings. Reading is the only place where the device is waited for."""
 
-    def __init__(self, config: RunConfig, task: Any, dtype: str) -> None:
+    def __init__(self, config: RunConfig, task: Any, dtype: Dtype) -> None:
         self.config = config
         self.task = task
         cuda = torch.cuda.is_available() and ranks.device() == "cuda"

@@ -6,8 +6,12 @@ Left to itself DeepSpeed compiles at first use, silently and for minutes, and wa
 the lock file that a killed build leaves behind.
 """
 
+import hashlib
+import importlib.util
 import os
+import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,40 +25,63 @@ from toolkit.errors import PlanError
 
 
 def directory() -> Path:
-    """Where ops are built: TORCH_EXTENSIONS_DIR, or the toolkit's cache, one folder per version."""
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        from importlib.metadata import version
+    """Where ops are built: under TORCH_EXTENSIONS_DIR or the toolkit's cache, a folder per version and CPU."""
+    from importlib.metadata import version
 
-        versions = f"torch{version('torch')}-deepspeed{version('deepspeed')}"
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache_dir("ops") / versions)
-    path = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    name = f"torch{version('torch')}-deepspeed{version('deepspeed')}-py{sys.version_info.minor}-{_cpu_kind()}"
+    base = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_dir("ops"))
+    path = base if base.name == name else base / name
     path.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(path)
     return path
 
 
+def _cpu_kind() -> str:
+    """Ops are compiled for the very CPU (-march=native); a home directory may serve several kinds."""
+    info = Path("/proc/cpuinfo")
+    flags = next((x for x in info.read_text().splitlines() if x.startswith("flags")), "") if info.exists() else ""
+    return hashlib.sha256((platform.machine() + flags).encode()).hexdigest()[:8]
+
+
 def ensure(builders: Sequence[str], console: Any) -> None:
-    """Build what is missing of ``builders`` (DeepSpeed's class names, e.g. ``CPUAdamBuilder``).
+    """Build what is missing of ``builders`` (DeepSpeed's class names, e.g. ``CPUAdamBuilder``), load all.
 
     Safe to call on every rank at once: one builds, the others wait for it. The file lock belongs to
-    the operating system, so it ends with the process that holds it.
+    the operating system, so it ends with the process that holds it. Loaded here, an op is found loaded
+    by DeepSpeed, whose own way to load takes the lock that may be stale and asks ninja first.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 
     ops = [get_accelerator().create_op_builder(name) for name in builders]
     root = directory()
-    missing = [op for op in ops if not installed_ops.get(op.name) and not _built(root, op.name)]
-    if not missing:
-        return
-    with _locked(root / "toolkit.lock", console):
-        for op in missing:
-            _clear_stale_lock(root / op.name, console)
-            if not _built(root, op.name):
-                _build(op, console)
+    for op in (o for o in ops if not installed_ops.get(o.name)):
+        if not _built(root, op.name):
+            with _locked(root / "toolkit.lock", console):
+                _clear_stale_lock(root / op.name, console)
+                if not _built(root, op.name):
+                    _build(op, console)
+        _load(op, root)
 
 
 def _built(root: Path, name: str) -> bool:
     return (root / name / f"{name}.so").exists() and not (root / name / "lock").exists()
+
+
+def _load(op: Any, root: Path) -> None:
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    if op.name in OpBuilder._loaded_ops:
+        return
+    if type(op).load is not OpBuilder.load:  # async_io and pin_memory have a way of their own
+        with FileLock(root / "toolkit.lock"):
+            op.load(verbose=False)
+        return
+    spec = importlib.util.spec_from_file_location(op.name, root / op.name / f"{op.name}.so")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    OpBuilder._loaded_ops[op.name] = module
 
 
 def _build(op: Any, console: Any) -> None:

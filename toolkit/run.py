@@ -1,9 +1,9 @@
 """The run directory and everything written into it; the terminal and the log files.
 
-    run = Run.open(config)          # runs/<name>/, the same on every rank
-    run.log({"step": 1, "loss": 9})  # one flat line in metrics.jsonl
+run = Run.open(config)          # runs/<name>/, the same on every rank
+run.log({"step": 1, "loss": 9})  # one flat line in metrics.jsonl
 
-    runs/<name>/  config.yaml  ds_config.json  env.json  metrics.jsonl  log.rank0.txt  checkpoints/  export/
+runs/<name>/  config.yaml  ds_config.json  env.json  metrics.jsonl  log.rank0.txt  checkpoints/  export/
 """
 
 import json
@@ -47,7 +47,7 @@ class Terminal:
             self._saved = (os.dup(1), os.dup(2))
             out = os.fdopen(os.dup(1), "w", buffering=1)
             self.console = Console(file=out, quiet=ranks.rank() != 0, soft_wrap=True)
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 closed in __exit__
+            self._spool = tempfile.TemporaryFile()
             self._redirect(self._spool.fileno())
             logging.captureWarnings(True)
             logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -144,6 +144,14 @@ class Run:
 
         self.write_text(name, OmegaConf.to_yaml(OmegaConf.create(tree)))
 
+    def write_model(self, config: Any, architecture: str, tokenizer: Path) -> None:
+        """``model/``: a Hugging Face folder but for the weights, which ``toolkit export`` adds."""
+        if ranks.rank() == 0:
+            folder = self.dir / "model"
+            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+            described = config.to_diff_dict() | {"architectures": [architecture]}
+            replace(folder / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one flat record to metrics.jsonl and to DeepSpeed's monitors."""
         if ranks.rank() != 0:
@@ -210,7 +218,11 @@ def environment() -> dict[str, Any]:
 
 def _cpu() -> list[str]:
     info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    models = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
     return [f"{len(models) or os.cpu_count()} x {models[0] if models else 'CPU'}"]
 
 

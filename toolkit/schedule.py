@@ -1,6 +1,6 @@
 """The learning rate as a factor of the optimizer's own, for every step of the run.
 
-    factor(Schedule(name="linear", warmup=0.1), step=0, total=1000)   # 1/100: the first step trains, too
+factor(Schedule(name="linear", warmup=0.1), step=0, total=1000)   # 1/100: the first step trains, too
 """
 
 import math

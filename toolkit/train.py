@@ -1,6 +1,6 @@
 """The loop: train, log, evaluate, save, and stop cleanly when asked to.
 
-    fit(engine, task, run)
+fit(engine, task, run)
 """
 
 import math

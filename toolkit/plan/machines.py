@@ -3,7 +3,7 @@
 import time
 from functools import lru_cache
 
-from toolkit.config import Machine, conf_dir
+from toolkit.config import Dtype, Machine, conf_dir
 
 
 def table() -> list[Machine]:
@@ -14,24 +14,24 @@ def table() -> list[Machine]:
     return [Machine.model_validate(OmegaConf.to_container(OmegaConf.load(f))) for f in files]
 
 
-def peak_tflops(machine: Machine, dtype: str, device_name: str | None) -> float | None:
+def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> float | None:
     """Dense TFLOP/s of one device for inputs of ``dtype`` (fp32, tf32, bf16, fp16).
 
     From the chosen machine, else from the table by the device's name; None if neither knows it.
     ``device_name`` None is a CPU: there the peak is a measured matrix product.
     """
     if dtype in machine.peak_tflops:
-        return machine.peak_tflops[dtype]  # type: ignore[index]
+        return machine.peak_tflops[dtype]
     if device_name is None:
         return measured_tflops(dtype)
     for known in table():
         if known.device_name and known.device_name in device_name:
-            return known.peak_tflops.get(dtype)  # type: ignore[call-overload,no-any-return]
+            return known.peak_tflops.get(dtype)
     return None
 
 
 @lru_cache
-def measured_tflops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
+def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 5) -> float:
     """The best of ``repeats`` products of two square matrices, in TFLOP/s, with this process's threads."""
     import torch
 

@@ -39,6 +39,8 @@ class Pretrain:
             )
         self.hf_config = model_config(config.model, vocab_size=self.vocab_size, pad_id=self.prepared.pad_id)
         self.model_class = MODELS[config.task.objective]
+        run.write_model(self.hf_config, self.model_class.saved_as, self.prepared.tokenizer)
+        run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
         self.flops = flops.bert(config.model, vocab_size=self.vocab_size, length=config.data.max_length)
 
@@ -57,6 +59,8 @@ class Pretrain:
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out samples, the same ones and the same masks each time."""
+        if not self.prepared.eval_samples:
+            return iter(())
         return data.eval_batches(
             self._dataset("eval"),
             micro_size=self.config.batch.micro_size,
@@ -96,9 +100,7 @@ class Pretrain:
 
 
 def _sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

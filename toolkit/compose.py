@@ -1,0 +1,55 @@
+"""Hydra's part: the defaults as its base config, overrides let through to our own checks, composition.
+
+    config = compose(["zero=stage3", "batch.global_size=64"])     # as a recipe would
+"""
+
+import re
+
+from toolkit.config import RunConfig, conf_dir, load, schema
+from toolkit.errors import ConfigError, nearest
+
+
+def compose(overrides: list[str]) -> RunConfig:
+    """The checked configuration of these command-line overrides. Raises ConfigError."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
+    register_schema()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            return load(hydra_compose("config", permissive(overrides)))
+        except HydraException as error:
+            raise ConfigError(str(error)) from error
+
+
+def register_schema() -> None:
+    """Give Hydra the defaults of toolkit/config.py as the base of the composition."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store("schema", schema())
+
+
+def permissive(arguments: list[str]) -> list[str]:
+    """Let every key through Hydra (``a.b=1`` as ``++a.b=1``), so that one place judges keys: ours.
+
+    Hydra refuses keys that no option mentions yet, which would bar valid DeepSpeed keys, and names no
+    nearest key for a typo. The options of a group are checked here for the same reason.
+    """
+    return [_permissive(a) for a in arguments]
+
+
+def _permissive(argument: str) -> str:
+    match = re.match(r"([A-Za-z_][\w./]*)=(.*)$", argument, re.DOTALL)
+    if not match or match[1].startswith("hydra"):
+        return argument
+    key, value = match.groups()
+    folder = conf_dir() / key
+    if "." in key or not folder.is_dir():
+        return f"++{argument}"
+    options = sorted(f.stem for f in folder.glob("*.yaml"))
+    for option in value.strip("[]").split(","):
+        if option.strip() not in (*options, "null"):
+            hint = nearest(option, options)
+            raise ConfigError(f"{argument}: no such option.{hint} {key} has: {', '.join(options)}.")
+    return argument
