@@ -1,8 +1,8 @@
 """The `toolkit` command: everything that needs no accelerator.
 
-    toolkit prepare data=text data.path='docs/*.txt'    # corpus -> token ids, with an audit
-    toolkit export runs/bert                            # checkpoint -> Hugging Face folder
-    toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead of the first run
+toolkit prepare data=text data.path='docs/*.txt'    # corpus -> token ids, with an audit
+toolkit export runs/bert                            # checkpoint -> Hugging Face folder
+toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead of the first run
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Hydra's part: the defaults as its base config, overrides let through to our own checks, composition.
 
-    config = compose(["zero=stage3", "batch.global_size=64"])     # as a recipe would
+config = compose(["zero=stage3", "batch.global_size=64"])     # as a recipe would
 """
 
 import re

@@ -306,7 +306,9 @@ RULES: dict[str, Rule] = {
         "{p}zero_optimization.{got[0]}.device=nvme without nvme_path. Set "
         "{p}zero_optimization.{got[0]}.nvme_path to a folder on the NVMe drive.",
     ),
-    "nvme_params_on_cpu": (  # partition_parameters.py, Init._set_dtype: bf16 whatever was asked; seen
+    # partition_parameters.py, Init._set_dtype: bf16 whatever was asked, if deepspeed.initialize partitions
+    # the model. Ours is partitioned as it is built, by deepspeed.zero.Init with the config's own type.
+    "nvme_params_on_cpu": (
         lambda f: f.config is None and f.param_offload == "nvme" and f.device == "cpu" and f.dtype == "fp32",
         "{p}zero_optimization.offload_param.device=nvme in fp32 on a CPU: DeepSpeed stores such "
         "parameters in bf16. "
@@ -512,6 +514,11 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "deepspeed.scheduler.type={f[scheduler.type]} beside schedule.name={c.schedule.name}: one has to "
         "go. "
         "Use schedule=none, or drop deepspeed.scheduler.",
+    ),
+    "half_at_stage0": (  # fused_optimizer.py: FP16_Optimizer runs one empty optimizer.step() at its start
+        lambda c, f: f.stage == 0 and f.dtype != "fp32" and "Adam" in f.optimizer,
+        "zero_optimization.stage=0 in {f.dtype}: DeepSpeed's optimizer for it takes an empty step first, so "
+        "Adam's bias correction is one step ahead and the losses differ. Use zero=stage1.",
     ),
     "no_optimizer": (
         lambda c, f: not f["optimizer"],

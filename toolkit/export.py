@@ -1,6 +1,6 @@
 """A checkpoint as a Hugging Face folder: config.json, model.safetensors, tokenizer.
 
-    toolkit export runs/bert            # -> runs/bert/export, for AutoModel….from_pretrained
+toolkit export runs/bert            # -> runs/bert/export, for AutoModel….from_pretrained
 """
 
 import json

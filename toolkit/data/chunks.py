@@ -141,9 +141,7 @@ def _targets(low: int, high: int, rule: Rule) -> NDArray[np.int64]:
     return np.where(short, lengths.astype(np.int64), rule.room)
 
 
-def _runs(
-    lengths: list[int], targets: list[int], bounds: list[int], least: int
-) -> tuple[list[int], list[int]]:
+def _runs(lengths: list[int], targets: list[int], bounds: list[int], least: int) -> tuple[list[int], list[int]]:
     """(first sentences, numbers of sentences) of the chunks of consecutive documents.
 
     As in BERT's create_pretraining_data.py a chunk closes when it reaches its target. It also takes

@@ -59,9 +59,7 @@ def write(folder: Path, data: Data, config: Tokenizer, report: Report = lambda c
     """Tokenise every document of the sources into ``folder``; memory holds a few blocks at a time."""
     # Setting it, even to its default, keeps the encoder from warning when a loader forks later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    tokenizer = tokenizers.create(
-        config, lambda: (p for document in documents(data) for p in document.paragraphs)
-    )
+    tokenizer = tokenizers.create(config, lambda: (p for document in documents(data) for p in document.paragraphs))
     special = tokenizers.special_ids(tokenizer)
     problems = Problems(data.on_error)
     counts = _write_tokens(folder, _encoded(documents(data, problems), tokenizer, data), tokenizer, report)
@@ -123,9 +121,7 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _write_tokens(
-    folder: Path, encoded: Iterator[tuple[Block, list[Any]]], tokenizer: Any, report: Report
-) -> Counts:
+def _write_tokens(folder: Path, encoded: Iterator[tuple[Block, list[Any]]], tokenizer: Any, report: Report) -> Counts:
     size = tokenizers.vocab_size(tokenizer)
     ids = Spool(folder / "tokens", np.uint16 if size <= 2**16 else np.uint32)
     sentences, ends = Spool(folder / "sentences", np.int64), Spool(folder / "documents", np.int64)

@@ -100,9 +100,7 @@ def _one_thread(worker: int) -> None:
     set_num_threads(1)  # a forked process must not use its parent's thread pool
 
 
-def eval_batches(
-    dataset: PairDataset, *, micro_size: int, rank: int, world: int, limit: int | None
-) -> Iterator[Batch]:
+def eval_batches(dataset: PairDataset, *, micro_size: int, rank: int, world: int, limit: int | None) -> Iterator[Batch]:
     """Each of the first ``limit`` samples (None: all) once over all ranks, equally many batches on each.
 
     The last batches are filled up with empty samples, so sums over ranks count nothing twice.

@@ -49,9 +49,7 @@ class Segments(NamedTuple):
 class PairDataset:
     """The samples of one split; ``(epoch, index)`` is the key that a DataLoader's sampler gives."""
 
-    def __init__(
-        self, prepared: Prepared, data: Data, objective: str, seed: int, split: str = "train"
-    ) -> None:
+    def __init__(self, prepared: Prepared, data: Data, objective: str, seed: int, split: str = "train") -> None:
         self.prepared, self.data, self.objective, self.seed, self.split = (
             prepared,
             data,

@@ -99,9 +99,7 @@ def prepare(config: RunConfig, *, progress: bool = False, console: Any = None) -
     data, objective = config.data, config.task.objective
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
     corpus_name = "corpus-" + _corpus_key(data, config.tokenizer)
-    corpus_path = build(
-        cache, corpus_name, lambda f: _write_corpus(f, data, config.tokenizer, progress, console)
-    )
+    corpus_path = build(cache, corpus_name, lambda f: _write_corpus(f, data, config.tokenizer, progress, console))
     sampling = data.model_dump(include=SAMPLING) | {"seed": config.seed, "objective": objective}
     name = "samples-" + fingerprint(corpus_name, sampling)
     return Prepared.open(build(cache, name, lambda f: _write_samples(f, corpus_path, config)))

@@ -72,6 +72,4 @@ def _clean(block: str) -> str:
 
 def _reads_as_english(paragraph: str) -> bool:
     words = sum(word.strip("\"'(),.:;!?“”‘’").isalpha() for word in paragraph.split())
-    return paragraph.endswith((".", ":", "!", "?", '."', ".)")) and words >= max(
-        4, 0.75 * len(paragraph.split())
-    )
+    return paragraph.endswith((".", ":", "!", "?", '."', ".)")) and words >= max(4, 0.75 * len(paragraph.split()))

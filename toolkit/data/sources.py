@@ -63,9 +63,7 @@ def documents(data: Data, problems: Problems | None = None) -> Iterator[Document
 def paths(data: Data) -> list[str]:
     """``data.path`` as a list. Raises DataError when there is none."""
     if not data.path:
-        raise DataError(
-            f"data.path is not set, but data.format={data.format} reads from it. {_WAYS[data.format]}"
-        )
+        raise DataError(f"data.path is not set, but data.format={data.format} reads from it. {_WAYS[data.format]}")
     return [data.path] if isinstance(data.path, str) else list(data.path)
 
 
@@ -167,9 +165,7 @@ def _groups(path: Path, lines: Iterable[tuple[int, str]], clean: Callable[[str],
         yield Document(group, f"{path}:{start or end}")
 
 
-def _headed(
-    path: Path, lines: Iterable[tuple[int, str]], first_line: str, problems: Problems
-) -> Iterator[Document]:
+def _headed(path: Path, lines: Iterable[tuple[int, str]], first_line: str, problems: Problems) -> Iterator[Document]:
     """Documents that each start at a line matching the regex; what precedes the first is one too."""
     heading, matched, start = _regex(first_line), False, 1
     group: list[str] = []
@@ -183,9 +179,7 @@ def _headed(
     if matched or not any(map(str.strip, group)):
         yield Document(_unwrap(group), f"{path}:{start}")
     else:
-        problems.found(
-            f"{path}: data.documents={first_line!r} matches no line", "Correct the regex or use file"
-        )
+        problems.found(f"{path}: data.documents={first_line!r} matches no line", "Correct the regex or use file")
 
 
 _TAG = re.compile(r"\s*</?doc\b[^>]*>\s*$")  # WikiExtractor's frame is not text
@@ -223,9 +217,7 @@ def _parquet(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
     try:
         with pq.ParquetFile(path) as file:
             if data.column not in file.schema_arrow.names:
-                yield from _row_document(
-                    dict.fromkeys(file.schema_arrow.names), data.column, str(path), problems
-                )
+                yield from _row_document(dict.fromkeys(file.schema_arrow.names), data.column, str(path), problems)
                 return
             for batch in file.iter_batches(batch_size=256, columns=[data.column]):
                 for value in batch.column(0).to_pylist():
@@ -240,9 +232,7 @@ def _row_document(row: Any, column: str, where: str, problems: Problems) -> Iter
     if not isinstance(row, dict) or column not in row:
         names = ", ".join(row) if isinstance(row, dict) else f"none, it is a {type(row).__name__}"
         hint = nearest(column, row) if isinstance(row, dict) else ""
-        problems.found(
-            f"{where}: no column '{column}'.{hint} It has: {names}", "Set data.column to one of these"
-        )
+        problems.found(f"{where}: no column '{column}'.{hint} It has: {names}", "Set data.column to one of these")
     elif (value := row[column]) is None:
         yield Document([], where)
     elif isinstance(value, str):

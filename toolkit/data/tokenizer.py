@@ -56,9 +56,7 @@ def special_ids(tokenizer: Any) -> Special:
     """The ids of pad, unk, cls, sep and mask. Raises DataError naming the ones that are missing."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     if missing := [SPECIAL[name] for name, value in ids.items() if value is None]:
-        raise DataError(
-            f"tokenizer: has no {', '.join(missing)}. Use a BERT tokenizer, or train one (path=null)."
-        )
+        raise DataError(f"tokenizer: has no {', '.join(missing)}. Use a BERT tokenizer, or train one (path=null).")
     return Special(**ids)
 
 
