@@ -1,0 +1,209 @@
+"""Launches a recipe as a person would, on ranks of a CPU, with a tiny model unless overrides say otherwise.
+
+result = launch(tmp_path, "zero=stage3", "train.steps=4")       # runs/x is tmp_path/x
+result.records                                                  # metrics.jsonl
+with start(tmp_path, ranks=2) as job: job.ranks(); job.wait()   # to send signals meanwhile
+"""
+
+import atexit
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "experiment=demo",
+    "tokenizer.vocab_size=512",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.intermediate_size=64",
+    "data.max_length=32",
+    "data.max_predictions=5",
+    "batch.global_size=16",
+    "batch.micro_size=4",
+    "train.steps=8",
+    "train.log_every=1",
+    "train.save_every=4",
+    "train.eval_samples=64",
+    "schedule.warmup=2",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished launch left: the launcher's exit code and output, and metrics.jsonl."""
+
+    code: int
+    stdout: str
+    stderr: str
+    dir: Path
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return read(self.dir / "metrics.jsonl")
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The training records: step, loss, grad_norm, lr, …"""
+        return [r for r in self.records if "loss" in r]
+
+    @property
+    def error(self) -> str:
+        """The lines that start with ``error:``."""
+        return "\n".join(x for x in self.stderr.splitlines() if x.startswith("error: "))
+
+
+class Job:
+    """A launch under way, in a session of its own so that all of it can be found and ended."""
+
+    def __init__(self, command: list[str], output: Path, run_dir: Path) -> None:
+        self.dir, self.output = run_dir, output
+        self._out, self._err = (output / "stdout").open("wb"), (output / "stderr").open("wb")
+        self.process = subprocess.Popen(
+            command, stdout=self._out, stderr=self._err, stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True
+        )
+
+    def wait(self, timeout: float = 240) -> Result:
+        """Until the launcher has ended; past ``timeout`` seconds everything is killed and it is an error."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self._text()
+            raise TimeoutError(f"no end after {timeout} s\n{out}\n{err}\n{logs(self.dir)}") from None
+        out, err = self._text()
+        return Result(code, out, err, self.dir)
+
+    def until(self, condition: Callable[[], Any], what: str, timeout: float = 120, every: float = 0.01) -> None:
+        """Wait for ``condition()`` while the job runs."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"{what} did not happen\n{self._text()}\n{logs(self.dir)}")
+            time.sleep(every)
+
+    def until_step(self, step: int) -> None:
+        """Wait until metrics.jsonl holds ``step``."""
+        self.until(lambda: any(r["step"] >= step for r in read(self.dir / "metrics.jsonl")), f"step {step}")
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything in the job's session, the launcher's orphans too."""
+        return [p for p in psutil.process_iter() if _session(p.pid) == self.process.pid]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train (not the launchers, not the data loaders' workers), in rank order."""
+        found: dict[int, psutil.Process] = {}
+        for process in sorted(self.processes(), key=lambda p: p.pid):
+            try:
+                rank = process.environ().get("RANK")
+                command = process.cmdline()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            if rank is not None and any("recipes" in a for a in command) and "--master_port" not in " ".join(command):
+                found.setdefault(int(rank), process)  # the lowest pid: workers are forked later
+        return [found[r] for r in sorted(found)]
+
+    def kill(self) -> None:
+        """SIGKILL to all of the job at once."""
+        for _ in range(50):
+            alive = [p for p in self.processes() if p.status() != psutil.STATUS_ZOMBIE]
+            for process in alive:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if not alive:
+                break
+            time.sleep(0.05)
+        self.process.wait()
+
+    def _text(self) -> tuple[str, str]:
+        out, err = ((self.output / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        return out, err
+
+
+@contextmanager
+def start(
+    tmp_path: Path, *overrides: str, ranks: int = 2, launcher: str = "deepspeed", recipe: str = "pretrain"
+) -> Iterator[Job]:
+    """Start ``recipes/<recipe>.py`` under ``deepspeed``, ``torchrun`` or plain ``python`` (one rank)."""
+    bin_dir, script, port = Path(sys.executable).parent, f"recipes/{recipe}.py", free_port()
+    head = {
+        "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--log_level", "error", "--master_port", str(port)],
+        "torchrun": ["torchrun", "--nproc-per-node", str(ranks), "--master-port", str(port)],
+        "python": ["python"],
+    }[launcher]
+    given = {o.split("=")[0] for o in overrides}
+    defaults = [o for o in (*TINY, "name=x", f"data.cache_dir={data_cache()}") if o.split("=")[0] not in given]
+    arguments = [*defaults, f"output_dir={tmp_path}", *overrides]
+    name = next(o.split("=")[1] for o in arguments if o.startswith("name="))
+    output = Path(tempfile.mkdtemp(prefix="launch-", dir=tmp_path))
+    job = Job([str(bin_dir / head[0]), *head[1:], script, *arguments], output, tmp_path / name)
+    try:
+        yield job
+    finally:
+        job.kill()
+
+
+def launch(
+    tmp_path: Path,
+    *overrides: str,
+    ranks: int = 2,
+    check: bool = True,
+    launcher: str = "deepspeed",
+    recipe: str = "pretrain",
+    timeout: float = 240,
+) -> Result:
+    """Run a recipe to its end. With ``check`` any other exit code than 0 is an assertion error."""
+    with start(tmp_path, *overrides, ranks=ranks, launcher=launcher, recipe=recipe) as job:
+        result = job.wait(timeout)
+    if check:
+        assert result.code == 0, f"exit code {result.code}\n{result.stdout}\n{result.stderr}\n{logs(result.dir)}"
+    return result
+
+
+@cache
+def data_cache() -> Path:
+    """One cache of prepared data for the whole test session; removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="toolkit-data-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file that may still be written."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def logs(run_dir: Path) -> str:
+    """The ends of the ranks' logs."""
+    return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in run_dir.glob("log.rank*.txt"))
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+__all__ = ["Job", "Result", "data_cache", "launch", "logs", "read", "start"]
