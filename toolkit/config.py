@@ -108,6 +108,7 @@ class Schedule(Strict):
 
     name: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"
     warmup: float = Field(0.01, ge=0)
+    decay_steps: Positive | None = None  # where linear and cosine reach 0; None: train.steps
 
     @field_validator("warmup")
     @classmethod

@@ -16,13 +16,13 @@ def warmup_steps(schedule: Schedule, total: int) -> int:
 def factor(schedule: Schedule, step: int, total: int) -> float:
     """The factor for the optimizer step that follows ``step`` finished ones, in [0, 1].
 
-    Warm-up is linear. Then: linear and cosine reach 0 at ``total``; inverse_sqrt falls with
+    Warm-up is linear. Then: linear and cosine reach 0 at ``decay_steps`` (or ``total``); inverse_sqrt falls with
     ``sqrt(warmup / step)`` (Vaswani et al. 2017, section 5.3); constant stays.
     """
     warmup = warmup_steps(schedule, total)
     if step < warmup:
         return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    done = min(1.0, (step - warmup) / max(1, (schedule.decay_steps or total) - warmup))
     if schedule.name == "linear":
         return 1 - done
     if schedule.name == "cosine":
