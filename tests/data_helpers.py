@@ -33,9 +33,7 @@ def corpus(lengths: Lengths) -> list[list[list[int]]]:
     return [[[next(ids) for _ in range(n)] for n in document] for document in lengths]
 
 
-def toy(
-    folder: Path, lengths: Lengths, *, objective: str = "mlm_nsp", seed: int = 1, **data: Any
-) -> RunConfig:
+def toy(folder: Path, lengths: Lengths, *, objective: str = "mlm_nsp", seed: int = 1, **data: Any) -> RunConfig:
     """A config over a JSON-lines corpus of such documents; id 5 + k is the word 'w<k>'."""
     documents = corpus(lengths)
     lines = [{"text": [" ".join(f"w{i - 5}" for i in s) for s in document]} for document in documents]

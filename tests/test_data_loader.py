@@ -67,9 +67,7 @@ def assert_same(left: list[Step], right: list[Step]) -> None:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 2)])
-def test_another_world_size_sees_the_same_samples_and_masks(
-    pairs: PairDataset, world: int, workers: int
-) -> None:
+def test_another_world_size_sees_the_same_samples_and_masks(pairs: PairDataset, world: int, workers: int) -> None:
     assert_same(steps(pairs, 3, world=world, workers=workers), steps(pairs, 3))
 
 
@@ -111,9 +109,7 @@ def test_a_shuffle_of_a_trillion_costs_no_memory() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("limit", [None, 1, 7, 10**6])
-def test_evaluation_counts_each_sample_once_over_the_ranks(
-    held: PairDataset, world: int, limit: int | None
-) -> None:
+def test_evaluation_counts_each_sample_once_over_the_ranks(held: PairDataset, world: int, limit: int | None) -> None:
     ranks = [list(eval_batches(held, micro_size=4, rank=r, world=world, limit=limit)) for r in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     rows = merged([batch for batches in ranks for batch in batches])
@@ -134,9 +130,7 @@ def test_evaluation_draws_the_same_each_time_and_other_than_training(held: PairD
 
 def test_a_corpus_smaller_than_a_step_says_how_many_samples_there_are(pairs: PairDataset) -> None:
     n = len(pairs)
-    with pytest.raises(
-        DataError, match=rf"batch.global_size={n + 1}: .* only {n} training samples. Use a smaller"
-    ):
+    with pytest.raises(DataError, match=rf"batch.global_size={n + 1}: .* only {n} training samples. Use a smaller"):
         require(pairs.prepared, n + 1)
     require(pairs.prepared, n)
 
@@ -157,9 +151,7 @@ def test_workers_end_when_the_stream_is_dropped(pairs: PairDataset) -> None:
     import gc
     import multiprocessing
 
-    stream = train_batches(
-        pairs, start_sample=0, global_size=GLOBAL, micro_size=MICRO, rank=0, world=1, workers=1
-    )
+    stream = train_batches(pairs, start_sample=0, global_size=GLOBAL, micro_size=MICRO, rank=0, world=1, workers=1)
     assert len(list(islice(stream, 3))) == 3
     del stream
     gc.collect()

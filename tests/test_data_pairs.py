@@ -169,9 +169,7 @@ def test_truncation_removes_from_the_longer_part_as_the_papers_loop_does() -> No
 
 
 def test_truncation_takes_front_and_back_alike() -> None:
-    fronts = [
-        int(truncate(np.arange(40), np.arange(10), 30, generator(0, 0, 0, i))[0][0]) for i in range(300)
-    ]
+    fronts = [int(truncate(np.arange(40), np.arange(10), 30, generator(0, 0, 0, i))[0][0]) for i in range(300)]
     assert_share(sum(fronts), 300 * 20, 0.5)
 
 
@@ -196,9 +194,7 @@ def test_masking_is_15_percent_of_which_80_10_10(pairs: PairDataset) -> None:
 
 def test_every_position_is_masked_equally_often(pairs: PairDataset) -> None:
     samples = [s for e in range(60) for i in range(40) if len((s := pairs.sample(e, i)).input_ids) == 32]
-    hits = np.bincount(
-        np.concatenate([s.positions - (s.positions >= s.first_length) for s in samples]), minlength=30
-    )
+    hits = np.bincount(np.concatenate([s.positions - (s.positions >= s.first_length) for s in samples]), minlength=30)
     assert hits[0] == 0
     for number in hits[1:30]:
         assert_share(int(number), len(samples), 4 / 29)
@@ -270,13 +266,9 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(pairs: PairDataset) -> N
     again = pickle.loads(pickle.dumps(pairs))
     drawn = {key: again[key] for key in jumbled}
     for sample, key in zip(forwards, sorted(drawn), strict=True):
-        assert all(
-            np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(sample, drawn[key], strict=True)
-        )
+        assert all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(sample, drawn[key], strict=True))
     other = PairDataset(pairs.prepared, pairs.data, "mlm_nsp", pairs.seed + 1)
-    assert any(
-        not np.array_equal(other.sample(0, i).input_ids, pairs.sample(0, i).input_ids) for i in range(5)
-    )
+    assert any(not np.array_equal(other.sample(0, i).input_ids, pairs.sample(0, i).input_ids) for i in range(5))
 
 
 def test_a_pickled_dataset_carries_no_arrays(pairs: PairDataset) -> None:
@@ -311,9 +303,7 @@ def test_a_max_length_without_room_is_refused(tmp_path: Path) -> None:
 
 
 def test_pairs_need_another_document(tmp_path: Path) -> None:
-    message = (
-        r"task.objective=mlm_nsp with data.holdout=0.0: .* 1 document\(s\); .* need 2.*objective=sop or mlm"
-    )
+    message = r"task.objective=mlm_nsp with data.holdout=0.0: .* 1 document\(s\); .* need 2.*objective=sop or mlm"
     with pytest.raises(DataError, match=message):
         prepare(toy(tmp_path, [[5, 5, 5]]))
     assert prepare(toy(tmp_path, [[5, 5, 5]], objective="mlm")).train_samples == 1

@@ -97,9 +97,7 @@ def test_documents_that_span_blocks_or_are_empty_keep_their_bounds(
 def test_large_vocabularies_get_wider_tokens(tmp_path: Path) -> None:
     vocab = write_vocab(tmp_path, [f"w{i}" for i in range(70_000)])
     (tmp_path / "x.txt").write_text("w69999 w0\n\nw1\n\nw2\n\nw3\n")
-    prepared = data.prepare(
-        text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)})
-    )
+    prepared = data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)}))
     assert prepared.tokens.dtype == np.uint32 and prepared.tokens.tolist()[0] == 70_004
 
 
@@ -202,9 +200,7 @@ def test_a_trained_vocabulary_is_the_same_each_time_and_loads_with_auto_tokenize
 def test_special_tokens_in_a_text_are_only_text(tmp_path: Path) -> None:
     vocab = write_vocab(tmp_path, ["a", "[", "]", "mask", "sep"])
     (tmp_path / "x.txt").write_text("a [MASK] a [SEP] a\n\na\n\na\n\na\n")
-    prepared = data.prepare(
-        text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)})
-    )
+    prepared = data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)}))
     assert set(prepared.tokens.tolist()) == {5, 6, 7, 8, 9}
 
 
@@ -214,20 +210,12 @@ def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
 
     (tmp_path / "v.txt").write_text("[PAD]\n[UNK]\n[CLS]\na\n")
     (tmp_path / "x.txt").write_text("a\n")
-    with pytest.raises(
-        DataError, match=r"tokenizer.path=.*v.txt: has no \[SEP\], \[MASK\]. Use a BERT vocab.txt"
-    ):
-        data.prepare(
-            text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(tmp_path / "v.txt")})
-        )
+    with pytest.raises(DataError, match=r"tokenizer.path=.*v.txt: has no \[SEP\], \[MASK\]. Use a BERT vocab.txt"):
+        data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(tmp_path / "v.txt")}))
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})), pad_token="[PAD]")
     plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(
-        DataError, match=r"tokenizer: has no \[UNK\], \[CLS\], \[SEP\], \[MASK\]. Use a BERT tok"
-    ):
-        data.prepare(
-            text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(tmp_path / "plain")})
-        )
+    with pytest.raises(DataError, match=r"tokenizer: has no \[UNK\], \[CLS\], \[SEP\], \[MASK\]. Use a BERT tok"):
+        data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(tmp_path / "plain")}))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,9 +239,7 @@ def start(config: RunConfig) -> "subprocess.Popen[str]":
 def large_text(path: Path, megabytes: float) -> Path:
     """Paragraphs of words that no two documents share in this order."""
     rng = np.random.default_rng(0)
-    words = np.array(
-        [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in ("rt", "nd", "st", "ll", "ck")]
-    )
+    words = np.array([f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in ("rt", "nd", "st", "ll", "ck")])
     with path.open("w") as file:
         while file.tell() < megabytes * 2**20:
             lines = (" ".join(rng.choice(words, 60)) + ".\n" for _ in range(12))
@@ -336,9 +322,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         config = text_config(tmp_path, path=str(source), tokenizer={"path": str(vocab)})
         command = [sys.executable, "-c", PEAK, config.model_dump_json()]
         root = Path(__file__).parents[1]
-        peaks.append(
-            float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root).stdout)
-        )
+        peaks.append(float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root).stdout))
     assert peaks[1] - peaks[0] < 5, peaks  # MiB, for 10 MiB more of text
 
 
@@ -376,10 +360,7 @@ def test_the_audit_reads_as_a_table_and_progress_goes_to_the_given_console(tmp_p
     ):
         assert line in shown
     audit = json.loads((prepared.path / "audit.json").read_text())
-    assert (
-        audit == prepared.audit
-        and sum(audit["sample"]["length_histogram"].values()) == audit["sample"]["samples"]
-    )
+    assert audit == prepared.audit and sum(audit["sample"]["length_histogram"].values()) == audit["sample"]["samples"]
 
 
 def test_the_audit_counts_what_truncation_cuts(tmp_path: Path) -> None:
@@ -393,9 +374,7 @@ def test_real_text_with_the_real_vocabulary_reads_back(tmp_path: Path) -> None:
 
     vocab = str(VOCABULARY / "bert-base-uncased-vocab.txt")
     source = str(PRETRAIN / "wikitext2_raw_test.txt.gz")
-    config = text_config(
-        tmp_path, path=source, documents="^ = [^=].* = $", max_length=128, tokenizer={"path": vocab}
-    )
+    config = text_config(tmp_path, path=source, documents="^ = [^=].* = $", max_length=128, tokenizer={"path": vocab})
     prepared = data.prepare(config)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer)
     assert (prepared.vocab_size, prepared.special.mask) == (30522, 103)
@@ -413,9 +392,7 @@ def test_real_text_with_the_real_vocabulary_reads_back(tmp_path: Path) -> None:
 def test_a_cased_vocabulary_is_not_lowercased_by_accident(tmp_path: Path) -> None:
     vocab = str(VOCABULARY / "bert-base-cased-vocab.txt")
     source = str(PRETRAIN / "bert_sample_text.txt")
-    with pytest.raises(
-        DataError, match=r"tokenizer.lowercase=true with .*cased \(it has '\w'\).*lowercase=false"
-    ):
+    with pytest.raises(DataError, match=r"tokenizer.lowercase=true with .*cased \(it has '\w'\).*lowercase=false"):
         data.prepare(text_config(tmp_path, path=source, tokenizer={"path": vocab}, holdout=0))
     config = text_config(tmp_path, path=source, tokenizer={"path": vocab, "lowercase": False}, holdout=0)
     assert data.prepare(config).audit["unknown_share"] < 0.01

@@ -82,9 +82,7 @@ def test_a_row_may_hold_a_list_of_sentences(tmp_path: Path) -> None:
 
 def test_pythons_own_documentation_is_prose_of_more_than_200_000_words() -> None:
     found = python_documents()
-    assert [name for name, _ in found if name.startswith("topics")] == sorted(
-        n for n, _ in found if "topics/" in n
-    )
+    assert [name for name, _ in found if name.startswith("topics")] == sorted(n for n, _ in found if "topics/" in n)
     words = [word for _, paragraphs in found for p in paragraphs for word in p.split()]
     assert len(words) > 200_000
     assert sum(any(c.isalpha() for c in word) for word in words) > 0.97 * len(words)

@@ -149,6 +149,7 @@ ROWS = [
     ("flash_in_fp32", "cuda", "model.attention=flash_attention_2", "Use precision=bf16"),
     ("warmup", "cpu", "schedule.warmup=2000", "schedule.warmup=2000 steps is above train.steps=1000"),
     ("half_at_stage0", "cuda", "zero=stage0 precision=fp16", "one step ahead"),
+    ("learning_rate", "cpu", "deepspeed.optimizer.params.lr=-1", "a negative rate climbs"),
     ("two_schedules", "cpu", "deepspeed.scheduler.type=WarmupLR", "Use schedule=none"),
     ("no_optimizer", "cpu", "~deepspeed.optimizer", "Use optimizer=adamw"),
     ("deepcompile_off", "cpu", "deepspeed.compile.deepcompile=true", "Set train.compile=true"),

@@ -2,7 +2,8 @@
 
     checkpoints/step-200/  manifest.json  rng.rank0.pt …  state/ (DeepSpeed's own files)
 
-DeepSpeed's own ``latest`` file is not used: it is written in place and can name a broken checkpoint.
+A name without a dot in front is a whole checkpoint. DeepSpeed's own ``latest`` file is not used: it is
+written in place and can name a broken one.
 """
 
 import hashlib
@@ -20,12 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from toolkit import ranks
+from toolkit import ds_state, ranks
 from toolkit.engine import Engine
 from toolkit.errors import CheckpointError
 from toolkit.run import Run
 
-TAG = "state"
 MANIFEST = "manifest.json"
 
 
@@ -38,47 +38,45 @@ class State:
 
 
 def save(run: Run, engine: Engine, state: State) -> None:
-    """Write ``checkpoints/step-N`` and drop all but the newest ``train.keep_checkpoints``."""
+    """Write ``checkpoints/step-N`` and drop all but the newest ``train.keep_checkpoints``.
+
+    Raises CheckpointError on every rank if any cannot write; the checkpoints before stay as they are.
+    """
     final = run.dir / "checkpoints" / f"step-{state.step}"
     staging = final.with_name(f".{final.name}.staging")
-    if ranks.rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    ranks.wait()
-    engine.ds.save_checkpoint(str(staging), tag=TAG, save_latest=False)
-    torch.save(_rng(), staging / f"rng.rank{ranks.rank()}.pt")
-    ranks.wait()
-    files = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file())
-    mine = {name: _synced_digest(staging / name) for name in files[ranks.rank() :: ranks.world()]}
-    digests = {name: digest for part in ranks.gathered(mine) for name, digest in part.items()}
-    if ranks.rank() == 0:
-        _seal(staging, {**asdict(state), **_layout(run, engine), "files": digests})
-        _swap(staging, final)
-        _prune(final.parent, run.config.train.keep_checkpoints)
-        run.log({"step": state.step, "checkpoint": final.name})
-    ranks.wait()
+    try:
+        with _agreed(final):
+            if ranks.rank() == 0:
+                _sweep(final.parent)
+                (staging / ds_state.TAG).mkdir(parents=True)
+        with _agreed(final):
+            rng = f"rng.rank{ranks.rank()}.pt"
+            mine = {**ds_state.write(engine.ds, staging), rng: ds_state.save_file(_rng(), staging / rng)}
+        files = {name: digest for part in ranks.gathered(mine) for name, digest in part.items()}
+        with _agreed(final):
+            if ranks.rank() == 0:
+                _seal(staging, {**asdict(state), **_layout(engine), "files": files})
+                _swap(staging, final)
+                _prune(final, run.config.train.keep_checkpoints)
+    except CheckpointError:
+        if ranks.rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the space
+        raise
+    run.log({"step": state.step, "checkpoint": final.name})
 
 
 def resume(run: Run, engine: Engine) -> State:
     """Load what ``resume`` names. The run's first steps, if there is nothing to load; never unasked."""
-    chosen = run.config.resume
-    if chosen == "never":
+    path = _chosen(run)
+    if path is None:
         return State()
-    if chosen != "auto":
-        return _load(run, engine, Path(chosen))
-    folder = run.dir / "checkpoints"
-    newest_first = list_checkpoints(folder)
-    for path in newest_first:
-        problem = _problem(path)
-        if problem is None:
-            return _load(run, engine, path)
-        run.console.print(f"Checkpoint {path} is broken ({problem}); trying the one before it.")
-    if newest_first or any("checkpoint" in r for r in run.records()):
-        raise CheckpointError(
-            f"{folder}: this run has saved checkpoints, and none is whole. "
-            "Restore one, or start over under another name."
-        )
-    return State()
+    manifest = ranks.from_rank0(_manifest(path))
+    _compare(path, manifest, _layout(engine))
+    _refuse_code(path, manifest)
+    ds_state.read(engine.ds, path)
+    _restore_rng(torch.load(path / f"rng.rank{ranks.rank()}.pt", weights_only=True))
+    run.console.print(f"Resuming from {path}.")
+    return State(manifest["step"], manifest["samples"])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -97,49 +95,48 @@ def newest(run_dir: Path) -> Path:
 
 def verify(path: Path, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every ``shares``-th file, from ``share`` on."""
+    if not path.is_dir():
+        return "there is no such folder"
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, expected in sorted(manifest["files"].items())[share::shares]:
-        file = path / name
+        files = _manifest(path)["files"]
+    except CheckpointError as error:
+        return str(error)
+    extra = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {*files, MANIFEST}
+    if extra:
+        return f"{min(extra)} is not of this checkpoint"
+    for name in sorted(files)[share::shares]:
+        file, expected = path / name, files[name]
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if _digest(file)["sha256"] != expected["sha256"]:
+        if _sha256(file) != expected["sha256"]:
             return f"{name} has changed since it was written"
     return None
 
 
-@contextmanager
-def safe_loading() -> Iterator[None]:
-    """Inside, torch.load executes nothing that a file carries, whatever the caller asked of it."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
-            yield
-    finally:
-        os.environ.pop(key) if before is None else os.environ.update({key: before})
-
-
-def _load(run: Run, engine: Engine, path: Path) -> State:
-    problem = _problem(path)
-    if problem is not None:
-        raise CheckpointError(f"resume={path}: {problem}.")
-    manifest = json.loads((path / MANIFEST).read_text())
-    _compare(path, manifest, _layout(run, engine))
-    with safe_loading():
-        engine.ds.load_checkpoint(str(path), tag=TAG)
-        _restore_rng(torch.load(path / f"rng.rank{ranks.rank()}.pt", weights_only=True))
-    run.console.print(f"Resuming from {path}.")
-    return State(manifest["step"], manifest["samples"])
+def _chosen(run: Run) -> Path | None:
+    """The checkpoint to load, verified by all ranks together."""
+    if run.config.resume == "never":
+        return None
+    if run.config.resume != "auto":
+        path = Path(run.config.resume)
+        if (problem := _problem(path)) is not None:
+            hint = " A run is named by its checkpoint: <run>/checkpoints/step-N." if path.is_dir() else ""
+            raise CheckpointError(f"resume={path}: {problem}.{hint}")
+        return path
+    folder = run.dir / "checkpoints"
+    newest_first = ranks.from_rank0(list_checkpoints(folder))
+    for path in newest_first:
+        if (problem := _problem(path)) is None:
+            return path  # type: ignore[no-any-return]
+        run.console.print(f"Checkpoint {path} is broken ({problem}); trying the one before it.")
+    if newest_first or ranks.from_rank0(any("checkpoint" in r for r in run.records())):
+        raise CheckpointError(
+            f"{folder}: this run has saved checkpoints, and none is whole. "
+            "Restore one, or start over under another name."
+        )
+    return None
 
 
 def _problem(path: Path) -> str | None:
@@ -148,19 +145,50 @@ def _problem(path: Path) -> str | None:
     return next((p for p in found if p is not None), None)
 
 
-def _layout(run: Run, engine: Engine) -> dict[str, Any]:
+def _refuse_code(path: Path, manifest: dict[str, Any]) -> None:
+    """Every rank looks at its share of the files before any rank reads one."""
+    names = sorted(manifest["files"])[ranks.rank() :: ranks.world()]
+    found = ranks.gathered([f"{path / name} {code}" for name in names if (code := ds_state.foreign_code(path / name))])
+    for message in (m for part in found for m in part):
+        raise CheckpointError(f"{message}. Nothing of it was run; do not trust where this checkpoint comes from.")
+
+
+@contextmanager
+def _agreed(final: Path) -> Iterator[None]:
+    """What fails on one rank fails on all, with that rank's words. The body must not leave a collective early."""
+    problem = None
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        problem = f"rank {ranks.rank()}: {error}"
+    for found in ranks.gathered(problem):
+        if found is not None:
+            raise CheckpointError(
+                f"{final}: cannot be saved: {found}. The checkpoints before it are as they were: make room or "
+                "permit writing, and start again to go on."
+            )
+
+
+def _layout(engine: Engine) -> dict[str, Any]:
     """What must be the same for a checkpoint to be loaded."""
-    return {
+    zero = engine.ds._config.zero_config
+    layout: dict[str, Any] = {
         "world_size": ranks.world(),
-        "zero_stage": int(engine.ds.zero_optimization_stage()),
+        "zero_stage": int(zero.stage),
         "dtype": engine.dtype,
         "optimizer": engine.ds.optimizer_name(),
+        "scheduler": type(engine.ds.lr_scheduler).__name__,
         "model": engine.task.hf_config.to_diff_dict() | {"transformers_version": None},
     }
+    if zero.stage == 3:
+        layout["sub_group_size"] = zero.sub_group_size
+    elif zero.stage:
+        layout["round_robin_gradients"] = zero.round_robin_gradients
+    return json.loads(json.dumps(layout))  # type: ignore[no-any-return]
 
 
 def _compare(path: Path, manifest: dict[str, Any], layout: dict[str, Any]) -> None:
-    for key, here in json.loads(json.dumps(layout)).items():
+    for key, here in layout.items():
         there = manifest.get(key)
         if there != here:
             if isinstance(here, dict) and isinstance(there, dict):
@@ -193,38 +221,46 @@ def _restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _digest(file: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, which carries its own hash. Raises CheckpointError."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.pop("manifest_sha256") == _own_hash(manifest):
+            return manifest  # type: ignore[no-any-return]
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{MANIFEST}: {error!r}") from error
+    raise CheckpointError(f"{MANIFEST} has changed since it was written")
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 24):
             digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _synced_digest(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return _digest(file)
+    return digest.hexdigest()
 
 
 def _seal(staging: Path, manifest: dict[str, Any]) -> None:
+    if missing := [name for name in manifest["files"] if not (staging / name).is_file()]:
+        raise OSError(f"{missing[0]} was written by another host and is not here: output_dir must be a shared disk")
     with (staging / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=2, sort_keys=True)
+        json.dump(manifest | {"manifest_sha256": _own_hash(manifest)}, file, indent=2, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    for folder in (p for p in [staging, *staging.rglob("*")] if p.is_dir()):
+    for folder in (staging / ds_state.TAG, staging):
         _sync_folder(folder)
 
 
 def _swap(staging: Path, final: Path) -> None:
     """Rename ``staging`` to ``final``; an older (broken) one of that name is in nobody's way."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        final.rename(old)
+        final.rename(final.with_name(f".{final.name}.old"))
     staging.rename(final)
     _sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -235,8 +271,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(path)
+def _prune(final: Path, keep: int) -> None:
+    """Keep ``final`` and the ``keep`` - 1 before it. Later ones are of steps that this run went back on."""
+    newest_first = list_checkpoints(final.parent)
+    for path in newest_first[: newest_first.index(final)] + newest_first[newest_first.index(final) + keep :]:
+        path.rename(path.with_name(f".{path.name}.old"))  # by one rename: never a half-deleted checkpoint
+    _sweep(final.parent)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what is on its way in or out, of a killed save too."""
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)

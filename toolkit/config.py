@@ -56,7 +56,7 @@ class Model(Strict):
     num_attention_heads: Positive = 12
     intermediate_size: Positive = 3072
     max_position_embeddings: Positive = 512
-    hidden_act: str = "gelu"
+    hidden_act: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
     initializer_range: float = Field(0.02, gt=0)
     layer_norm_eps: float = Field(1e-12, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)

@@ -515,6 +515,10 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "go. "
         "Use schedule=none, or drop deepspeed.scheduler.",
     ),
+    "learning_rate": (
+        lambda c, f: any((f[f"optimizer.params.{key}"] or 0) < 0 for key in ("lr", "muon_lr", "adam_lr")),
+        "deepspeed.optimizer.params.lr={f[optimizer.params.lr]}: a negative rate climbs. Use a positive one.",
+    ),
     "half_at_stage0": (  # fused_optimizer.py: FP16_Optimizer runs one empty optimizer.step() at its start
         lambda c, f: f.stage == 0 and f.dtype != "fp32" and "Adam" in f.optimizer,
         "zero_optimization.stage=0 in {f.dtype}: DeepSpeed's optimizer for it takes an empty step first, so "

@@ -45,7 +45,7 @@ def recipe(main: Callable[[RunConfig], None]) -> Callable[[], None]:
         # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
         arguments = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
         try:
-            sys.argv[1:] = permissive(arguments) + HYDRA
+            sys.argv[1:] = _flags_first(permissive(arguments) + HYDRA)
         except ConfigError as error:
             refuse(error)
         debug = debug or os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -53,6 +53,11 @@ def recipe(main: Callable[[RunConfig], None]) -> Callable[[], None]:
         decorate(functools.partial(_job, main, debug))()
 
     return command
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Overrides in one piece at the end: Hydra's parser takes them before or after a flag, not both."""
+    return sorted(arguments, key=lambda a: bool(re.match(r"~|\+*[\w./@]+=", a)))
 
 
 def refuse(error: ToolkitError) -> None:
@@ -84,7 +89,7 @@ def _sweep_job(overrides: list[str]) -> None:
     print(f"--- {' '.join(overrides)}", flush=True)
     done = subprocess.run([sys.executable, sys.argv[0], *overrides], check=False)
     if done.returncode:
-        raise ToolkitError(f"{sys.argv[0]} {' '.join(overrides)}: exit code {done.returncode}")
+        sys.exit(done.returncode)
 
 
 def _run(main: Callable[[RunConfig], None], config: RunConfig, debug: bool) -> None:

@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,6 +92,20 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
+def _settled(config: RunConfig) -> Path:
+    """The run's directory: as named, or made for it alone, however many start in the same second."""
+    folder = Path(config.output_dir)
+    if config.name:
+        return folder / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = f"{config.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 100))):
+        with suppress(FileExistsError):
+            (folder / name).mkdir()
+            return folder / name
+    raise ConfigError(f"output_dir={folder}: a hundred runs named {stamp}. Give this one a name=….")
+
+
 class Run:
     """One run directory. Every rank holds one; only rank 0 writes, and only rank 0 speaks."""
 
@@ -115,8 +130,7 @@ class Run:
     @classmethod
     def open(cls, config: RunConfig) -> "Run":
         """Make or reopen the run directory; its name is settled on rank 0."""
-        name = config.name or f"{config.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        directory = Path(ranks.from_rank0(str(Path(config.output_dir) / name)))
+        directory = ranks.from_rank0(_settled(config) if ranks.rank() == 0 else None)
         config = config.model_copy(update={"name": directory.name})
         if config.resume == "never" and (directory / "metrics.jsonl").exists():
             raise ConfigError(

@@ -1,0 +1,113 @@
+"""Recipes as commands: launchers, overrides, refusals before any process group, sweeps, replay."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, TINY, data_cache, launch
+
+from toolkit.compose import compose, permissive
+from toolkit.errors import ConfigError
+
+RECIPE = [sys.executable, "recipes/pretrain.py"]
+
+
+def python(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*RECIPE, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_the_composed_config_can_be_seen_quickly_and_without_training() -> None:
+    shown = python("model=bert_large", "zero=stage3", "--cfg", "job").stdout
+    assert "num_hidden_layers: 24" in shown and "stage3_prefetch_bucket_size" in shown
+
+
+REFUSED = [
+    ("zero=stage9", "zero=stage9: no such option. Did you mean 'stage3'? zero has: stage0, stage1, stage2, stage3."),
+    ("zero=2", "zero=2: no such option. zero has: stage0, stage1, stage2, stage3."),
+    ("zer=stage2", "zer: unknown key."),
+    ("train.step=3", "train.step: unknown key. Did you mean 'steps'?"),
+    ("train.steps=0", "train.steps=0: Input should be greater than 0."),
+    ("train.steps=many", "train.steps='many': Input should be a valid integer"),
+    ("batch.global_size=250", "batch.global_size=250"),
+    ("deepspeed.zero_optimization.overlap_com=true", "Did you mean 'overlap_comm'?"),
+    ("precision=fp16", "fp16"),
+    ("data.max_length=1024", "data.max_length=1024"),
+    ("schedule.warmup=2.5", "schedule.warmup=2.5: a warm-up of 1 or more counts steps and must be whole."),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED)
+def test_a_wrong_override_is_one_line_and_exit_code_2(override: str, message: str, tmp_path: Path) -> None:
+    done = python("experiment=smoke", f"output_dir={tmp_path}", override, code=2)
+    assert any(line.startswith("error: ") and message in line for line in done.stderr.splitlines()), done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_under_the_launcher_only_rank_0_speaks(tmp_path: Path) -> None:
+    result = launch(tmp_path, "batch.global_size=3", check=False)
+    assert result.code == 2
+    assert len(result.error.splitlines()) == 1 and "batch.global_size=3" in result.error
+
+
+def test_keys_that_no_option_mentions_reach_deepspeed() -> None:
+    config = compose(["deepspeed.zero_optimization.round_robin_gradients=true", "deepspeed.wall_clock_breakdown=true"])
+    assert config.deepspeed["zero_optimization"]["round_robin_gradients"] is True
+    assert config.deepspeed["zero_optimization"]["stage"] == 2
+
+
+def test_overrides_keep_hydras_own_syntax() -> None:
+    given = ["+x=1", "++a.b=2", "~data.path", "--multirun", "zero=stage1,stage2", "hydra.verbose=true", "seed=1"]
+    assert permissive(given) == [*given[:-1], "++seed=1"]
+    with pytest.raises(ConfigError, match="no such option"):
+        permissive(["zero=stage1,stage7"])
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+def test_other_launchers_train_too(launcher: str, tmp_path: Path) -> None:
+    result = launch(tmp_path, "train.steps=2", launcher=launcher, ranks=2 if launcher == "torchrun" else 1)
+    assert [r["step"] for r in result.steps] == [1, 2]
+    env = json.loads((result.dir / "env.json").read_text())
+    assert env["world_size"] == (2 if launcher == "torchrun" else 1)
+    assert not any("TOKEN" in key or "HOME" in key for key in env)
+
+
+def test_the_terminal_is_rank_0s_and_the_rest_is_in_the_logs(tmp_path: Path) -> None:
+    result = launch(tmp_path, "train.steps=2")
+    assert "step 2/2" in result.stdout and str(result.dir) in result.stdout
+    ours = [line for line in result.stdout.splitlines() if "WARNING" not in line]
+    assert not any("DeepSpeed" in line or "deepspeed" in line for line in ours if "op '" not in line)
+    logs = [(result.dir / f"log.rank{r}.txt").read_text() for r in (0, 1)]
+    assert all("DeepSpeed" in log for log in logs)
+
+
+def test_a_sweep_trains_one_after_another(tmp_path: Path) -> None:
+    overrides = [*TINY, f"data.cache_dir={data_cache()}", f"output_dir={tmp_path}", "train.steps=2"]
+    python("--multirun", *overrides, "seed=1,2")
+    runs = sorted(tmp_path.iterdir())
+    assert len(runs) == 2, runs
+    losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"] for run in runs]
+    assert losses[0] != losses[1]
+
+
+def test_a_run_can_be_replayed_from_its_config(tmp_path: Path) -> None:
+    first = launch(tmp_path, "train.steps=2", "name=first", ranks=1, launcher="python")
+    python("--config-path", str(first.dir), "--config-name", "config", "name=again")
+    again = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in again if "loss" in r] == [r["loss"] for r in first.steps]
+    assert (tmp_path / "again" / "ds_config.json").read_text() == (first.dir / "ds_config.json").read_text()
+
+
+def test_a_bug_keeps_its_traceback_on_the_terminal_and_in_the_log(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "from toolkit.launch import recipe\n@recipe\ndef main(config):\n    from toolkit.run import Run\n"
+        "    Run.open(config)\n    raise KeyError('of ours')\nmain()\n"
+    )
+    command = [sys.executable, str(script), f"output_dir={tmp_path}", "name=x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "KeyError: 'of ours'" in done.stderr
+    assert "Traceback" in (tmp_path / "x" / "log.rank0.txt").read_text()
