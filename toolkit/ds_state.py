@@ -159,10 +159,10 @@ def _restore_swapped(optimizer: Any, tree: dict[str, Any]) -> None:
             group.data.copy_(kept)
             state = optimizer.optimizer.state[group]
             for name, value in saved["state"][i].items():
-                if torch.is_tensor(value):
+                if torch.is_tensor(value) and name in state:
                     state[name].data.copy_(value)
                 else:
-                    state[name] = value
+                    state[name] = value.clone() if torch.is_tensor(value) else value
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
 
 
