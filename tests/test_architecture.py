@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
     "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "schedule", "ops", "run", "data", "models",
-    "tasks", "engine", "meter", "checkpoint", "export", "train", "launch", "cli",
+    "tasks", "engine", "meter", "ds_state", "checkpoint", "export", "train", "launch", "cli",
 ]  # fmt: skip
 
 
@@ -57,4 +57,4 @@ def test_only_these_import_deepspeed() -> None:
         if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed")
         or (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "deepspeed" for a in node.names))
     }
-    assert found == {"checkpoint.py", "engine.py", "export.py", "models/build.py", "ops.py", "ranks.py"}
+    assert found == {"ds_state.py", "engine.py", "export.py", "models/build.py", "ops.py", "ranks.py"}

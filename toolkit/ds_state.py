@@ -45,7 +45,10 @@ def save_file(tree: Any, path: Path) -> Digest:
     """torch.save, synced to the disk and hashed on the way."""
     with path.open("wb") as file:
         hashed = _Hashed(file)
-        torch.save(tree, hashed)
+        try:
+            torch.save(tree, hashed)  # type: ignore[arg-type]
+        except RuntimeError as error:  # torch says "unexpected pos 704 vs 598" of a full disk
+            raise hashed.problem or error from error
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": hashed.bytes, "sha256": hashed.sha256.hexdigest()}
@@ -104,15 +107,20 @@ class _Files(CheckpointEngine):  # type: ignore[misc]
 
 
 class _Hashed:
-    """A file that hashes what passes through."""
+    """A file that hashes what passes through and remembers why it could not."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+        self.problem: OSError | None = None
 
-    def write(self, block: bytes) -> int:
+    def write(self, block: Any) -> int:
         self.sha256.update(block)
         self.bytes += len(block)
-        return int(self.file.write(block))
+        try:
+            return int(self.file.write(block))
+        except OSError as error:
+            self.problem = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

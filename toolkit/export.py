@@ -4,27 +4,37 @@ toolkit export runs/bert            # -> runs/bert/export, for AutoModel….from
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from toolkit import checkpoint
+from toolkit import checkpoint, ds_state
 from toolkit.errors import CheckpointError
+
+MODEL = "model.safetensors"
 
 
 def export(run_dir: Path, out: Path | None = None) -> Path:
-    """Export the newest whole checkpoint of a run in fp32; replaces an earlier export of it."""
-    out = out or run_dir / "export"
+    """Export the newest whole checkpoint of a run in fp32; replaces an earlier export, and nothing else."""
+    out = (out or run_dir / "export").absolute()
     if not (run_dir / "model" / "config.json").exists():
-        raise CheckpointError(f"{run_dir}: not a run directory (no model/config.json).")
+        raise CheckpointError(f"{run_dir}: not the directory of a run that has begun (no model/config.json).")
+    if out.exists() and not (out / MODEL).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: holds something else than an export. Remove it, or choose another --out.")
     source = checkpoint.newest(run_dir)
-    staging = out.with_name(f".{out.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(run_dir / "model", staging)
-    _save(weights(source), staging)
-    if out.exists():
-        shutil.rmtree(out)
-    staging.rename(out)
+    staging, old = (out.with_name(f".{out.name}.{kind}") for kind in ("staging", "old"))
+    try:
+        for leftover in (staging, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(run_dir / "model", staging)
+        _save(weights(source), staging / MODEL)
+        if out.exists():
+            out.rename(old)
+        staging.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot export {source}: {error}.") from error
     return out
 
 
@@ -32,18 +42,22 @@ def weights(path: Path) -> dict[str, Any]:
     """The full fp32 state dict of a checkpoint of any ZeRO stage; tied names share one tensor."""
     import torch
 
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    with checkpoint.safe_loading():
-        if manifest["zero_stage"] == 0:
-            file = path / checkpoint.TAG / "mp_rank_00_model_states.pt"
+    stage = json.loads((path / checkpoint.MANIFEST).read_text())["zero_stage"]
+    for file in (path / ds_state.TAG).iterdir():
+        if (code := ds_state.foreign_code(file)) is not None:
+            raise CheckpointError(f"{file} {code}. Nothing of it was run.")
+    with ds_state.safe_loading():
+        if stage == 0:
+            file = path / ds_state.TAG / "mp_rank_00_model_states.pt"
             state = torch.load(file, map_location="cpu", weights_only=True)["module"]
-            return {name: tensor.float() for name, tensor in state.items()}
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        else:
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(path), checkpoint.TAG))
+            state = get_fp32_state_dict_from_zero_checkpoint(str(path), ds_state.TAG)
+    return dict(state)
 
 
-def _save(state: dict[str, Any], folder: Path) -> None:
+def _save(state: dict[str, Any], file: Path) -> None:
     """One file; of tensors that are tied the first name is written, as Hugging Face does."""
     from safetensors.torch import save_file
 
@@ -52,5 +66,7 @@ def _save(state: dict[str, Any], folder: Path) -> None:
     for name, tensor in state.items():
         if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
-            unique[name] = tensor.contiguous()
-    save_file(unique, folder / "model.safetensors", metadata={"format": "pt"})
+            unique[name] = tensor.float().contiguous()
+    save_file(unique, file, metadata={"format": "pt"})
+    with file.open("rb") as written:
+        os.fsync(written.fileno())

@@ -183,9 +183,11 @@ class Run:
         return read_metrics(self.metrics)
 
     def rewind(self, step: int) -> None:
-        """Forget records after ``step``: the run goes on from there and will write them again."""
+        """Forget what came after the checkpoint of ``step``: the run goes on from there and writes it again."""
         if ranks.rank() == 0 and self.metrics.exists():
             kept = [r for r in self.records() if r.get("step", 0) <= step]
+            saved = [i for i, r in enumerate(kept) if "checkpoint" in r and r["step"] == step]
+            kept = kept[: saved[-1] + 1] if saved else kept
             replace(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
 

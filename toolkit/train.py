@@ -26,6 +26,8 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     state = checkpoint.resume(run, engine)
     step, samples = state.step, state.samples
     run.rewind(step)
+    if step >= total:
+        run.console.print(f"{run.dir} has its {step} steps already (train.steps={total}): evaluating only.")
     batches = task.train_batches(start_sample=samples)
     meter = Meter(config, task, engine.dtype)
     with stop_signals() as stopping, progress(run, step, total) as bar:
