@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -67,6 +67,14 @@ class Result:
         return "\n".join(x for x in self.stderr.splitlines() if x.startswith("error: "))
 
 
+@dataclass(frozen=True)
+class Many:
+    """What :func:`launch_many` left: which runs were refused, in the words of each rank; the terminal."""
+
+    errors: dict[str, list[str]]
+    stdout: str
+
+
 class Job:
     """A launch under way, in a session of its own so that all of it can be found and ended."""
 
@@ -74,7 +82,13 @@ class Job:
         self.dir, self.output = run_dir, output
         self._out, self._err = (output / "stdout").open("wb"), (output / "stderr").open("wb")
         self.process = subprocess.Popen(
-            command, stdout=self._out, stderr=self._err, stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True
+            command,
+            stdout=self._out,
+            stderr=self._err,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # the same sums under every launcher
+            start_new_session=True,
         )
 
     def wait(self, timeout: float = 240) -> Result:
@@ -139,18 +153,10 @@ def start(
     tmp_path: Path, *overrides: str, ranks: int = 2, launcher: str = "deepspeed", recipe: str = "pretrain"
 ) -> Iterator[Job]:
     """Start ``recipes/<recipe>.py`` under ``deepspeed``, ``torchrun`` or plain ``python`` (one rank)."""
-    bin_dir, script, port = Path(sys.executable).parent, f"recipes/{recipe}.py", free_port()
-    head = {
-        "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--log_level", "error", "--master_port", str(port)],
-        "torchrun": ["torchrun", "--nproc-per-node", str(ranks), "--master-port", str(port)],
-        "python": ["python"],
-    }[launcher]
-    given = {o.split("=")[0] for o in overrides}
-    defaults = [o for o in (*TINY, "name=x", f"data.cache_dir={data_cache()}") if o.split("=")[0] not in given]
-    arguments = [*defaults, f"output_dir={tmp_path}", *overrides]
+    arguments = [*_defaults(overrides), f"output_dir={tmp_path}", *overrides]
     name = next(o.split("=")[1] for o in arguments if o.startswith("name="))
     output = Path(tempfile.mkdtemp(prefix="launch-", dir=tmp_path))
-    job = Job([str(bin_dir / head[0]), *head[1:], script, *arguments], output, tmp_path / name)
+    job = Job([*_launcher(launcher, ranks), f"recipes/{recipe}.py", *arguments], output, tmp_path / name)
     try:
         yield job
     finally:
@@ -172,6 +178,40 @@ def launch(
     if check:
         assert result.code == 0, f"exit code {result.code}\n{result.stdout}\n{result.stderr}\n{logs(result.dir)}"
     return result
+
+
+def launch_many(output_dir: Path, runs: Mapping[str, Sequence[str]], *, ranks: int = 2) -> Many:
+    """All ``runs`` (name -> overrides) in one launch."""
+    overrides = {name: [*_defaults(given), *given] for name, given in runs.items()}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    output = Path(tempfile.mkdtemp(prefix="launch-", dir=output_dir))
+    (output / "runs.json").write_text(json.dumps(overrides))
+    command = [*_launcher("deepspeed", ranks), "tests/many_runs.py", str(output_dir), str(output / "runs.json")]
+    job = Job(command, output, output_dir)
+    try:
+        result = job.wait()
+    finally:
+        job.kill()
+    assert result.code == 0, f"exit code {result.code}\n{result.stdout}\n{result.stderr}"
+    errors = {name: output_dir / f"{name}.error.json" for name in runs}
+    return Many({n: json.loads(p.read_text()) for n, p in errors.items() if p.exists()}, result.stdout)
+
+
+def _launcher(kind: str, ranks: int) -> list[str]:
+    port = str(free_port())
+    first, *rest = {
+        "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--log_level", "error", "--master_port", port],
+        "torchrun": ["torchrun", "--nproc-per-node", str(ranks), "--master-port", port],
+        "python": ["python"],
+    }[kind]
+    return [str(Path(sys.executable).parent / first), *rest]
+
+
+def _defaults(overrides: Sequence[str]) -> list[str]:
+    given = {o.split("=")[0] for o in overrides}
+    none = tuple(o.removesuffix("=none") + "." for o in overrides if o.endswith("=none"))  # no keys for these groups
+    defaults = [*TINY, "name=x", f"data.cache_dir={data_cache()}"]
+    return [o for o in defaults if o.split("=")[0] not in given and not o.startswith(none)]
 
 
 @cache

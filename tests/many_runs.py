@@ -1,10 +1,13 @@
 """Several small runs in one launch, as importing takes longer than they do; fit() and all below it is the real one.
 
-deepspeed --num_gpus 2 tests/many_runs.py <output_dir> '{"name": ["override", …], …}'
+    deepspeed --num_gpus 2 tests/many_runs.py <output_dir> runs.json    # {"name": ["override", …], …}
+
+What a run was refused with is written to <output_dir>/<name>.error.json, one message per rank.
 """
 
 import json
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -12,26 +15,35 @@ def main() -> None:
     from toolkit.compose import compose
     from toolkit.ds_config import complete, required_ops
     from toolkit.engine import Engine
+    from toolkit.errors import ToolkitError
     from toolkit.models.build import build_model
     from toolkit.run import Run, Terminal
     from toolkit.tasks import build_task
     from toolkit.train import fit
 
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    output_dir, runs = arguments[0], json.loads(arguments[1])
-    configs = [compose([*overrides, f"name={name}", f"output_dir={output_dir}"]) for name, overrides in runs.items()]
+    output_dir, file = (Path(a) for a in sys.argv[1:] if not a.startswith("--local_rank"))
+    runs = json.loads(file.read_text())
+    configs = {n: compose([*overrides, f"name={n}", f"output_dir={output_dir}"]) for n, overrides in runs.items()}
     ranks.complete_environment()
-    for config in configs:
+    for config in configs.values():
         ds = complete(config, world=ranks.world(), device=ranks.device())
         ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), None)
     with ranks.joined():
-        for config in configs:
+        for name, config in configs.items():
             with Terminal():
-                run = Run.open(config)
-                task = build_task(run)
-                engine = Engine.start(build_model(run, task), task, run)
-                fit(engine, task, run)
-                engine.ds.destroy()
+                engine, error = None, None
+                try:
+                    run = Run.open(config)
+                    task = build_task(run)
+                    engine = Engine.start(build_model(run, task), task, run)
+                    fit(engine, task, run)
+                except ToolkitError as refused:
+                    error = f"{type(refused).__name__}: {refused}"
+                errors = ranks.gathered(error)
+                if any(errors) and ranks.rank() == 0:
+                    (output_dir / f"{name}.error.json").write_text(json.dumps(errors))
+                if engine is not None:
+                    engine.ds.destroy()
 
 
 main()
