@@ -24,7 +24,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Strict(BaseModel):
     """A frozen node that knows exactly its own keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
 
 
 class Train(Strict):
@@ -150,6 +150,13 @@ class RunConfig(Strict):
     activation: Activation = Activation()
     machine: Machine = Machine()
     deepspeed: dict[str, Any] = {}  # DeepSpeed's JSON, checked by toolkit.ds_config
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str | None) -> str | None:
+        if value is not None and (value.strip(". ") == "" or "/" in value):
+            raise ValueError("a run's name is one folder below output_dir, without '/'")
+        return value
 
 
 def schema() -> dict[str, Any]:

@@ -8,10 +8,14 @@ Before :func:`joined` only the environment is read, so checks can run first.
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
+
+from toolkit.errors import ToolkitError
+
+T = TypeVar("T")
 
 # Preparing a corpus may take rank 0 hours while the others wait for it.
 PATIENCE = timedelta(days=2)
@@ -115,13 +119,34 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def wait(patience: timedelta | None = None) -> None:
-    """A barrier; with ``patience`` one that outlasts the process group's own time limit."""
+def wait() -> None:
+    """A barrier."""
     import torch.distributed as dist
 
-    if patience is None:
-        dist.barrier(group=_control)
-        return
-    group = dist.new_group(backend="gloo", timeout=patience)
-    dist.barrier(group=group)
+    dist.barrier(group=_control)
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """``work()`` on the first rank of each host, then on the others, which find it done.
+
+    The others wait as long as it takes. A ToolkitError of any rank is raised on all of them: one that
+    is left behind in a collective would end with an error of its own that hides the first.
+    """
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    result: Any = None
+    for firsts in (True, False):
+        errors: list[ToolkitError | None] = [None] * world()
+        error: ToolkitError | None = None
+        if (local_rank() == 0) == firsts:
+            try:
+                result = work()
+            except ToolkitError as raised:
+                error = raised
+        dist.all_gather_object(errors, error, group=group)
+        for found in errors:
+            if found is not None:
+                raise found
     dist.destroy_process_group(group)
+    return result  # type: ignore[no-any-return]

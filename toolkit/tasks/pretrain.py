@@ -25,12 +25,8 @@ class Pretrain:
 
     def __init__(self, run: Run) -> None:
         config = self.config = run.config
-        # The first rank of each host prepares; a cache on a shared disk is made once, under a lock.
-        if ranks.local_rank() == 0:
-            self.prepared = data.prepare(config, console=run.console, progress=ranks.rank() == 0)
-        ranks.wait(ranks.PATIENCE)
-        if ranks.local_rank() != 0:
-            self.prepared = data.prepare(config, console=run.console, progress=False)
+        # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
+        self.prepared = ranks.in_turn(lambda: data.prepare(config, console=run.console, progress=ranks.rank() == 0))
         self.vocab_size = self.prepared.vocab_size
         if config.model.vocab_size not in (None, self.vocab_size):
             raise ConfigError(

@@ -1,0 +1,142 @@
+"""Training for real: what a record holds, every objective and optimizer, monitors, real books."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+KEYS = {
+    "step", "loss", "mlm_loss", "nsp_loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second",
+    "tokens_per_second_unpadded", "step_seconds", "data_wait", "tflops_per_device", "mfu", "peak_gib",
+    "process_peak_gib", "eta_seconds",
+}  # fmt: skip
+EVAL_KEYS = {
+    "step",
+    "eval_loss",
+    "eval_mlm_loss",
+    "eval_mlm_accuracy",
+    "eval_nsp_loss",
+    "eval_nsp_accuracy",
+    "eval_seconds",
+}
+
+
+def test_records_and_files_of_a_run(tmp_path: Path) -> None:
+    result = launch(
+        tmp_path,
+        "train.steps=12",
+        "train.log_every=4",
+        "train.eval_every=6",
+        "data.max_length=64",
+        "deepspeed.csv_monitor.enabled=true",
+    )
+    first, *records = result.steps
+    assert [r["step"] for r in result.steps] == [1, 4, 8, 12]
+    assert "tokens_per_second" not in first, "the first steps allocate and fill caches: no rate"
+    for record in records:
+        assert set(record) == KEYS
+        assert record["loss"] == pytest.approx(record["mlm_loss"] + record["nsp_loss"])
+        assert 0 <= record["data_wait"] < 1 and 0 < record["mfu"] < 1
+        assert record["tokens_per_second_unpadded"] < record["tokens_per_second"]
+        assert record["tokens_per_second"] == pytest.approx(64 * record["samples_per_second"])
+        assert record["samples_per_second"] == pytest.approx(16 / record["step_seconds"])
+    evaluations = [r for r in result.records if "eval_loss" in r]
+    assert [r["step"] for r in evaluations] == [6, 12] and all(set(r) == EVAL_KEYS for r in evaluations)
+    names = {p.name for p in result.dir.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "ds_config.json",
+        "env.json",
+        "metrics.jsonl",
+        "model",
+        "checkpoints",
+        "log.rank1.txt",
+    }
+    env = json.loads((result.dir / "env.json").read_text())
+    assert env["world_size"] == 2 and env["versions"]["deepspeed"] and env["git"]["commit"]
+    (written,) = (p for p in result.dir.rglob("*mlm_loss.csv") if "eval" not in p.name)
+    rows = list(csv.reader(written.open()))
+    assert float(rows[-1][1]) == pytest.approx(records[-1]["mlm_loss"])
+    assert "held out" in result.stdout and f"Run directory: {result.dir}" in result.stdout
+
+
+def test_the_clock_leaves_out_evaluation_and_saving(tmp_path: Path) -> None:
+    quiet = launch(tmp_path, "train.steps=24", "train.log_every=24", "name=quiet").steps[-1]
+    busy = launch(
+        tmp_path, "train.steps=24", "train.log_every=24", "train.eval_every=2", "train.save_every=2",
+        "train.eval_samples=256", "name=busy",
+    )  # fmt: skip
+    seconds = sum(r["eval_seconds"] for r in busy.records if "eval_loss" in r)
+    assert seconds > 24 * busy.steps[-1]["step_seconds"] / 4, "too little evaluation to tell"
+    assert busy.steps[-1]["step_seconds"] < 2.5 * quiet["step_seconds"]
+
+
+@pytest.mark.parametrize(("objective", "losses"), [("mlm", {"mlm_loss"}), ("sop", {"mlm_loss", "sop_loss"})])
+def test_the_other_objectives_train(objective: str, losses: set[str], tmp_path: Path) -> None:
+    record = launch(tmp_path, f"task.objective={objective}", "zero=stage3").steps[-1]
+    assert {k for k in record if k.endswith("_loss")} == losses
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("optimizer=sgd",), ("optimizer=lion", "offload=cpu"), ("optimizer=muon", "zero=stage1"), ("schedule=none",)],
+    ids=" ".join,
+)
+def test_every_optimizer_that_this_device_has_learns(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    rate = (
+        () if "muon" in overrides[0] else (f"deepspeed.optimizer.params.lr={0.1 if 'sgd' in overrides[0] else 1e-3}",)
+    )
+    steps = launch(tmp_path, *overrides, *rate, "train.steps=20", "model.dropout=0").steps
+    assert steps[-1]["mlm_loss"] < steps[0]["mlm_loss"] - 0.02
+
+
+def test_real_books_with_the_real_vocabulary(tmp_path: Path) -> None:
+    books = DATA / "pretrain" / "gutenberg"
+    vocab = DATA / "vocab" / "bert-base-uncased-vocab.txt"
+    if not books.is_dir() or not vocab.is_file():
+        pytest.skip(f"{DATA} is not on this machine")
+    for name in (
+        "84_frankenstein",
+        "11_alice_in_wonderland",
+        "1661_sherlock_holmes",
+        "98_tale_of_two_cities",
+        "1342_pride_and_prejudice",
+    ):
+        text = gzip.decompress((books / f"{name}.txt.gz").read_bytes())
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    result = launch(
+        tmp_path,
+        "data=text",
+        f"data.path={tmp_path}/*.txt",
+        "data.documents=file",
+        "zero=stage3",
+        f"tokenizer.path={vocab}",
+        "train.steps=30",
+        "deepspeed.optimizer.params.lr=2e-3",
+        "data.workers=2",
+    )
+    first, last = result.steps[0], result.steps[-1]
+    assert first["mlm_loss"] == pytest.approx(10.3, abs=0.2), "ln 30522: nothing is known yet"
+    assert last["mlm_loss"] < first["mlm_loss"] - 0.5
+
+
+def test_a_vocabulary_of_another_size_than_the_models_is_refused(tmp_path: Path) -> None:
+    result = launch(tmp_path, "model.vocab_size=600", check=False, ranks=1, launcher="python")
+    assert result.code == 2
+    assert "model.vocab_size=600: the tokenizer has 512 entries" in result.error
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    result = launch(tmp_path, "deepspeed.optimizer.params.lr=1e30", "zero=stage0", check=False)
+    assert result.code == 2 and "the loss is nan" in result.error and "Traceback" not in result.stderr
+
+
+def test_an_error_of_rank_0_alone_is_the_only_one_shown(tmp_path: Path) -> None:
+    result = launch(tmp_path, "data=text", "data.path=nowhere/*.txt", check=False)
+    assert result.code == 2
+    assert len(result.error.splitlines()) == 1 and "nowhere/*.txt" in result.error
+    assert "Traceback" not in result.stdout + result.stderr
