@@ -1,0 +1,60 @@
+"""Every command of the README runs, from a folder of its own, with a model small enough to wait for."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, TINY, data_cache
+
+DOCUMENT = "The sea was calm that day. Nobody spoke for a while. Then the captain laughed, and all of us with him."
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+SMALL = [*(o for o in TINY if not o.startswith("experiment")), "train.steps=2", f"data.cache_dir={data_cache()}"]
+
+
+def command_id(command: str) -> str:
+    return command.replace("recipes/", "")[:50]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout as a reader has it, with documents and a finished run called first."""
+    path = tmp_path_factory.mktemp("readme")
+    (path / "recipes").symlink_to(ROOT / "recipes")
+    (path / "docs").mkdir()
+    for i in range(8):
+        (path / "docs" / f"{i}.txt").write_text("\n\n".join(f"{DOCUMENT} It was day {i} of {j}." for j in range(40)))
+    run(path, "python recipes/pretrain.py experiment=smoke name=first")
+    return path
+
+
+def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    small = [] if "--config-path" in command or "export" in command else SMALL
+    if "build-ops" in command:
+        small = []
+    line = " ".join([command, *(f"'{o}'" for o in small)])
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_the_readme_has_its_commands() -> None:
+    starts = {command.split()[0] for command in COMMANDS}
+    assert starts == {"make", "deepspeed", "torchrun", "python", "toolkit"}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make")], ids=command_id)
+def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
+    run(folder, command)
+
+
+def test_the_options_of_every_group_are_listed() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    groups = {p.name: {f.stem for f in p.glob("*.yaml")} for p in (ROOT / "conf").iterdir() if p.is_dir()}
+    listed = {group: set(re.findall(r"`(\w+)`", options)) for group, options in rows.items()}
+    listed["zero"] |= {"stage1", "stage2"}  # the table says stage0 … stage3
+    assert listed == groups
