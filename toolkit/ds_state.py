@@ -39,6 +39,7 @@ def read(ds: Any, folder: Path) -> None:
     with safe_loading():
         ds.load_checkpoint(str(folder), tag=TAG)
     _restore_hyperparameters(ds, chosen)
+    _replay_bias_correction(ds)
 
 
 def save_file(tree: Any, path: Path) -> Digest:
@@ -203,3 +204,26 @@ def _restore_hyperparameters(ds: Any, chosen: list[dict[str, Any]]) -> None:
         group |= values
     if hasattr(ds.optimizer, "clip_grad"):
         ds.optimizer.clip_grad = ds.gradient_clipping()
+
+
+def _replay_bias_correction(ds: Any) -> None:
+    """DeepSpeed's Adam on the CPU keeps beta^t in C++ as a running product of floats, which no checkpoint holds:
+    after a resume it takes pow(beta, t) instead, an ulp off (csrc/includes/cpu_adam.h, IncrementStep). So count
+    one number up to t.
+    """
+    adam = ds.basic_optimizer
+    offloaded = hasattr(adam, "ds_opt_adam")
+    if not (offloaded or (hasattr(adam, "multi_tensor_adam") and ds.device.type == "cpu")):
+        return
+    beta1, beta2 = adam.param_groups[0]["betas"]
+    steps = max((int(state["step"]) for state in adam.state.values()), default=0)
+    if max(beta1, beta2) ** steps < 2**-25:
+        return  # 1 - beta^t is 1 in fp32, either way
+    one = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, steps + 1):
+        if offloaded:
+            adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *one)
+        else:
+            columns = [[x] for x in one]
+            mode = adam.adam_w_mode
+            adam.multi_tensor_adam(1, adam._dummy_overflow_buf, columns, 0.0, beta1, beta2, 1.0, step, mode, 1, 0.0)
