@@ -92,9 +92,14 @@ class Job:
         )
 
     def wait(self, timeout: float = 240) -> Result:
-        """Until the launcher has ended; past ``timeout`` seconds everything is killed and it is an error."""
+        """Until the launcher and all ranks have ended; past ``timeout`` seconds all is killed and it is an error."""
+        end = time.monotonic() + timeout
         try:
             code = self.process.wait(timeout)
+            while self.alive():
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(self.process.args, timeout)
+                time.sleep(0.1)
         except subprocess.TimeoutExpired:
             self.kill()
             out, err = self._text()
@@ -118,6 +123,13 @@ class Job:
         """Everything in the job's session, the launcher's orphans too."""
         return [p for p in psutil.process_iter() if _session(p.pid) == self.process.pid]
 
+    def alive(self) -> list[psutil.Process]:
+        found = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                found += [process] if process.status() != psutil.STATUS_ZOMBIE else []
+        return found
+
     def ranks(self) -> list[psutil.Process]:
         """The processes that train (not the launchers, not the data loaders' workers), in rank order."""
         found: dict[int, psutil.Process] = {}
@@ -134,7 +146,7 @@ class Job:
     def kill(self) -> None:
         """SIGKILL to all of the job at once."""
         for _ in range(50):
-            alive = [p for p in self.processes() if p.status() != psutil.STATUS_ZOMBIE]
+            alive = self.alive()
             for process in alive:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()

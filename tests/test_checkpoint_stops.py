@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from launching import Job, Result, launch, read, start
-from test_checkpoint import DROPOUT, final_state, trained
+from test_checkpoint import DROPOUT, assert_same_state, trained
 
 from toolkit import checkpoint
 
-STEPS = ["train.steps=80", DROPOUT]
+STEPS = ["train.steps=80", *DROPOUT]
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +57,17 @@ def test_killed_in_the_middle_of_saving_and_resumed_it_ends_as_if_never_stopped(
     done = launch(tmp_path, *overrides)
     assert "Resuming from" in done.stdout and not list((done.dir / "checkpoints").glob(".*"))
     assert trained(done.dir) == trained(uninterrupted)
-    assert final_state(done.dir).keys() == final_state(uninterrupted).keys()
-    assert all(
-        (v == final_state(uninterrupted)[k]) if not hasattr(v, "equal") else v.equal(final_state(uninterrupted)[k])
-        for k, v in final_state(done.dir).items()
-    )
+    assert_same_state(done.dir, uninterrupted)
     assert_each_step_once(done.dir)
 
 
-def stop(tmp_path: Path, launcher: str, ranks: int, how: Any) -> tuple[Result, list[int]]:
-    """Start or go on; after the next few steps ``how(job)``. The launcher's end, and the ranks' exit codes."""
+def stop(tmp_path: Path, launcher: str, ranks: int, how: Any) -> Result:
+    """Start or go on, and ``how(job)`` after the next few steps."""
     with start(tmp_path, *STEPS, "train.save_every=null", launcher=launcher, ranks=ranks) as job:
         begun = last_step(job.dir)
         job.until(lambda: last_step(job.dir) > begun + 2, "a few steps", every=0)
         how(job)
-        return job.wait(90), []
+        return job.wait(90)
 
 
 def to_ranks(number: int, only: slice = slice(None)) -> Any:
@@ -109,7 +105,7 @@ def test_stopped_by_signals_and_resumed_it_ends_as_if_never_stopped(tmp_path: Pa
         ("torchrun", to_everyone(signal.SIGTERM), None),
     ]
     for launcher, how, code in stops:
-        result, _ = stop(tmp_path, launcher, 2, how)
+        result = stop(tmp_path, launcher, 2, how)
         print(launcher, how, result.code, result.stdout[-300:], result.stderr[-600:])
         newest = checkpoint.newest(result.dir)
         assert int(newest.name.removeprefix("step-")) == last_step(result.dir) < 80
@@ -120,7 +116,7 @@ def test_stopped_by_signals_and_resumed_it_ends_as_if_never_stopped(tmp_path: Pa
 
 
 def test_ctrl_c_to_plain_python_saves_and_exits_75(tmp_path: Path) -> None:
-    result, _ = stop(tmp_path, "python", 1, to_everyone(signal.SIGINT))
+    result = stop(tmp_path, "python", 1, to_everyone(signal.SIGINT))
     assert result.code == 75 and "Traceback" not in result.stderr + result.stdout
     assert f"Stopped by a signal after step {last_step(result.dir)}; saved in {result.dir}" in result.stdout
     assert checkpoint.newest(result.dir).name == f"step-{last_step(result.dir)}"

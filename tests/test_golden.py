@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
-from composing import compose
 
+from toolkit.compose import compose
 from toolkit.config import conf_dir
 from toolkit.ds_config import complete
 
@@ -17,19 +17,19 @@ GOLDEN = Path(__file__).parent / "golden"
 # What a preset needs beside it to be legal on its own.
 COMPANIONS = {
     "offload=cpu_params": ["zero=stage3"],
-    "offload=nvme": ["zero=stage3", "precision=bf16"],
+    "offload=nvme": ["zero=stage3"],
     "optimizer=lamb": ["zero=stage0"],
 }
 PRESETS = [
     f"{group}={path.stem}"
-    for group in ("zero", "offload", "precision", "optimizer")
+    for group in ("zero", "offload", "precision", "optimizer", "experiment")
     for path in sorted((conf_dir() / group).glob("*.yaml"))
 ]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_gives_the_deepspeed_json_that_was_looked_at(preset: str) -> None:
-    config = compose(preset, *COMPANIONS.get(preset, []))
+    config = compose([preset, *COMPANIONS.get(preset, [])])
     ds = complete(config, world=2, device="cuda", run_dir=Path("runs/golden"))
     text = json.dumps(ds, indent=2, sort_keys=True) + "\n"
     file = GOLDEN / f"{preset.replace('=', '_')}.json"

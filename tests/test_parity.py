@@ -21,6 +21,9 @@ from toolkit.schedule import factor
 STEPS = 20
 COMMON = (
     "model.dropout=0",
+    "data.max_length=64",  # sequences of many lengths, so that micro-batches hold unequally many predictions
+    "data.max_predictions=20",
+    "data.short_rate=0.9",
     f"train.steps={STEPS}",
     "train.log_every=1",
     "schedule.warmup=5",

@@ -91,7 +91,8 @@ def _build(op: Any, console: Any) -> None:
         hint = "apt install libaio-dev" if op.name == "async_io" else "see `ds_report`"
         raise PlanError(f"DeepSpeed's op '{op.name}' cannot be built on this machine: {hint}. {op.error_log or ''}")
     start = time.monotonic()
-    with console.status(f"Building DeepSpeed's op '{op.name}', once, about a minute"):
+    console.print(f"Building DeepSpeed's op '{op.name}': once on this machine, a minute or two …")
+    with console.status("compiling"):
         op.load(verbose=False)
     console.print(f"Built DeepSpeed's op '{op.name}' in {time.monotonic() - start:.0f} s.")
 

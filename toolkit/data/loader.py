@@ -9,8 +9,11 @@ Position p of the stream is sample ``Shuffle(n, seed, epoch)(p % n)`` of epoch `
 starting at another position; there is no other state.
 """
 
+import os
+import signal
 from collections.abc import Iterator
 from itertools import count
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -81,7 +84,7 @@ def train_batches(
         "num_workers": workers,
         "persistent_workers": True,
         "prefetch_factor": 4,
-        "worker_init_fn": _one_thread,
+        "worker_init_fn": _begin_worker,
         "multiprocessing_context": start_method,
     }
     return iter(
@@ -96,8 +99,18 @@ def train_batches(
     )
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    """Stopping is the rank's business: a signal to all of a job must not take the data from its last step."""
     set_num_threads(1)  # a forked process must not use its parent's thread pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def eval_batches(dataset: PairDataset, *, micro_size: int, rank: int, world: int, limit: int | None) -> Iterator[Batch]:

@@ -36,6 +36,7 @@ class Pretrain:
         self.hf_config = model_config(config.model, vocab_size=self.vocab_size, pad_id=self.prepared.pad_id)
         self.model_class = MODELS[config.task.objective]
         run.write_model(self.hf_config, self.model_class.saved_as, self.prepared.tokenizer)
+        run.write_json("audit.json", self.prepared.audit)
         run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
         self.flops = flops.bert(config.model, vocab_size=self.vocab_size, length=config.data.max_length)
