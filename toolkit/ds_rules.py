@@ -460,6 +460,10 @@ def _warmup(f: Facts) -> float:
     return schedule.warmup if schedule is not None and schedule.warmup > f.config.train.steps else 0
 
 
+def _negative(value: Any) -> bool:
+    return isinstance(value, int | float) and value < 0
+
+
 # Blocks of DeepSpeed's that this toolkit does by other means, and by which.
 UNUSED = {
     "activation_checkpointing": "activation=recompute",
@@ -516,8 +520,8 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "Use schedule=none, or drop deepspeed.scheduler.",
     ),
     "learning_rate": (
-        lambda c, f: any((f[f"optimizer.params.{key}"] or 0) < 0 for key in ("lr", "muon_lr", "adam_lr")),
-        "deepspeed.optimizer.params.lr={f[optimizer.params.lr]}: a negative rate climbs. Use a positive one.",
+        lambda c, f: [k for k in ("lr", "muon_lr", "adam_lr") if _negative(f[f"optimizer.params.{k}"])],
+        "deepspeed.optimizer.params.{got[0]} is negative: a negative rate climbs. Use a positive one.",
     ),
     "half_at_stage0": (  # fused_optimizer.py: FP16_Optimizer runs one empty optimizer.step() at its start
         lambda c, f: f.stage == 0 and f.dtype != "fp32" and "Adam" in f.optimizer,
