@@ -98,26 +98,29 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Mean losses and accuracies over all ranks' batches; each sample counts once."""
+        """Mean losses and accuracies over all ranks' batches, each sample counted once; {} without a batch."""
         self.ds.eval()
-        names: list[str] = []
-        sums = torch.zeros(0)
+        sums: dict[str, Tensor] = {}  # on the device: no step waits for the host
+        counts: dict[str, float] = {}
         for batch in batches:
-            counts = self.task.counts(batch)
+            counts = _added([counts, self.task.counts(batch)])
             batch = self._to_device(batch)
             outputs = self._forward(batch)
-            losses = self.task.losses(outputs, batch)
-            right = self.task.correct(outputs, batch)
-            names = list(losses)
-            row = [x for n in names for x in (losses[n].float(), right[n].float(), torch.tensor(float(counts[n])))]
-            sums = torch.stack([x.double().cpu() for x in row]) + (sums if len(sums) else 0)
-        totals = ranks.total(sums.tolist())
+            for kind, values in (
+                ("loss", self.task.losses(outputs, batch)),
+                ("right", self.task.correct(outputs, batch)),
+            ):
+                for name, value in values.items():
+                    sums[f"{name}_{kind}"] = sums.get(f"{name}_{kind}", 0) + value.double()
+        names = [name.removesuffix("_loss") for name in sums if name.endswith("_loss")]
+        totals = iter(
+            ranks.total([x for n in names for x in (float(sums[f"{n}_loss"]), float(sums[f"{n}_right"]), counts[n])])
+        )
         result: dict[str, float] = {}
-        for i, name in enumerate(names):
-            loss, correct, count = totals[3 * i : 3 * i + 3]
-            result[f"{name}_loss"] = loss / count
-            result[f"{name}_accuracy"] = correct / count
-        return {"loss": sum(v for k, v in result.items() if k.endswith("_loss")), **result}
+        for name in names:
+            loss, right, count = next(totals), next(totals), next(totals)
+            result |= {f"{name}_loss": loss / count, f"{name}_accuracy": right / count}
+        return {"loss": sum(v for k, v in result.items() if k.endswith("_loss")), **result} if result else {}
 
     def _forward(self, batch: Batch) -> Batch:
         return self.ds(**{name: batch[name] for name in self.task.inputs})  # type: ignore[no-any-return]

@@ -99,6 +99,8 @@ def evaluate(engine: Engine, task: Any, run: Run, step: int) -> dict[str, Any]:
     """One evaluation record: means over the held-out samples, each counted once."""
     start = time.perf_counter()
     result = {f"eval_{k}": v for k, v in engine.evaluate(task.eval_batches()).items()}
+    if not result:
+        return {}  # nothing is held out
     record = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
     run.log(record)
     text = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.3f}" for k, v in result.items())
@@ -119,7 +121,8 @@ def summarise(run: Run, meter: Meter, result: dict[str, Any]) -> None:
         held = result.get(f"eval_{key}")
         table.add_row(key.replace("_", " "), *(_number(x) for x in (first[key], last.get(key), held)))
         accuracy = result.get(f"eval_{key.replace('_loss', '_accuracy')}")
-        table.add_row(key.replace("_loss", " accuracy"), "", "", "" if accuracy is None else f"{accuracy:.1%}")
+        if accuracy is not None:
+            table.add_row(key.replace("_loss", " accuracy"), "", "", f"{accuracy:.1%}")
     for name, value in run.notes.items():
         table.add_row(name, "", "", _number(value))
     if meter.active_seconds:

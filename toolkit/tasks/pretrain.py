@@ -37,7 +37,8 @@ class Pretrain:
         self.model_class = MODELS[config.task.objective]
         run.write_model(self.hf_config, self.model_class.saved_as, self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
-        run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
+        if self.prepared.eval_samples:
+            run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
         self.flops = flops.bert(config.model, vocab_size=self.vocab_size, length=config.data.max_length)
 
