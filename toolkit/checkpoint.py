@@ -9,7 +9,6 @@ written in place and can name a broken one.
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from toolkit import ds_state, ranks
@@ -204,19 +202,13 @@ def _compare(path: Path, manifest: dict[str, Any], layout: dict[str, Any]) -> No
 
 
 def _rng() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    state["numpy"] = [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest]
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    """Dropout's generators; data draws from none (toolkit/data/draws.py)."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

@@ -16,34 +16,33 @@ def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     return torch.gather(hidden, 1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
-class PairBert(BertForPreTraining):  # type: ignore[misc]
+class _OnPositions:
+    """The forward pass that both models share."""
+
+    bert: Any
+    cls: Any
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, mlm_positions: Tensor
+    ) -> dict[str, Tensor]:
+        """Ids, mask, types [batch, length] -> mlm [batch, predictions, vocab], pair [batch, 2] where there is one."""
+        output = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        logits = {"mlm": self.cls.predictions(at_positions(output.last_hidden_state, mlm_positions))}
+        if hasattr(self.cls, "seq_relationship"):
+            logits["pair"] = self.cls.seq_relationship(output.pooler_output)
+        return logits
+
+
+class PairBert(_OnPositions, BertForPreTraining):  # type: ignore[misc]
     """Masked LM and a label for each sentence pair (next sentence, or sentence order)."""
 
     saved_as = "BertForPreTraining"
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, mlm_positions: Tensor
-    ) -> dict[str, Tensor]:
-        """Token ids, mask and types [batch, length] -> mlm [batch, predictions, vocab], pair [batch, 2]."""
-        output = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        hidden = at_positions(output.last_hidden_state, mlm_positions)
-        return {
-            "mlm": self.cls.predictions(hidden),
-            "pair": self.cls.seq_relationship(output.pooler_output),
-        }
 
-
-class MaskedBert(BertForMaskedLM):  # type: ignore[misc]
+class MaskedBert(_OnPositions, BertForMaskedLM):  # type: ignore[misc]
     """Masked LM alone."""
 
     saved_as = "BertForMaskedLM"
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, mlm_positions: Tensor
-    ) -> dict[str, Tensor]:
-        """Token ids, mask and types [batch, length] -> mlm [batch, predictions, vocab]."""
-        output = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        return {"mlm": self.cls.predictions(at_positions(output.last_hidden_state, mlm_positions))}
 
 
 MODELS: dict[str, Any] = {"mlm_nsp": PairBert, "sop": PairBert, "mlm": MaskedBert}
