@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 TAG = "state"
 Digest = dict[str, Any]  # bytes, sha256
@@ -68,10 +71,6 @@ def foreign_code(path: Path) -> str | None:
 @contextmanager
 def safe_loading() -> Iterator[None]:
     """Inside, torch.load executes nothing that a file carries, whatever the caller asked of it."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(key)
     os.environ[key] = "1"
@@ -92,6 +91,10 @@ class _Files(CheckpointEngine):  # type: ignore[misc]
         self.problem: Exception | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
+        shard = state_dict.get("optimizer_state_dict")
+        if shard and "single_partition_of_fp32_groups" in shard:
+            # BF16_Optimizer leaves the stage out, and zero_to_fp32.parse_optim_states then refuses to read it.
+            shard.setdefault("zero_stage", ZeroStageEnum.optimizer_states)
         try:
             self.written[str(Path(path).relative_to(self.root))] = save_file(state_dict, Path(path))
         except (OSError, RuntimeError) as error:

@@ -3,9 +3,11 @@
 toolkit export runs/bert            # -> runs/bert/export, for AutoModel….from_pretrained
 """
 
+import io
 import json
 import os
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def weights(path: Path) -> dict[str, Any]:
         else:
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-            state = get_fp32_state_dict_from_zero_checkpoint(str(path), ds_state.TAG)
+            with redirect_stdout(None), redirect_stderr(io.StringIO()):  # its progress bars
+                state = get_fp32_state_dict_from_zero_checkpoint(str(path), ds_state.TAG)
     return dict(state)
 
 

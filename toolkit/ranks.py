@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from toolkit.errors import ToolkitError
@@ -75,10 +76,24 @@ def joined() -> Iterator[None]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size()))
     deepspeed.init_distributed(verbose=False)
     _control = dist.new_group(backend="gloo")
+    _forget_shared_memory()
     yield
     # Only on success: after an error the peers may be gone, and the launcher ends them.
     _control = None
     dist.destroy_process_group()
+
+
+def _forget_shared_memory() -> None:
+    """Unlink DeepSpeed's shared memory as soon as all ranks have mapped it: then it ends with them.
+
+    Its op (csrc/cpu/comm/shm.cpp, 0.19.8) never does: 66 MiB a rank of /dev/shm, that is of memory, stay
+    behind after every CPU run, and the next run on the same port begins with what it finds there (also met in
+    https://github.com/sgl-project/sglang/pull/38638).
+    """
+    wait()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def total(numbers: Sequence[float]) -> list[float]:
