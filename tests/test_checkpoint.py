@@ -152,8 +152,7 @@ def later(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     on("other-shape", "model.num_hidden_layers=1")
     on("other-dtype", "precision=bf16")
     on("other-optimizer", "optimizer=lion", "offload=cpu")
-    plain = ["experiment=null", "model=bert_tiny", "data.holdout=0.1", "deepspeed.optimizer.params.lr=2e-3"]
-    on("other-schedule", *plain, "schedule=none")
+    on("other-schedule", "experiment=smoke", "data.holdout=0.1", "schedule=none")
     on("other-groups", "zero=stage3", "deepspeed.zero_optimization.sub_group_size=1000", source="stage3")
     on("never", "resume=never")
     on("other-lr", "deepspeed.optimizer.params.lr=1e-3", "deepspeed.gradient_clipping=0.5", keep=False)

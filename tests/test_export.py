@@ -142,11 +142,10 @@ def test_what_is_no_run_and_what_is_no_export_is_refused(tmp_path: Path) -> None
 def test_another_run_starts_from_the_weights_of_a_run(tmp_path: Path) -> None:
     source = copy_run(checkpoint_runs.whole() / "stage2", tmp_path / "source", without=None)
     weights = f"model.weights={source}"
-    alike = [weights, "model.dropout=0", "train.steps=1", "train.save_every=null", "schedule.warmup=0"]
+    still = ["deepspeed.optimizer.params.lr=0", "train.steps=1", "schedule.warmup=0", "model.dropout=0"]
     runs = {
-        "scratch": ["model.dropout=0", "train.steps=1", "train.save_every=null", "schedule.warmup=0"],
-        "stage0": ["zero=stage0", *alike],
-        "stage3": ["zero=stage3", *alike],
+        "stage0": ["zero=stage0", weights, *still],
+        "stage3": ["zero=stage3", weights, *still],
         "other-vocabulary": [weights, "tokenizer.vocab_size=300"],
         "no-export": [f"model.weights={checkpoint_runs.whole()}/stage2"],
     }
@@ -154,11 +153,8 @@ def test_another_run_starts_from_the_weights_of_a_run(tmp_path: Path) -> None:
     errors = launch_many(tmp_path, runs).errors
     assert "its vocabulary has 512 entries, the tokenizer 300." in errors["other-vocabulary"][0]
     assert "this run has no export yet. Run: toolkit export" in errors["no-export"][0]
-    begun = {
-        name: next(r["loss"] for r in read(tmp_path / name / "metrics.jsonl") if "loss" in r)
-        for name in ("scratch", "stage0", "stage3")
-    }
-    # The first batch is the source's first: it has been learnt from. Its held-out loss is over other samples.
-    first = trained(source)[0][1]
-    print(begun, first)
-    assert begun["stage0"] == pytest.approx(begun["stage3"], abs=1e-6)
+    before = next(r["eval_loss"] for r in read(source / "metrics.jsonl") if "eval_loss" in r)
+    for name in ("stage0", "stage3"):
+        training, _, evaluation = read(tmp_path / name / "metrics.jsonl")
+        assert evaluation["eval_loss"] == pytest.approx(before, abs=2e-6)
+        assert training["loss"] == pytest.approx(before, abs=0.4)  # of 80 predictions, other ones

@@ -5,6 +5,7 @@ step = engine.train_batch(batches, stop=False)     # one optimizer step
 """
 
 import copy
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit import ranks
-from toolkit.config import Dtype
+from toolkit.config import Dtype, cache_dir
 from toolkit.models.build import decay_groups
 from toolkit.run import Run
 from toolkit.schedule import factor
@@ -67,6 +68,8 @@ class Engine:
         )
         _keep_stage0_norm(engine)
         if config.train.compile:
+            # Ranks that share one of inductor's caches can read each other's half-written files.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("inductor") / f"rank{ranks.local_rank()}"))
             engine.compile()
         run.monitor = engine.monitor
         return cls(engine, task)
