@@ -6,6 +6,13 @@
 The decorated function reads Hydra overrides from the command line, refuses a wrong configuration
 before any process group exists, builds DeepSpeed's ops, joins the ranks, and turns errors into one
 line and an exit code: 0 done, 1 a bug, 2 refused, 75 stopped by a signal after saving.
+
+SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit with 75. The launchers:
+
+- signals to the ranks: `deepspeed` passes 75 on; it gives the other ranks 30 s to end after the first.
+- Ctrl-C, scancel, a signal to the whole process group: the ranks save as above, but `deepspeed` itself
+  ends at once by that signal (a shell shows 130 or 143) and `torchrun` with 1, before or after they have.
+- SIGTERM to the one process `deepspeed`: it ends, and the ranks train on. Signal the group: kill -- -PGID.
 """
 
 import functools
