@@ -4,12 +4,11 @@ The table of all layouts is tests/parity.md; UPDATE_GOLDEN=1 writes it anew.
 """
 
 import os
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from launching import TINY, data_cache, launch
+from launching import TINY, data_cache, launch, launch_many, read
 from transformers import BertForPreTraining
 
 from toolkit import data
@@ -104,18 +103,19 @@ def reference() -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory):
-    """layout -> the 20 losses; each layout is launched once."""
-
-    @cache
-    def run(layout: str) -> list[float]:
-        ranks, overrides = {**FP32, **BF16}[layout]
-        result = launch(tmp_path_factory.mktemp("parity"), *COMMON, *overrides, ranks=ranks)
-        found = [r["loss"] for r in result.records if "loss" in r]
-        assert len(found) == STEPS
-        return found
-
-    return run
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """layout -> its 20 losses; the layouts of two ranks in one launch, one after another."""
+    folder = tmp_path_factory.mktemp("parity")
+    layouts = {**FP32, **BF16}
+    for ranks in (1, 2, 4):
+        done = launch_many(
+            folder, {str(i): [*COMMON, *o] for i, (r, o) in enumerate(layouts.values()) if r == ranks}, ranks=ranks
+        )
+        assert not done.errors
+    records = {layout: read(folder / str(i) / "metrics.jsonl") for i, layout in enumerate(layouts)}
+    found = {layout: [r["loss"] for r in rows if "loss" in r] for layout, rows in records.items()}
+    assert all(len(rows) == STEPS for rows in found.values())
+    return found
 
 
 def difference(a: list[float], b: list[float]) -> float:
@@ -125,16 +125,16 @@ def difference(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize("layout", FP32)
 def test_fp32_losses_are_those_of_plain_pytorch(layout: str, losses, reference: list[float]) -> None:
     assert reference[0] - reference[-1] > 0.1, "nothing was learned, so nothing was compared"
-    assert difference(losses(layout), reference) < 1e-5
+    assert difference(losses[layout], reference) < 1e-5
 
 
 @pytest.mark.parametrize("layout", BF16)
 def test_bf16_losses_are_those_of_fp32_within_its_rounding(layout: str, losses, reference: list[float]) -> None:
-    assert difference(losses(layout), reference) < 2**-7  # bf16 keeps 8 bits
+    assert difference(losses[layout], reference) < 2**-7  # bf16 keeps 8 bits
 
 
 def test_bf16_losses_agree_between_the_stages(losses) -> None:
-    first, *others = (losses(layout) for layout in BF16)
+    first, *others = (losses[layout] for layout in BF16)
     assert max(difference(other, first) for other in others) < 2e-4
 
 
@@ -150,7 +150,7 @@ def test_nvme_trains_matrices_of_over_a_mebibyte_right(tmp_path: Path) -> None:
 
 
 def test_the_table_of_layouts_is_up_to_date(losses, reference: list[float]) -> None:
-    rows = {layout: losses(layout) for layout in {**FP32, **BF16}}
+    rows = {layout: losses[layout] for layout in {**FP32, **BF16}}
     table = [
         "# Losses in every layout",
         "",
