@@ -1,9 +1,11 @@
 """Runs that are killed and stopped, at once and by launcher: none loses more than since its newest checkpoint."""
 
+import errno
 import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from checkpoint_runs import DROPOUT, assert_same_state, trained
 from launching import Job, Result, launch, read, start
@@ -117,3 +119,15 @@ def test_ctrl_c_to_plain_python_saves_and_exits_75(tmp_path: Path) -> None:
     assert result.code == 75 and "Traceback" not in result.stderr + result.stdout
     assert f"Stopped by a signal after step {last_step(result.dir)}; saved in {result.dir}" in result.stdout
     assert checkpoint.newest(result.dir).name == f"step-{last_step(result.dir)}"
+
+
+def test_one_rank_that_cannot_write_stops_all_of_them_in_one_line(tmp_path: Path) -> None:
+    with start(tmp_path, "train.steps=3000", "train.save_every=null") as job:
+        job.until_step(3)
+        job.ranks()[1].rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))  # less than its shard
+        to_ranks(signal.SIGTERM)(job)
+        result = job.wait(60)
+    assert result.code == 2 and "Traceback" not in result.stderr + result.stdout
+    assert len(result.error.splitlines()) == 1
+    assert f"cannot be saved: rank 1: [Errno {errno.EFBIG}]" in result.error
+    assert not list((result.dir / "checkpoints").iterdir())
