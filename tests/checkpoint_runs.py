@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launching import launch_many, read
+from launching import launch_many, read, runnable
 
 from toolkit import checkpoint, ds_state
 
 # One layer, but matrices of 1 MiB per rank and more: DeepSpeed keeps smaller tensors off the NVMe.
 WIDE = ["model.hidden_size=512", "model.intermediate_size=1024", "model.num_hidden_layers=1", "train.steps=6"]
-LAYOUTS = {
+ALL = {
     "stage0": ["zero=stage0"],
     "stage1": ["zero=stage1"],
     "stage2": ["zero=stage2"],
@@ -33,6 +33,7 @@ LAYOUTS = {
     "bf16-stage2": ["zero=stage2", "precision=bf16"],
     "bf16-stage3": ["zero=stage3", "precision=bf16"],
 }
+LAYOUTS = runnable(ALL)
 # Of these betas the float product over 4 steps differs from the power, so that a resume by the power shows at once.
 DROPOUT = ["model.dropout=0.1", "deepspeed.optimizer.params.betas=[0.88,0.98]"]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 
 def main() -> None:
+    from rich.console import Console
+
     from toolkit import ops, ranks
     from toolkit.compose import compose
     from toolkit.ds_config import complete, required_ops
@@ -27,7 +29,7 @@ def main() -> None:
     ranks.complete_environment()
     for config in configs.values():
         ds = complete(config, world=ranks.world(), device=ranks.device())
-        ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), None)
+        ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), Console())
     with ranks.joined():
         for name, config in configs.items():
             with Terminal():

@@ -13,6 +13,7 @@ import checkpoint_runs
 import pytest
 import torch
 from checkpoint_runs import (
+    ALL,
     DROPOUT,
     LAYOUTS,
     Evil,
@@ -23,7 +24,7 @@ from checkpoint_runs import (
     plant,
     trained,
 )
-from launching import Many, launch, launch_many, read
+from launching import Many, launch, launch_many, layouts, needs_nvme, read
 
 from toolkit import checkpoint, ds_state
 
@@ -44,7 +45,7 @@ def resumed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", layouts(ALL))
 def test_a_resumed_run_gives_the_same_losses_norms_rates_and_final_state(name: str, whole: Path, resumed: Path) -> None:
     assert trained(resumed / name) == trained(whole / name)
     assert_same_state(resumed / name, whole / name)
@@ -52,6 +53,7 @@ def test_a_resumed_run_gives_the_same_losses_norms_rates_and_final_state(name: s
     assert evals[0] == evals[1] and len(evals[0]) == 1
 
 
+@needs_nvme
 def test_nvme_really_swaps_and_the_shards_hold_what_was_swapped(whole: Path) -> None:
     run = whole / "stage3-nvme"
     assert list(run.glob("nvme/**/exp_avg-*.swp")), "every tensor was too small to be swapped"

@@ -9,8 +9,8 @@ from typing import Any
 import checkpoint_runs
 import pytest
 import torch
-from checkpoint_runs import LAYOUTS, copy_run, plant
-from launching import ROOT, launch_many, read
+from checkpoint_runs import ALL, LAYOUTS, copy_run, plant
+from launching import ROOT, launch_many, layouts, read
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForPreTraining, AutoTokenizer, BertForPreTraining
 
@@ -53,7 +53,7 @@ def held_out_loss(model: Any, config: RunConfig) -> float:
     return sum(total / count for total, count in sums.values())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", layouts(ALL))
 def test_the_export_has_the_held_out_loss_of_the_run(name: str, exports: Path) -> None:
     run = checkpoint_runs.whole() / name
     model, info = BertForPreTraining.from_pretrained(exports / name, output_loading_info=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import TINY, data_cache, launch, launch_many, read
+from launching import TINY, data_cache, launch, launch_many, layouts, needs_nvme, read, runnable
 from transformers import BertForPreTraining
 
 from toolkit import data
@@ -106,13 +106,13 @@ def reference() -> list[float]:
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """layout -> its 20 losses; the layouts of two ranks in one launch, one after another."""
     folder = tmp_path_factory.mktemp("parity")
-    layouts = {**FP32, **BF16}
-    for ranks in (1, 2, 4):
-        done = launch_many(
-            folder, {str(i): [*COMMON, *o] for i, (r, o) in enumerate(layouts.values()) if r == ranks}, ranks=ranks
-        )
-        assert not done.errors
-    records = {layout: read(folder / str(i) / "metrics.jsonl") for i, layout in enumerate(layouts)}
+    tables = {ranks: {n: o for n, (r, o) in {**FP32, **BF16}.items() if r == ranks} for ranks in (1, 2, 4)}
+    records = {}
+    for ranks, table in tables.items():
+        numbered = dict(enumerate(runnable(table).items()))
+        runs = {f"{ranks}-{i}": [*COMMON, *overrides] for i, (_, overrides) in numbered.items()}
+        assert not launch_many(folder, runs, ranks=ranks).errors
+        records |= {layout: read(folder / f"{ranks}-{i}" / "metrics.jsonl") for i, (layout, _) in numbered.items()}
     found = {layout: [r["loss"] for r in rows if "loss" in r] for layout, rows in records.items()}
     assert all(len(rows) == STEPS for rows in found.values())
     return found
@@ -122,7 +122,7 @@ def difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("layout", FP32)
+@pytest.mark.parametrize("layout", layouts({n: o for n, (_, o) in FP32.items()}))
 def test_fp32_losses_are_those_of_plain_pytorch(layout: str, losses, reference: list[float]) -> None:
     assert reference[0] - reference[-1] > 0.1, "nothing was learned, so nothing was compared"
     assert difference(losses[layout], reference) < 1e-5
@@ -138,6 +138,7 @@ def test_bf16_losses_agree_between_the_stages(losses) -> None:
     assert max(difference(other, first) for other in others) < 2e-4
 
 
+@needs_nvme
 def test_nvme_trains_matrices_of_over_a_mebibyte_right(tmp_path: Path) -> None:
     """DeepSpeed swaps gradients only from 1 MiB on, and misreads those that are not aligned (see conf/offload)."""
     wide = ("model.hidden_size=768", "model.num_attention_heads=12", "model.intermediate_size=3072",
@@ -150,6 +151,8 @@ def test_nvme_trains_matrices_of_over_a_mebibyte_right(tmp_path: Path) -> None:
 
 
 def test_the_table_of_layouts_is_up_to_date(losses, reference: list[float]) -> None:
+    if len(losses) < len(FP32) + len(BF16):
+        pytest.skip("this machine cannot run every layout")
     rows = {layout: losses[layout] for layout in {**FP32, **BF16}}
     table = [
         "# Losses in every layout",
