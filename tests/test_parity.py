@@ -67,7 +67,6 @@ def plain_pytorch(config: RunConfig) -> list[float]:
     optimizer = torch.optim.AdamW(
         decay_groups(model, params["weight_decay"]), lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
     )
-    assert config.schedule is not None
     schedule = config.schedule
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(schedule, step, STEPS))
     size = config.batch.global_size

@@ -129,8 +129,9 @@ def test_a_vocabulary_of_another_size_than_the_models_is_refused(tmp_path: Path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    result = launch(tmp_path, "deepspeed.optimizer.params.lr=1e30", "zero=stage0", check=False)
+    result = launch(tmp_path, "deepspeed.optimizer.params.lr=1e30", "zero=stage0", "train.log_every=50", check=False)
     assert result.code == 2 and "the loss is nan" in result.error and "Traceback" not in result.stderr
+    assert not list(result.dir.glob("checkpoints/step-*")), "its weights are spoilt"
 
 
 def test_an_error_of_rank_0_alone_is_the_only_one_shown(tmp_path: Path) -> None:

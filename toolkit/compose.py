@@ -49,7 +49,7 @@ def _permissive(argument: str) -> str:
         return f"++{argument}"
     options = sorted(f.stem for f in folder.glob("*.yaml"))
     for option in value.strip("[]").split(","):
-        if option.strip() not in (*options, "null"):
+        if option.strip() not in options:
             hint = nearest(option, options)
             raise ConfigError(f"{argument}: no such option.{hint} {key} has: {', '.join(options)}.")
     return argument

@@ -106,7 +106,9 @@ class Task(Strict):
 class Schedule(Strict):
     """The learning rate over the run; ``warmup`` counts steps from 1, below 1 it is a share of train.steps."""
 
-    name: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"
+    name: Literal["linear", "cosine", "inverse_sqrt", "constant", "none"] = (
+        "linear"  # none: deepspeed.scheduler decides
+    )
     warmup: float = Field(0.01, ge=0)
     decay_steps: Positive | None = None  # where linear and cosine reach 0; None: train.steps
 
@@ -146,7 +148,7 @@ class RunConfig(Strict):
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()
     task: Task = Task()
-    schedule: Schedule | None = Schedule()  # None: deepspeed.scheduler decides, or a constant rate
+    schedule: Schedule = Schedule()
     activation: Activation = Activation()
     machine: Machine = Machine()
     deepspeed: dict[str, Any] = {}  # DeepSpeed's JSON, checked by toolkit.ds_config

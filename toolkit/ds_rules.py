@@ -457,7 +457,7 @@ RULES: dict[str, Rule] = {
 def _warmup(f: Facts) -> float:
     assert f.config is not None
     schedule = f.config.schedule
-    return schedule.warmup if schedule is not None and schedule.warmup > f.config.train.steps else 0
+    return schedule.warmup if schedule.name != "none" and schedule.warmup > f.config.train.steps else 0
 
 
 def _negative(value: Any) -> bool:
@@ -514,7 +514,7 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "Lower it; below 1 it is a share of train.steps.",
     ),
     "two_schedules": (
-        lambda c, f: c.schedule is not None and f["scheduler"],
+        lambda c, f: c.schedule.name != "none" and f["scheduler"],
         "deepspeed.scheduler.type={f[scheduler.type]} beside schedule.name={c.schedule.name}: one has to "
         "go. "
         "Use schedule=none, or drop deepspeed.scheduler.",

@@ -54,7 +54,7 @@ class Engine:
         if config.train.tf32:
             torch.set_float32_matmul_precision("high")
         schedule = None
-        if config.schedule is not None:
+        if config.schedule.name != "none":
             chosen, steps = config.schedule, config.train.steps
             schedule = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(  # noqa: E731
                 optimizer, lambda step: factor(chosen, step, steps)

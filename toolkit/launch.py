@@ -21,7 +21,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from toolkit.compose import permissive, register_schema
@@ -32,7 +35,7 @@ REFUSED = 2
 # The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
 HYDRA = [
     "hydra.run.dir=.",
-    "hydra.sweep.dir=.",
+    f"hydra.sweep.dir={Path(tempfile.gettempdir()) / f'hydra-{os.getuid()}'}",  # for its multirun.yaml
     "hydra.sweep.subdir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
@@ -70,7 +73,9 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 def refuse(error: ToolkitError) -> None:
     """Print the error's lines on rank 0 and leave with code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # the launcher ends all ranks once one has left: rank 0 shall have spoken by then
+    else:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
     sys.exit(REFUSED)

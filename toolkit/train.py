@@ -42,6 +42,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
                 if config.train.eval_every and step % config.train.eval_every == 0 and step < total:
                     evaluate(engine, task, run, step)
                 if due(step, config.train.save_every, total) or done.stop:
+                    refuse_nan(run, step, sum(global_losses(done).values()))  # never saved
                     checkpoint.save(run, engine, checkpoint.State(step, samples))
             if done.stop and step < total:
                 raise Stopped(f"Stopped by a signal after step {step}; saved in {run.dir}. Start again to go on.")
@@ -57,10 +58,8 @@ def due(step: int, every: int | None, total: int) -> bool:
 
 def log(run: Run, engine: Engine, meter: Meter, step: int, done: Step) -> None:
     """One training record: losses of this very step over the global batch, rates since the last record."""
-    names = list(done.losses)
-    shares = ranks.total([float(done.losses[n]) for n in names])
-    losses = {f"{n}_loss": share for n, share in zip(names, shares, strict=True)}
-    record: dict[str, Any] = {"step": step, "loss": sum(shares), **losses}
+    losses = global_losses(done)
+    record: dict[str, Any] = {"step": step, "loss": sum(losses.values()), **losses}
     record |= {"lr": engine.last_learning_rate, "grad_norm": engine.grad_norm}
     if engine.loss_scale is not None:
         record["loss_scale"] = engine.loss_scale
@@ -69,9 +68,20 @@ def log(run: Run, engine: Engine, meter: Meter, step: int, done: Step) -> None:
         record["eta_seconds"] = record["step_seconds"] * (run.config.train.steps - step)
     run.log(record)
     run.console.print(line(record, run.config.train.steps), highlight=False)
-    if not math.isfinite(record["loss"]):
+    refuse_nan(run, step, record["loss"])
+
+
+def global_losses(done: Step) -> dict[str, float]:
+    """The means over the global batch; the same on every rank, and the host waits for the device."""
+    totals = ranks.total([float(share) for share in done.losses.values()])
+    return {f"{name}_loss": total for name, total in zip(done.losses, totals, strict=True)}
+
+
+def refuse_nan(run: Run, step: int, loss: float) -> None:
+    """A loss that is not finite spoils the weights: end before they are saved."""
+    if not math.isfinite(loss):
         raise ToolkitError(
-            f"step {step}: the loss is {record['loss']}. Lower deepspeed.optimizer.params.lr or lengthen "
+            f"step {step}: the loss is {loss}. Lower deepspeed.optimizer.params.lr or lengthen "
             f"schedule.warmup, and start again: the newest checkpoint of {run.dir} is from before."
         )
 
