@@ -139,3 +139,17 @@ def test_an_error_of_rank_0_alone_is_the_only_one_shown(tmp_path: Path) -> None:
     assert result.code == 2
     assert len(result.error.splitlines()) == 1 and "nowhere/*.txt" in result.error
     assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.weights=nowhere", "model.weights=nowhere: neither a folder with a config.json, nor a run"),
+        ("batch.global_size=40000", "the corpus gives only"),
+    ],
+)
+def test_what_only_the_data_or_the_weights_can_tell_is_refused_before_training(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    result = launch(tmp_path, override, check=False, ranks=1, launcher="python")
+    assert result.code == 2 and message in result.error and not result.records

@@ -34,7 +34,13 @@ def model_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
     """From ``model.weights`` if given (shape and vocabulary are its own), else from the keys."""
     if model.weights is None:
         return bert_config(model, vocab_size=vocab_size, pad_id=pad_id)
-    config = BertConfig.from_pretrained(weights_folder(model.weights))
+    try:
+        config = BertConfig.from_pretrained(weights_folder(model.weights))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.weights={model.weights}: neither a folder with a config.json, nor a run, nor a hub name that "
+            f"can be reached: {str(error).splitlines()[0]}"
+        ) from error
     if config.vocab_size != vocab_size:
         raise ConfigError(
             f"model.weights={model.weights}: its vocabulary has {config.vocab_size} entries, the tokenizer "

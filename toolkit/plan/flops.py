@@ -9,8 +9,15 @@ in Narayanan et al. 2021 (arXiv 2104.04473, appendix).
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from toolkit.config import Model
+
+class Shape(Protocol):
+    """What counts of a model: our Model has it, and so has a Hugging Face BertConfig."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Flops:
         return self.sequence * sequences + self.prediction * predictions + self.pair * pairs
 
 
-def bert(model: Model, *, vocab_size: int, length: int) -> Flops:
+def bert(model: Shape, *, vocab_size: int, length: int) -> Flops:
     """``length`` tokens a sequence; attention over all of them."""
     h, layers, inner = model.hidden_size, model.num_hidden_layers, model.intermediate_size
     projections = 4 * h * h + 2 * h * inner  # query, key, value, output; up, down

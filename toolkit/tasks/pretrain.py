@@ -27,6 +27,7 @@ class Pretrain:
         config = self.config = run.config
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
         self.prepared = ranks.in_turn(lambda: data.prepare(config, console=run.console, progress=ranks.rank() == 0))
+        data.require(self.prepared, config.batch.global_size)
         self.vocab_size = self.prepared.vocab_size
         if config.model.vocab_size not in (None, self.vocab_size):
             raise ConfigError(
@@ -34,13 +35,18 @@ class Pretrain:
                 "Leave it null, or choose the tokenizer that belongs to the model."
             )
         self.hf_config = model_config(config.model, vocab_size=self.vocab_size, pad_id=self.prepared.pad_id)
+        if config.data.max_length > self.hf_config.max_position_embeddings:
+            raise ConfigError(
+                f"data.max_length={config.data.max_length}: model.weights={config.model.weights} has only "
+                f"{self.hf_config.max_position_embeddings} positions. Lower data.max_length."
+            )
         self.model_class = MODELS[config.task.objective]
         run.write_model(self.hf_config, self.model_class.saved_as, self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
         if self.prepared.eval_samples:
             run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
-        self.flops = flops.bert(config.model, vocab_size=self.vocab_size, length=config.data.max_length)
+        self.flops = flops.bert(self.hf_config, vocab_size=self.vocab_size, length=config.data.max_length)
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches from the sample at ``start_sample`` of the endless stream."""
