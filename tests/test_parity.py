@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import TINY, data_cache, launch, launch_many, layouts, needs_nvme, read, runnable
+from launching import TINY, data_cache, launch_many, layouts, needs_nvme, read, runnable
 from transformers import BertForPreTraining
 
 from toolkit import data
@@ -142,10 +142,10 @@ def test_nvme_trains_matrices_of_over_a_mebibyte_right(tmp_path: Path) -> None:
     """DeepSpeed swaps gradients only from 1 MiB on, and misreads those that are not aligned (see conf/offload)."""
     wide = ("model.hidden_size=768", "model.num_attention_heads=12", "model.intermediate_size=3072",
             "model.dropout=0", "train.steps=4", "train.log_every=1", "deepspeed.optimizer.params.lr=1e-3")  # fmt: skip
-    kept, swapped = (
-        [r["loss"] for r in launch(tmp_path, *wide, *layout, f"name={len(layout)}").records if "loss" in r]
-        for layout in (("zero=stage1",), ("zero=stage3", "offload=nvme"))
-    )
+    layouts = {"kept": ["zero=stage1"], "swapped": ["zero=stage3", "offload=nvme"]}
+    assert not launch_many(tmp_path, {name: [*wide, *o] for name, o in layouts.items()}).errors
+    kept, swapped = ([r["loss"] for r in read(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in layouts)
+    assert len(kept) == 4
     assert difference(swapped, kept) < 1e-5
 
 

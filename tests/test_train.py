@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import launch
+from launching import launch, launch_many, read
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 KEYS = {
@@ -67,29 +67,37 @@ def test_records_and_files_of_a_run(tmp_path: Path) -> None:
 def test_the_clock_leaves_out_evaluation_and_saving(tmp_path: Path) -> None:
     steps = ("train.steps=24", "train.log_every=24")
     quiet = launch(tmp_path, *steps, "name=quiet").steps[-1]
-    busy = launch(tmp_path, *steps, "train.eval_every=4", "train.save_every=4", "train.eval_samples=1500", "name=busy")
+    busy = launch(tmp_path, *steps, "train.eval_every=1", "train.save_every=4", "train.eval_samples=1500", "name=busy")
     evaluating = sum(r["eval_seconds"] for r in busy.records if "eval_loss" in r and r["step"] < 24) / 24
     assert evaluating > quiet["step_seconds"], "too little evaluation to tell"
     assert busy.steps[-1]["step_seconds"] < quiet["step_seconds"] + evaluating / 2
 
 
-@pytest.mark.parametrize(("objective", "losses"), [("mlm", {"mlm_loss"}), ("sop", {"mlm_loss", "sop_loss"})])
-def test_the_other_objectives_train(objective: str, losses: set[str], tmp_path: Path) -> None:
-    record = launch(tmp_path, f"task.objective={objective}", "zero=stage3").steps[-1]
-    assert {k for k in record if k.endswith("_loss")} == losses
+RATE = "deepspeed.optimizer.params.lr="
+VARIANTS = {
+    "mlm": ["task.objective=mlm", "zero=stage3"],
+    "sop": ["task.objective=sop", "zero=stage3"],
+    "sgd": ["optimizer=sgd", f"{RATE}0.1"],
+    "lion": ["optimizer=lion", "offload=cpu", f"{RATE}1e-3"],
+    "muon": ["optimizer=muon", "zero=stage1"],
+    "no-schedule": ["schedule=none", f"{RATE}1e-3"],
+}
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [("optimizer=sgd",), ("optimizer=lion", "offload=cpu"), ("optimizer=muon", "zero=stage1"), ("schedule=none",)],
-    ids=" ".join,
-)
-def test_every_optimizer_that_this_device_has_learns(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    rate = (
-        () if "muon" in overrides[0] else (f"deepspeed.optimizer.params.lr={0.1 if 'sgd' in overrides[0] else 1e-3}",)
-    )
-    steps = launch(tmp_path, *overrides, *rate, "train.steps=20", "model.dropout=0").steps
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("variants")
+    runs = {name: [*overrides, "train.steps=20", "model.dropout=0"] for name, overrides in VARIANTS.items()}
+    assert not launch_many(folder, runs).errors
+    return folder
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_objective_and_every_optimizer_that_this_device_has_learns(name: str, variants: Path) -> None:
+    steps = [r for r in read(variants / name / "metrics.jsonl") if "loss" in r]
     assert steps[-1]["mlm_loss"] < steps[0]["mlm_loss"] - 0.02
+    pair = {"mlm": set(), "sop": {"sop_loss"}}.get(name, {"nsp_loss"})
+    assert {k for k in steps[-1] if k.endswith("_loss")} == {"mlm_loss"} | pair
 
 
 def test_real_books_with_the_real_vocabulary(tmp_path: Path) -> None:
