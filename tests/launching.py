@@ -216,7 +216,7 @@ def launch_many(output_dir: Path, runs: Mapping[str, Sequence[str]], *, ranks: i
     command = [*_launcher("deepspeed", ranks), "tests/many_runs.py", str(output_dir), str(output / "runs.json")]
     job = Job(command, output, output_dir)
     try:
-        result = job.wait()
+        result = job.wait(900)
     finally:
         job.kill()
     assert result.code == 0, f"exit code {result.code}\n{result.stdout}\n{result.stderr}"
