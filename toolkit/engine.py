@@ -87,13 +87,13 @@ class Engine:
         counts = _added(self.task.counts(b) for b in micro)
         *sums, stops = ranks.total([*counts.values(), float(stop)])
         counts = dict(zip(counts, sums, strict=True))
+        # DeepSpeed divides by accumulation steps and averages over ranks: undo both.
+        scale = self.ds.gradient_accumulation_steps() * ranks.world()
+        self.last_learning_rate = float(self.ds.get_lr()[0])
         losses: dict[str, Tensor] = {}
         for batch in micro:
             batch = self._to_device(batch)
             shares = self._shares(self.task.losses(self._forward(batch), batch), counts)
-            # DeepSpeed divides by accumulation steps and averages over ranks: undo both.
-            scale = self.ds.gradient_accumulation_steps() * ranks.world()
-            self.last_learning_rate = float(self.ds.get_lr()[0])
             self.ds.backward(sum(shares.values()) * scale)
             self.ds.step()
             losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
