@@ -17,7 +17,7 @@ ZERO = "deepspeed.zero_optimization"
 OPT = "deepspeed.optimizer"
 SCHEDULER = "schedule=none deepspeed.scheduler.type"
 
-# rule, device, overrides, a part of the message; two data-parallel ranks
+# rule, device, overrides, a part of the message; two ranks
 ROWS = [
     # batch
     ("batch_split", "cpu", "batch.global_size=250", "Use batch.global_size=224 or 256, or batch.micro_size=5 or 25."),
@@ -25,6 +25,7 @@ ROWS = [
     ("batch_split", "cpu", "batch.global_size=4 batch.micro_size=16", "batch.micro_size=2"),
     ("batch_twice", "cpu", "deepspeed.train_batch_size=128", "Drop deepspeed.train_batch_size, or set batch.global_"),
     ("batch_twice", "cpu", "deepspeed.gradient_accumulation_steps=2", "give 8 on 2 ranks"),
+    ("layout", "cpu", "pipeline.stages=3", "does not divide 2 ranks. Start 3 ranks"),
     # keys and types
     ("unknown_key", "cpu", "deepspeed.gradient_clip=1", "Did you mean 'gradient_clipping'?"),
     ("unknown_key", "cpu", f"{ZERO}.stag=1", "deepspeed.zero_optimization.stag: DeepSpeed knows no such key"),

@@ -126,6 +126,16 @@ class Activation(Strict):
     recompute: bool = False
 
 
+class Pipeline(Strict):
+    """The model cut into stages, one after the other on ranks of their own; micro-batches flow through them."""
+
+    stages: Positive = 1
+    schedule: Literal["1f1b", "gpipe", "dualpipev"] = "1f1b"
+    # parameters: equally many in each stage; time: as long a forward pass; uniform: as many layers; or the first
+    # layer of each stage but the first, e.g. [4] for two stages
+    partition: Literal["parameters", "time", "uniform"] | tuple[Positive, ...] = "parameters"
+
+
 class Machine(Strict):
     """What one device can do, for MFU; None is looked up by the device's name, or measured on CPU."""
 
@@ -150,8 +160,21 @@ class RunConfig(Strict):
     task: Task = Task()
     schedule: Schedule = Schedule()
     activation: Activation = Activation()
+    pipeline: Pipeline = Pipeline()
     machine: Machine = Machine()
     deepspeed: dict[str, Any] = {}  # DeepSpeed's JSON, checked by toolkit.ds_config
+
+    @property
+    def tensor_size(self) -> int:
+        """Ranks that share each layer."""
+        block = self.deepspeed.get("tensor_parallel")
+        size = block.get("autotp_size") if isinstance(block, Mapping) else None
+        return size if isinstance(size, int) and size > 0 else 1
+
+    @property
+    def split(self) -> int:
+        """Ranks that one copy of the model takes; all others repeat it on other data (but for ZeRO)."""
+        return self.pipeline.stages * self.tensor_size
 
     @field_validator("name")
     @classmethod

@@ -55,7 +55,7 @@ def complete(
 ) -> dict[str, Any]:
     """``config.deepspeed`` with the batch sizes, NVMe buffers and monitor paths that follow from the run.
 
-    ``world`` counts data-parallel ranks. Raises ConfigError for whatever is wrong in the run's config.
+    ``world`` counts all ranks. Raises ConfigError for whatever is wrong in the run's config.
     """
     completed = examine(config, world=world, device=device, vocab_size=vocab_size, run_dir=run_dir)
     _raise(completed.problems)
@@ -67,6 +67,8 @@ def examine(
 ) -> Completed:
     """What ``complete`` does, with the problems as values."""
     largest = largest_parameter(config, vocab_size)
+    layout = list(_layout_problems(config, world))
+    world = max(1, world // config.split)  # from here on: copies of the model
     ds: dict[str, Any] = _whole_numbers(copy.deepcopy(config.deepspeed))
     batch = list(_batch_problems(config, world))
     if not batch:
@@ -76,7 +78,7 @@ def examine(
         _fill_monitors(ds, run_dir)
     facts = Facts(ds, world, device, largest, config)
     rest = [p for p in problems(facts) if not (batch and p.rule == "batch_product")]
-    return Completed(ds, batch + rest + run_problems(facts))
+    return Completed(ds, layout + batch + rest + run_problems(facts))
 
 
 def check(ds: Mapping[str, Any], *, world: int, device: str) -> None:
@@ -146,6 +148,13 @@ def largest_parameter(config: RunConfig, vocab_size: int | None = None) -> int:
     return model.hidden_size * max(vocab, model.intermediate_size, model.max_position_embeddings)
 
 
+def _layout_problems(config: RunConfig, world: int) -> Iterator[Problem]:
+    if world % config.split:
+        text = f"pipeline.stages={config.pipeline.stages} x deepspeed.tensor_parallel.autotp_size={config.tensor_size}"
+        more = world // config.split * config.split + config.split
+        yield Problem("layout", f"{text} does not divide {world} ranks. Start {more} ranks, or use smaller ones.")
+
+
 def _batch(config: RunConfig, world: int) -> dict[str, int]:
     total, micro = config.batch.global_size, config.batch.micro_size
     return dict(zip(BATCH_KEYS, (total, micro, total // (micro * world)), strict=True))
@@ -159,14 +168,18 @@ def _batch_problems(config: RunConfig, world: int) -> Iterator[Problem]:
         if given not in (derived[key], "auto"):
             text = f"deepspeed.{key}={given!r}: batch.global_size={total} and batch.micro_size={micro} give"
             way = f"Drop deepspeed.{key}" + (f", or set {ours[key]}={given}." if key in ours else ".")
-            yield Problem("batch_twice", f"{text} {derived[key]} on {world} ranks. {way}")
+            yield Problem("batch_twice", f"{text} {derived[key]} on {_copies(config, world)}. {way}")
     if total % (micro * world):
         step = micro * world
         sizes = _joined([s for s in (total // step * step, (total // step + 1) * step) if s])
-        text = f"batch.global_size={total} is no multiple of batch.micro_size={micro} x {world} ranks"
+        text = f"batch.global_size={total} is no multiple of batch.micro_size={micro} x {_copies(config, world)}"
         micros = _nearest_divisors(total // world, micro) if total % world == 0 else []
         way = f", or batch.micro_size={_joined(micros)}" if micros else ""
         yield Problem("batch_split", f"{text}. Use batch.global_size={sizes}{way}.")
+
+
+def _copies(config: RunConfig, world: int) -> str:
+    return f"{world} ranks" if config.split == 1 else f"{world} copies of the model ({config.split} ranks each)"
 
 
 def _nearest_divisors(number: int, wanted: int) -> list[int]:

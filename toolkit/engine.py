@@ -36,9 +36,10 @@ class Step:
 class Engine:
     """DeepSpeed's engine (``ds``) with the toolkit's normalisation of losses."""
 
-    def __init__(self, ds: Any, task: Any) -> None:
+    def __init__(self, ds: Any, task: Any, replica: ranks.Replica) -> None:
         self.ds = ds
         self.task = task
+        self.replica = replica
         self.device = ds.device
         self.last_learning_rate: float | None = None  # the one the last step used
 
@@ -72,7 +73,7 @@ class Engine:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("inductor") / f"rank{ranks.local_rank()}"))
             engine.compile()
         run.monitor = engine.monitor
-        return cls(engine, task)
+        return cls(engine, task, run.replica)
 
     def train_batch(self, batches: Iterator[Batch], *, stop: bool = False) -> Step:
         """One optimizer step over accumulation-many micro-batches.
@@ -86,9 +87,9 @@ class Engine:
         waited = time.perf_counter() - start
         counts = _added(self.task.counts(b) for b in micro)
         *sums, stops = ranks.total([*counts.values(), float(stop)])
-        counts = dict(zip(counts, sums, strict=True))
-        # DeepSpeed divides by accumulation steps and averages over ranks: undo both.
-        scale = self.ds.gradient_accumulation_steps() * ranks.world()
+        counts = {name: total / self.replica.split for name, total in zip(counts, sums, strict=True)}
+        # DeepSpeed divides by accumulation steps and averages over the copies of the model: undo both.
+        scale = self.ds.gradient_accumulation_steps() * self.replica.world
         self.last_learning_rate = float(self.ds.get_lr()[0])
         losses: dict[str, Tensor] = {}
         for batch in micro:
@@ -97,6 +98,7 @@ class Engine:
             self.ds.backward(sum(shares.values()) * scale)
             self.ds.step()
             losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
+        losses = {name: share / self.replica.split for name, share in losses.items()}
         return Step(losses, counts, waited, stops > 0)
 
     @torch.no_grad()

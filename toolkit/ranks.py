@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,21 @@ def local_rank() -> int:
 def local_size() -> int:
     """Ranks on this host; torchrun and the deepspeed launcher name the variable differently."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Which copy of the model this rank belongs to, of how many, and on how many ranks each copy is spread."""
+
+    rank: int
+    world: int
+    split: int
+
+
+def replica(*, stages: int, tensor: int) -> Replica:
+    """DeepSpeed's order of ranks: all of a pipe stage, then the next; the ranks that share layers side by side."""
+    copies = world() // (stages * tensor)
+    return Replica(rank() % copies if stages > 1 else rank() // tensor, copies, stages * tensor)
 
 
 def complete_environment() -> None:

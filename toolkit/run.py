@@ -113,6 +113,7 @@ class Run:
         self.dir = directory
         self.config = config
         self.console = console
+        self.replica = ranks.replica(stages=config.pipeline.stages, tensor=config.tensor_size)
         self.monitor: Any = None  # DeepSpeed's MonitorMaster, once the engine has one
         self.notes: dict[str, float] = {}  # numbers to show beside the held-out results
         self.metrics = directory / "metrics.jsonl"

@@ -25,6 +25,7 @@ class Pretrain:
 
     def __init__(self, run: Run) -> None:
         config = self.config = run.config
+        self.replica = run.replica
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
         self.prepared = ranks.in_turn(lambda: data.prepare(config, console=run.console, progress=ranks.rank() == 0))
         data.require(self.prepared, config.batch.global_size)
@@ -56,8 +57,8 @@ class Pretrain:
             start_sample=start_sample,
             global_size=batch.global_size,
             micro_size=batch.micro_size,
-            rank=ranks.rank(),
-            world=ranks.world(),
+            rank=self.replica.rank,
+            world=self.replica.world,
             workers=self.config.data.workers,
         )
 
@@ -68,8 +69,8 @@ class Pretrain:
         return data.eval_batches(
             self._dataset("eval"),
             micro_size=self.config.batch.micro_size,
-            rank=ranks.rank(),
-            world=ranks.world(),
+            rank=self.replica.rank,
+            world=self.replica.world,
             limit=self.config.train.eval_samples,
         )
 
