@@ -174,7 +174,7 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
 ]
 # Asked for in ds_config.py itself, not in the tables of ds_rules.py.
 SHAPE_RULES = {
-    "auto", "batch_split", "batch_twice", "param_type", "removed_key", "replaced_key",
+    "auto", "batch_split", "batch_twice", "layout", "param_type", "removed_key", "replaced_key",
     "scheduler_params", "type", "unknown_key", "unknown_optimizer", "unknown_param", "unknown_scheduler",
 }  # fmt: skip
 
