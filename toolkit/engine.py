@@ -31,6 +31,7 @@ class Step:
     counts: dict[str, float]  # over all ranks
     data_seconds: float  # this rank waited for its micro-batches
     stop: bool  # some rank wants to stop
+    events: list[dict[str, Any]] | None = None  # of a traced step: what each pipe stage did when
 
 
 class Engine:
@@ -73,33 +74,46 @@ class Engine:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("inductor") / f"rank{ranks.local_rank()}"))
             engine.compile()
         run.monitor = engine.monitor
+        if config.pipeline.stages > 1:
+            from toolkit.pipe_engine import PipeEngine
+
+            return PipeEngine(engine, task, run.replica, config.pipeline.schedule)
         return cls(engine, task, run.replica)
 
-    def train_batch(self, batches: Iterator[Batch], *, stop: bool = False) -> Step:
+    def train_batch(self, batches: Iterator[Batch], *, stop: bool = False, trace: bool = False) -> Step:
         """One optimizer step over accumulation-many micro-batches.
 
         The loss is the mean over all predictions of the global batch, so counts are added up over
-        the ranks first: the same number and gradient however the batch is split.
+        the ranks first: the same number and gradient however the batch is split. ``trace`` asks a
+        pipeline for the times of its forward and backward passes.
         """
         self.ds.train()
+        micro, counts, waited, stopping = self._draw(batches, stop)
+        losses: dict[str, Tensor] = {}
+        for batch in micro:
+            batch = self._to_device(batch)
+            shares = self._shares(self.task.losses(self._forward(batch), batch), counts)
+            self.ds.backward(sum(shares.values()) * self._scale)
+            self.ds.step()
+            losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
+        losses = {name: share / self.replica.split for name, share in losses.items()}
+        return Step(losses, counts, waited, stopping)
+
+    def _draw(self, batches: Iterator[Batch], stop: bool) -> tuple[list[Batch], dict[str, float], float, bool]:
+        """The step's micro-batches, what all copies of the model draw together, the wait, and whether to stop."""
         start = time.perf_counter()
         micro = [next(batches) for _ in range(self.ds.gradient_accumulation_steps())]
         waited = time.perf_counter() - start
         counts = _added(self.task.counts(b) for b in micro)
         *sums, stops = ranks.total([*counts.values(), float(stop)])
         counts = {name: total / self.replica.split for name, total in zip(counts, sums, strict=True)}
-        # DeepSpeed divides by accumulation steps and averages over the copies of the model: undo both.
-        scale = self.ds.gradient_accumulation_steps() * self.replica.world
         self.last_learning_rate = float(self.ds.get_lr()[0])
-        losses: dict[str, Tensor] = {}
-        for batch in micro:
-            batch = self._to_device(batch)
-            shares = self._shares(self.task.losses(self._forward(batch), batch), counts)
-            self.ds.backward(sum(shares.values()) * scale)
-            self.ds.step()
-            losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
-        losses = {name: share / self.replica.split for name, share in losses.items()}
-        return Step(losses, counts, waited, stops > 0)
+        return micro, counts, waited, stops > 0
+
+    @property
+    def _scale(self) -> int:
+        """DeepSpeed divides by accumulation steps and averages over the copies of the model: this undoes both."""
+        return int(self.ds.gradient_accumulation_steps()) * self.replica.world
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -117,14 +131,21 @@ class Engine:
             ):
                 for name, value in values.items():
                     sums[f"{name}_{kind}"] = sums.get(f"{name}_{kind}", 0) + value.double()
-        names = [name.removesuffix("_loss") for name in sums if name.endswith("_loss")]
-        totals = iter(
-            ranks.total([x for n in names for x in (float(sums[f"{n}_loss"]), float(sums[f"{n}_right"]), counts[n])])
-        )
+        return self._means(sums, counts)
+
+    def _means(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, float]:
+        """Mean losses and accuracies from this rank's ``<name>_loss``, ``<name>_right`` and counts; {} of nothing."""
+        mine = [
+            float(x)
+            for n in self.task.predicted
+            for x in (sums.get(f"{n}_loss", 0), sums.get(f"{n}_right", 0), counts.get(n, 0))
+        ]
+        totals = iter(ranks.total(mine))
         result: dict[str, float] = {}
-        for name in names:
+        for name in self.task.predicted:
             loss, right, count = next(totals), next(totals), next(totals)
-            result |= {f"{name}_loss": loss / count, f"{name}_accuracy": right / count}
+            if count:
+                result |= {f"{name}_loss": loss / count, f"{name}_accuracy": right / count}
         return {"loss": sum(v for k, v in result.items() if k.endswith("_loss")), **result} if result else {}
 
     def _forward(self, batch: Batch) -> Batch:

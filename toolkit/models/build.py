@@ -9,13 +9,16 @@ values are then drawn, or copied from a checkpoint that rank 0 alone reads, one 
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolkit import ranks
 from toolkit.config import Model
@@ -65,16 +68,42 @@ def build_model(run: Any, task: Any) -> nn.Module:
     config = run.config
     hf_config = task.hf_config
     hf_config._attn_implementation = config.model.attention
+    if config.pipeline.stages > 1:
+        return _build_stage(run, task)
     with no_init_weights(), _partitioned(run.deepspeed(task.vocab_size)):
         model: Any = task.model_class(hf_config)
     model.tie_weights()
     if config.model.weights:
-        _copy(model, _read(task.model_class, config.model.weights))
+        _copy(model, _read(task.model_class, config.model.weights) if ranks.rank() == 0 else None)
     else:
         initialise(model, config.seed)
     if config.activation.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute(model)
     return model  # type: ignore[no-any-return]
+
+
+def _build_stage(run: Any, task: Any) -> nn.Module:
+    """This rank's pipe stage; every rank reads the weights that are given and takes its own."""
+    from toolkit.models.pipeline import build_pipeline
+
+    config, model = run.config, build_pipeline(run, task)
+    if config.model.weights:
+        state = _read(task.model_class, config.model.weights)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(state[model.hf_name(name)])
+    else:
+        initialise(model, config.seed)
+    if config.activation.recompute:
+        _recompute(model)
+    return model
+
+
+def _recompute(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def _partitioned(ds: Mapping[str, Any]) -> AbstractContextManager[Any]:
@@ -92,13 +121,14 @@ def initialise(model: Any, seed: int) -> None:
     So the weights depend neither on the ZeRO stage nor on which modules this rank holds.
     """
     seen: set[int] = set()
+    hf_name = getattr(model, "hf_name", str)  # a pipe stage has names of its own
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         if not own:
             continue  # nothing here, or only weights tied to a module already drawn
         seen.update(id(p) for p in own)
         with _whole(own), torch.random.fork_rng(devices=[]):
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            digest = hashlib.sha256(f"{seed}/{hf_name(name)}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             _draw(model, module, own)
 
@@ -115,10 +145,8 @@ def _draw(model: Any, module: nn.Module, parameters: list[nn.Parameter]) -> None
             p.data = place
 
 
-def _read(model_class: Any, weights: str) -> dict[str, torch.Tensor] | None:
-    """The state of ``weights`` on rank 0, which alone reads it; None elsewhere."""
-    if ranks.rank() != 0:
-        return None
+def _read(model_class: Any, weights: str) -> dict[str, torch.Tensor]:
+    """The state of ``weights``."""
     folder = weights_folder(weights)
     # safetensors, or torch.load with weights_only: nothing in the file is executed
     model, info = model_class.from_pretrained(folder, output_loading_info=True)

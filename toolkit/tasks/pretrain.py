@@ -22,6 +22,8 @@ class Pretrain:
     """Each loss is a sum over what was predicted; the engine divides by the global batch's count."""
 
     inputs = ("input_ids", "attention_mask", "token_type_ids", "mlm_positions")
+    labels = ("mlm_labels", "nsp_labels")
+    outputs = ("mlm", "pair")  # the model's, in the order of a pipeline's
 
     def __init__(self, run: Run) -> None:
         config = self.config = run.config
@@ -47,6 +49,7 @@ class Pretrain:
         if self.prepared.eval_samples:
             run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
+        self.predicted = ("mlm", self.pair) if self.pair else ("mlm",)  # the names of losses and of their counts
         self.flops = flops.bert(self.hf_config, vocab_size=self.vocab_size, length=config.data.max_length)
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:

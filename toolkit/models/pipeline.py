@@ -1,0 +1,235 @@
+"""BERT as a list of layers for DeepSpeed's pipeline engine; weights and their names stay Hugging Face's.
+
+    model = build_pipeline(run, task)           # this rank's stage
+    model.hf_name("3.attention.self.query.weight")   # bert.encoder.layer.1.attention.self.query.weight
+
+Between the layers travel hidden states (float) and what later layers need of the batch (int: no gradient is
+sent for those). Layers 0 and 1 embed, 2 to L+1 are the encoder's, L+2 and following are the heads.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from deepspeed.runtime.utils import partition_balanced, partition_uniform
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig
+from transformers.initialization import no_init_weights
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertLayer,
+    BertPooler,
+    BertPredictionHeadTransform,
+)
+
+from toolkit import ranks
+from toolkit.errors import ConfigError
+from toolkit.models.pretraining import at_positions
+
+Tensors = tuple[Tensor, ...]
+HEADS = 3  # the last layers, which are never cut apart: two float tensors between them would need two backward passes
+
+
+class Words(nn.Embedding):
+    """Ids, mask, types [batch, length], positions [batch, predictions] -> the ids looked up, the rest as it is."""
+
+    def forward(self, inputs: Tensors) -> Tensors:  # type: ignore[override]
+        ids, mask, types, positions = inputs
+        return super().forward(ids), mask, types, positions
+
+
+class Embeddings(BertEmbeddings):  # type: ignore[misc]
+    """Position and type embeddings; the word embeddings are a layer of their own, for they are tied."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(type(config)(**config.to_dict() | {"vocab_size": 1, "pad_token_id": None}))
+        del self.word_embeddings
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        words, mask, types, positions = inputs
+        return super().forward(inputs_embeds=words, token_type_ids=types), mask, positions
+
+
+class Encoder(BertLayer):  # type: ignore[misc]
+    """One encoder layer."""
+
+    def __init__(self, config: BertConfig, index: int) -> None:
+        super().__init__(config, layer_idx=index)
+        self.config = config
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        hidden, mask, positions = inputs
+        attended = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=mask)
+        return super().forward(hidden, attended), mask, positions
+
+
+class Heads(nn.Module):
+    """Hidden states -> transformed ones at the predicted positions, and the logits of the pair if there are any."""
+
+    def __init__(self, config: BertConfig, pair: bool) -> None:
+        super().__init__()
+        predictions = nn.ModuleDict({"transform": BertPredictionHeadTransform(config)})
+        self.cls = nn.ModuleDict({"predictions": predictions})
+        if pair:
+            self.bert = nn.ModuleDict({"pooler": BertPooler(config)})
+            self.cls["seq_relationship"] = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        hidden, _, positions = inputs
+        transformed = self.cls["predictions"]["transform"](at_positions(hidden, positions))  # type: ignore[index]
+        if "seq_relationship" not in self.cls:
+            return (transformed,)
+        return transformed, self.cls["seq_relationship"](self.bert["pooler"](hidden))
+
+
+def decode(words: Words, inputs: Tensors) -> Tensors:
+    """Logits by the word embeddings, which this layer shares with layer 0."""
+    return functional.linear(inputs[0], words.weight), *inputs[1:]
+
+
+class Bias(nn.Module):
+    """The decoder's bias."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        bias = nn.ParameterDict({"bias": nn.Parameter(torch.zeros(config.vocab_size))})
+        self.cls = nn.ModuleDict({"predictions": bias})
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        return inputs[0] + self.cls["predictions"]["bias"], *inputs[1:]  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the pipeline and what Hugging Face puts before the names of its parameters."""
+
+    spec: LayerSpec
+    prefix: str
+
+
+def pretraining_layers(config: BertConfig, *, pair: bool) -> list[Layer]:
+    """``BertForPreTraining`` (``pair``) or ``BertForMaskedLM``."""
+    # DeepSpeed saves a tied weight only for a layer without forward_fn (PipelineModule.save_state_dict).
+    table = (config.vocab_size, config.hidden_size, config.pad_token_id)
+    words = TiedLayerSpec("words", Words, *table)
+    decoder = TiedLayerSpec("words", Words, *table, forward_fn=decode)
+    encoder = [
+        Layer(LayerSpec(Encoder, config, i), f"bert.encoder.layer.{i}.") for i in range(config.num_hidden_layers)
+    ]
+    return [
+        Layer(words, "bert.embeddings.word_embeddings."),
+        Layer(LayerSpec(Embeddings, config), "bert.embeddings."),
+        *encoder,
+        Layer(LayerSpec(Heads, config, pair), ""),
+        Layer(decoder, "bert.embeddings.word_embeddings."),
+        Layer(LayerSpec(Bias, config), ""),
+    ]
+
+
+class Pipe(PipelineModule):  # type: ignore[misc]
+    """DeepSpeed's module, cut where it is told to, that knows its parameters' names at Hugging Face."""
+
+    def __init__(self, layers: Sequence[Layer], parts: list[int], skeleton: Any, stages: int) -> None:
+        self.layers = layers
+        self.chosen_parts = parts
+        super().__init__([layer.spec for layer in layers], num_stages=stages)
+        self._init_weights = skeleton._init_weights
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.chosen_parts
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def hf_name(self, name: str) -> str:
+        """What Hugging Face calls the module or parameter that is ``name`` here."""
+        first, _, rest = name.partition(".")
+        if first == "tied_modules":
+            key, _, rest = rest.partition(".")
+            prefix = next(x.prefix for x in self.layers if getattr(x.spec, "key", None) == key)
+        else:
+            prefix = self.layers[int(first)].prefix if first else ""
+        return f"{prefix}{rest}".removesuffix(".")
+
+
+class DualPipe(DualPipeVModule, Pipe):  # type: ignore[misc]
+    """The same for DualPipeV, where each rank holds two of twice as many stages."""
+
+
+def build_pipeline(run: Any, task: Any) -> Pipe:
+    """This rank's stage of the task's model, on the device; its weights are still to be filled in."""
+    config = run.config.pipeline
+    with torch.device("meta"), no_init_weights():
+        skeleton = task.model_class(task.hf_config)
+    layers = pretraining_layers(task.hf_config, pair=hasattr(skeleton.cls, "seq_relationship"))
+    chunks = config.stages * (2 if config.schedule == "dualpipev" else 1)
+    parts = partition(layers, config.partition, chunks, run, task)
+    with no_init_weights():
+        model = (DualPipe if config.schedule == "dualpipev" else Pipe)(layers, parts, skeleton, config.stages)
+    run.console.print(f"Pipe stages begin at layers {', '.join(map(str, parts[:-1]))} of {len(layers)}.")
+    return model
+
+
+def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: Any) -> list[int]:
+    """The first layer of each stage, and the number of layers. Raises ConfigError for a stage without any."""
+    blocks = len(layers) - HEADS + 1
+    if how == "uniform":
+        parts = partition_uniform(num_items=blocks, num_parts=stages)
+    elif how == "parameters":
+        parts = partition_balanced(_merged(parameters(layers)), num_parts=stages)
+    elif how == "time":
+        parts = partition_balanced(_merged(times(layers, run, task)), num_parts=stages)
+    else:
+        parts = [0, *how, blocks]
+    if len(parts) != stages + 1 or any(a >= b for a, b in zip(parts, parts[1:], strict=False)):
+        raise ConfigError(
+            f"pipeline.partition={how}: stages would begin at layers {parts[:-1]} of {blocks} (0 and 1 embed, "
+            f"{blocks - 1} is the heads), and each of {stages} needs one at least. Use fewer stages, "
+            f"pipeline.partition=uniform, or {stages - 1} rising numbers below {blocks}."
+        )
+    return [*parts[:-1], len(layers)]
+
+
+def _merged(weights: Sequence[int]) -> list[int]:
+    return [*weights[:-HEADS], sum(weights[-HEADS:])]
+
+
+def parameters(layers: Sequence[Layer]) -> list[int]:
+    """Parameters per layer, the tied ones in both places, as DeepSpeed counts them."""
+    with torch.device("meta"), no_init_weights():
+        return [sum(p.numel() for p in layer.spec.build().parameters()) for layer in layers]
+
+
+def times(layers: Sequence[Layer], run: Any, task: Any) -> list[int]:
+    """Microseconds that forward and backward of each layer take on one micro-batch: rank 0's, the best of three."""
+    return ranks.from_rank0(_times(layers, run, task) if ranks.rank() == 0 else None)  # type: ignore[no-any-return]
+
+
+def _times(layers: Sequence[Layer], run: Any, task: Any) -> list[int]:
+    batch = next(task.train_batches(start_sample=0))
+    device = torch.device(ranks.device())
+    inputs = tuple(batch[name].to(device) for name in task.inputs)
+    found = []
+    for layer in layers:
+        module = layer.spec.build().to(device)
+        call = getattr(layer.spec, "forward_fn", None) or type(module).__call__
+        seconds = []
+        for _ in range(3):
+            start = _now(device)
+            fresh = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in inputs)
+            outputs = call(module, fresh)
+            torch.autograd.backward([t.float().sum() for t in outputs if t.is_floating_point()])
+            seconds.append(_now(device) - start)
+        inputs = outputs
+        found.append(max(1, round(min(seconds) * 1e6)))
+    return found
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

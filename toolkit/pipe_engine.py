@@ -1,0 +1,139 @@
+"""``Engine`` over DeepSpeed's pipeline engines: the same verb, the same losses, and when each stage did what.
+
+engine = Engine.start(model, task, run)          # a PipeEngine if pipeline.stages > 1
+step = engine.train_batch(batches, trace=True)   # step.events: the timeline of this step
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import schedule as instructions
+from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
+from torch import Tensor
+
+from toolkit import ranks
+from toolkit.engine import Batch, Engine, Step
+from toolkit.pipe_schedule import GPipeSchedule
+
+KINDS = {instructions.ForwardPass: "forward", instructions.BackwardPass: "backward"}
+
+
+class PipeEngine(Engine):
+    """The loss is computed on the last pipe stage only; all ranks draw the micro-batches of their copy."""
+
+    def __init__(self, ds: Any, task: Any, replica: ranks.Replica, schedule: str) -> None:
+        super().__init__(ds, task, replica)
+        ds.module.loss_fn = self._loss
+        self._counts: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._events: list[dict[str, Any]] | None = None
+        if schedule == "gpipe":
+            fill_and_drain(ds)
+        ds._INSTRUCTION_MAP = {
+            kind: self._timed(execute, KINDS[kind]) if kind in KINDS else execute
+            for kind, execute in ds._INSTRUCTION_MAP.items()
+        }
+
+    def train_batch(self, batches: Iterator[Batch], *, stop: bool = False, trace: bool = False) -> Step:
+        micro, self._counts, waited, stopping = self._draw(batches, stop)
+        self._sums = {}
+        if trace:
+            ranks.wait()  # a common zero of time
+            self._events, self._done, self._began = [], Counter(), self._now()
+        self.ds.train_batch(iter([self._pair(batch) for batch in micro]))
+        losses = {name: self._sums.get(name, torch.zeros(())) for name in self.task.predicted}
+        events, self._events = self._events, None
+        return Step(losses, self._counts, waited, stopping, None if events is None else self._gather(events))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
+        self._sums, counts = {}, Counter[str]()
+        # DeepSpeed would report the loss of each few batches as that of an evaluation.
+        monitored, self.ds.monitor.enabled = self.ds.monitor.enabled, False
+        size = self.ds.gradient_accumulation_steps()
+        while some := list(islice(batches, size)):
+            for batch in some:
+                counts.update(self.task.counts(batch))
+            if isinstance(self.ds, DualPipeVEngine):  # it needs 2 x stages micro-batches, and training has them
+                some += [self._blank(some[0])] * (size - len(some))
+            self.ds.eval_batch(iter([self._pair(b) for b in some]), bcast_loss=False, num_micro_batches=len(some))
+        self.ds.monitor.enabled = monitored
+        return self._means(self._sums, counts if self._sums else {})
+
+    def _loss(self, outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+        """On the last stage, of one micro-batch: what the backward pass starts from."""
+        named = dict(zip(self.task.outputs, outputs, strict=False))
+        batch = dict(zip(self.task.labels, labels, strict=True))
+        losses = self.task.losses(named, batch)
+        if self.ds.module.training:
+            shares = self._shares(losses, self._counts)
+            self._add("", shares)
+            return sum(shares.values()) * self._scale  # type: ignore[return-value]
+        self._add("_loss", {name: x.double() for name, x in losses.items()})
+        self._add("_right", {name: x.double() for name, x in self.task.correct(named, batch).items()})
+        return sum(losses.values())  # type: ignore[return-value]
+
+    def _add(self, suffix: str, values: Batch) -> None:
+        for name, value in values.items():
+            self._sums[name + suffix] = self._sums.get(name + suffix, 0) + value.detach()
+
+    def _pair(self, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
+        """What the first stage reads, and what the last one does."""
+        return tuple(batch[name] for name in self.task.inputs), tuple(batch[name] for name in self.task.labels)
+
+    def _blank(self, batch: Batch) -> Batch:
+        """``batch`` without anything to predict."""
+        return batch | {name: torch.full_like(batch[name], -100) for name in self.task.labels}
+
+    def _timed(self, execute: Callable[..., None], kind: str) -> Callable[..., None]:
+        """``execute`` that notes its times in a traced step."""
+
+        def timed(ds: Any, **where: Any) -> None:
+            start = self._now()
+            execute(ds, **where)
+            if self._events is not None:
+                phase = where.get("phase", 0)
+                number = self._done[kind, phase]
+                self._done[kind, phase] += 1
+                event = {"stage": ds.stage_id, "kind": kind, "micro_batch": number, "phase": phase}
+                self._events.append(event | {"start": start - self._began, "end": self._now() - self._began})
+
+        return timed
+
+    def _now(self) -> float:
+        if self._events is not None:
+            get_accelerator().synchronize()
+        return time.perf_counter()
+
+    def _gather(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of the first copy of the model, of all its stages."""
+        found = ranks.gathered(events if self.replica.rank == 0 else [])
+        return [event for part in found for event in part]
+
+
+def fill_and_drain(ds: Any) -> None:
+    """GPipe's schedule; the engine keeps one loss, of the last forward pass, so each buffer gets its own."""
+    forward, backward = (ds._INSTRUCTION_MAP[kind] for kind in KINDS)
+    losses: dict[int, Tensor] = {}
+
+    def forward_pass(engine: Any, buffer_id: int) -> None:
+        forward(engine, buffer_id=buffer_id)
+        losses[buffer_id] = engine.loss
+
+    def backward_pass(engine: Any, buffer_id: int) -> None:
+        engine.loss = losses.pop(buffer_id)
+        backward(engine, buffer_id=buffer_id)
+
+    ds._train_schedule = lambda: GPipeSchedule(
+        micro_batches=ds.micro_batches, stages=ds.num_stages, stage_id=ds.stage_id
+    )
+    ds._INSTRUCTION_MAP = {
+        **ds._INSTRUCTION_MAP,
+        instructions.ForwardPass: forward_pass,
+        instructions.BackwardPass: backward_pass,
+    }
