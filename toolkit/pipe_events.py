@@ -6,15 +6,17 @@ bubble_share(timeline.events, timeline.stages)    # 0.27: 27 % of the stages' ti
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from toolkit.errors import ToolkitError
 
 Kind = Literal["forward", "backward"]
 KINDS: tuple[Kind, ...] = ("forward", "backward")
+CLOCK = 1e-5  # seconds by which two readings may disagree: CUDA events tell half a microsecond
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,16 @@ class Event:
     stage: int
     kind: Kind
     micro_batch: int
-    start: float
-    end: float
+    start: FiniteFloat
+    end: FiniteFloat
     phase: int = 0
 
 
 class Timeline(BaseModel):
     """``runs/<name>/timeline.json``: every pass of one optimizer step, in seconds since the step began."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-    schedule: str
+    model_config = ConfigDict(frozen=True)
+    schedule: Literal["1f1b", "gpipe", "dualpipev"]
     stages: PositiveInt
     micro_batches: PositiveInt
     step: NonNegativeInt
@@ -55,8 +57,9 @@ class Timeline(BaseModel):
             raise ValueError(f"{len(found)} events where {self.schedule} has {len(wanted)} passes{at}")
         for stage in range(self.stages):
             mine = sorted((e.start, e.end) for e in self.events if e.stage == stage)
-            if any(end < start for start, end in mine) or any(a[1] > b[0] for a, b in zip(mine, mine[1:], strict=False)):
-                raise ValueError(f"stage {stage} has passes that overlap or end before they start")
+            empty = any(end <= start for start, end in mine)
+            if empty or any(next_start < end - CLOCK for (_, end), (next_start, _) in pairwise(mine)):
+                raise ValueError(f"stage {stage} has passes that overlap or take no time")
         return self
 
 
@@ -69,7 +72,9 @@ def load(path: Path) -> Timeline:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ToolkitError(f"{path}: {where + ': ' if where else ''}{first['msg']}. Let the run write it anew.") from None
+        raise ToolkitError(
+            f"{path}: {where + ': ' if where else ''}{first['msg']}. Let the run write it anew."
+        ) from None
 
 
 def span(events: Sequence[Event]) -> tuple[float, float]:

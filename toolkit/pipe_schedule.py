@@ -38,7 +38,7 @@ class GPipeSchedule(PipeSchedule):  # type: ignore[misc]
     """
 
     def num_pipe_buffers(self) -> int:
-        return max(2, self.micro_batches)
+        return max(2, int(self.micro_batches))
 
     def steps(self) -> Iterator[list[Any]]:
         for buffer in range(self.micro_batches):
@@ -71,9 +71,7 @@ def check(name: str, stages: int, micro_batches: int) -> None:
         )
 
 
-def ideal(
-    name: str, stages: int, micro_batches: int, *, forward: float = 1.0, backward: float = 2.0
-) -> list[Event]:
+def ideal(name: str, stages: int, micro_batches: int, *, forward: float = 1.0, backward: float = 2.0) -> list[Event]:
     """When each pass runs if all stages are equal, messages take no time and a sender never waits.
 
     ``forward`` and ``backward`` are the time of one micro-batch in all that one rank holds. With DualPipeV
