@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
-    "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "schedule", "ops", "run", "data", "models",
-    "tasks", "engine", "meter", "ds_state", "checkpoint", "export", "train", "launch", "cli",
+    "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "pipe_events", "schedule",
+    "pipe_schedule", "ops", "run", "data", "models",
+    "tasks", "engine", "meter", "ds_state", "checkpoint", "export", "train", "launch", "report", "cli",
 ]  # fmt: skip
 
 
@@ -43,7 +44,9 @@ def test_imports_point_one_way() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("part", ["config", "compose", "ds_config", "plan.flops", "plan.machines", "launch", "cli"])
+@pytest.mark.parametrize(
+    "part", ["config", "compose", "ds_config", "plan.flops", "plan.machines", "launch", "report.timeline", "cli"]
+)
 def test_planning_and_checking_start_without_torch(part: str) -> None:
     code = f"import sys, toolkit.{part}; sys.exit(bool({{'torch', 'deepspeed', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -57,4 +60,12 @@ def test_only_these_import_deepspeed() -> None:
         if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed")
         or (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "deepspeed" for a in node.names))
     }
-    assert found == {"ds_state.py", "engine.py", "export.py", "models/build.py", "ops.py", "ranks.py"}
+    assert found == {
+        "ds_state.py",
+        "engine.py",
+        "export.py",
+        "models/build.py",
+        "ops.py",
+        "pipe_schedule.py",
+        "ranks.py",
+    }

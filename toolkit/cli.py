@@ -3,14 +3,23 @@
 toolkit prepare data=text data.path='docs/*.txt'    # corpus -> token ids, with an audit
 toolkit export runs/bert                            # checkpoint -> Hugging Face folder
 toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead of the first run
+toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import ConfigError, ToolkitError
+
+TIMELINES = """Draw pipeline schedules as stages over time, as .png and .svg:
+
+toolkit timeline runs/bert                                    # what a run measured, below its schedule
+toolkit timeline --stages 4 --micro-batches 8                 # all schedules that these numbers allow
+toolkit timeline --schedule gpipe --schedule 1f1b --out fig   # fig.png and fig.svg
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,6 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ops.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. offload=cpu")
     ops.add_argument("--world", type=int, default=2, help="ranks the job will have (default: 2)")
     ops.set_defaults(call=lambda a: _build_ops(a.overrides, a.world))
+
+    timeline = commands.add_parser(
+        "timeline",
+        help="draw pipeline schedules, or what a run measured of its own",
+        description=TIMELINES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    timeline.add_argument("run", type=Path, nargs="?", help="a run directory that holds timeline.json")
+    timeline.add_argument(
+        "--schedule", action="append", help="1f1b, gpipe or dualpipev; may be repeated (default: all)"
+    )
+    timeline.add_argument("--stages", type=int, help="pipe stages of the schedules (default: 4)")
+    timeline.add_argument("--micro-batches", type=int, help="micro-batches of a step (default: 8)")
+    timeline.add_argument("--out", type=Path, help="where to, without suffix (default: <run>/timeline or ./timeline)")
+    timeline.set_defaults(call=lambda a: _timeline(a.run, a.schedule, a.stages, a.micro_batches, a.out))
 
     chosen = parser.parse_args(arguments)
     try:
@@ -72,3 +96,62 @@ def _build_ops(overrides: list[str], world: int) -> None:
     builders = ds_config.required_ops(ds, device=device, world=world)
     ops.ensure(builders, Console())
     print(f"Ready in {ops.directory()}: {', '.join(builders)}")
+
+
+def _timeline(
+    run: Path | None, names: list[str] | None, stages: int | None, micro_batches: int | None, out: Path | None
+) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here; DeepSpeed warns when it finds no GPU
+    out = out.with_suffix("") if out and out.suffix in (".png", ".svg") else out
+    if run is None:
+        _draw_schedules(
+            names,
+            4 if stages is None else stages,
+            8 if micro_batches is None else micro_batches,
+            out or Path("timeline"),
+        )
+    elif names or stages is not None or micro_batches is not None:
+        raise ConfigError(
+            f"{run} has its own schedule, stages and micro-batches: give a run or these options, not both."
+        )
+    else:
+        _draw_run(run, out or run / "timeline")
+
+
+def _draw_run(run: Path, out: Path) -> None:
+    from toolkit.pipe_events import bubble_share, load, mean_seconds
+    from toolkit.report.timeline import LABELS, draw
+
+    measured = load(run / "timeline.json")
+    from toolkit.pipe_schedule import ideal  # seconds: DeepSpeed
+
+    stages, micro_batches = measured.stages, measured.micro_batches
+    forward, backward = mean_seconds(measured, "forward"), mean_seconds(measured, "backward")
+    schedule = ideal(measured.schedule, stages, micro_batches, forward=forward, backward=backward)
+    label = LABELS[measured.schedule]
+    timelines = {f"{label}, stages of equal speed": schedule, f"{label}, measured": measured.events}
+    for name, events in timelines.items():
+        print(f"{name}: {100 * bubble_share(events, stages):.1f} % bubbles")
+    title = f"{run.name}, step {measured.step}: {stages} stages, {micro_batches} micro-batches"
+    print(f"Drawn: {', '.join(map(str, draw(timelines, out, title=title, unit='seconds')))}")
+
+
+def _draw_schedules(names: list[str] | None, stages: int, micro_batches: int, out: Path) -> None:
+    from toolkit.pipe_events import bubble_share
+    from toolkit.pipe_schedule import SCHEDULES, check, ideal
+    from toolkit.report.timeline import LABELS, draw
+
+    timelines = {}
+    for name in names or SCHEDULES:
+        try:
+            check(name, stages, micro_batches)
+        except ConfigError as error:
+            if names or name == "1f1b":
+                raise
+            print(f"Left out: {error}")
+            continue
+        timelines[LABELS[name]] = ideal(name, stages, micro_batches)
+        print(f"{LABELS[name]}: {100 * bubble_share(timelines[LABELS[name]], stages):.1f} % bubbles")
+    title = f"{stages} stages, {micro_batches} micro-batches"
+    files = draw(timelines, out, title=title, unit="forward of a stage = 1, backward = 2")
+    print(f"Drawn: {', '.join(map(str, files))}")

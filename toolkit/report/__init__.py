@@ -1,0 +1,1 @@
+"""Run directories as pictures. Reads files only; training never imports it, and it needs no torch."""

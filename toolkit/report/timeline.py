@@ -1,0 +1,123 @@
+"""Pipeline schedules as the figures of the GPipe and PipeDream papers draw them: stages over time.
+
+draw({"1F1B": ideal("1f1b", 4, 8)}, Path("timeline"), title="4 stages, 8 micro-batches", unit="forward passes")
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from toolkit.pipe_events import KINDS, Event, bubble_share, formula, span
+
+LABELS = {"1f1b": "1F1B", "gpipe": "GPipe", "dualpipev": "DualPipeV"}
+# Blue and orange of Okabe and Ito (2008), which all kinds of colour vision tell apart; the way back is lighter.
+FILL = {
+    ("forward", 0): "#0072B2",
+    ("forward", 1): "#85C1E5",
+    ("backward", 0): "#E69F00",
+    ("backward", 1): "#F7D58B",
+}
+INK = {("forward", 0): "white"}  # else black
+BUBBLE = "#E8E8E8"
+HEIGHT = 0.86  # of a row
+WIDTH_INCHES = (7.0, 16.0)
+ROW_INCHES = 0.26
+NUMBER_POINTS = (4.0, 8.0)  # the smallest and the largest number in a box
+DIGIT = 0.64  # width of a digit in its font size (DejaVu Sans)
+
+
+def draw(timelines: Mapping[str, Sequence[Event]], out: Path, *, title: str, unit: str) -> list[Path]:
+    """Draw one panel for each timeline over one time axis in ``unit``; ``out`` with .png and with .svg is returned.
+
+    Every panel begins with its first pass. Numbers in the boxes are micro-batches; grey is a bubble.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    longest = max(end - start for start, end in map(span, timelines.values()))
+    rows = [1 + max(e.stage for e in events) for events in timelines.values()]
+    width = _width(timelines, longest)
+    height = 0.9 + sum(0.42 + ROW_INCHES * r for r in rows)
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.06))
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(rows), sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+    points = (width - 0.9) * 72 / longest  # of paper for a unit of time
+    for panel, (name, events), stages in zip(panels, timelines.items(), rows, strict=True):
+        _panel(panel, events, stages, points)
+        panel.set_title(f"{name}: {_bubbles(events, stages)}", loc="left", fontsize=9)
+    panels[0].set_xlim(0, longest)
+    panels[-1].set_xlabel(f"time ({unit})", fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    _legend(figure, [e for events in timelines.values() for e in events])
+    return [_save(figure, out, suffix) for suffix in ("png", "svg")]
+
+
+def _width(timelines: Mapping[str, Sequence[Event]], longest: float) -> float:
+    """Inches at which the mean forward pass holds its number, within the limits of a page."""
+    forward = [e for events in timelines.values() for e in events if e.kind == "forward"]
+    mean = sum(e.end - e.start for e in forward) / len(forward)
+    digits = len(str(max(e.micro_batch for e in forward)))
+    wanted = 0.9 + longest / mean * (digits * DIGIT * 7 + 3) / 72
+    return min(max(wanted, WIDTH_INCHES[0]), WIDTH_INCHES[1])
+
+
+def _bubbles(events: Sequence[Event], stages: int) -> str:
+    micro_batches = 1 + max(e.micro_batch for e in events)
+    whose = "1F1B:" if any(e.phase for e in events) else "(S−1)/(M+S−1) ="
+    return f"{100 * bubble_share(events, stages):.1f} % bubbles; {whose} {100 * formula(stages, micro_batches):.1f} %"
+
+
+def _panel(panel: Any, events: Sequence[Event], stages: int, points: float) -> None:
+    """Stages from the top down, time from the left; ``points`` of paper make a unit of time."""
+    first, last = span(events)
+    panel.set_ylim(stages - 0.5, -0.5)
+    panel.set_yticks(range(stages), [f"stage {s}" for s in range(stages)], fontsize=8)
+    panel.tick_params(axis="y", length=0)
+    panel.tick_params(axis="x", labelsize=8, bottom=panel.get_subplotspec().is_last_row())
+    panel.spines[:].set_visible(False)
+    for stage in range(stages):
+        panel.broken_barh([(0, last - first)], (stage - HEIGHT / 2, HEIGHT), facecolor=BUBBLE)
+    for (kind, phase), colour in FILL.items():
+        same = [e for e in events if (e.kind, e.phase) == (kind, phase)]
+        for stage in range(stages):
+            bars = [(e.start - first, e.end - e.start) for e in same if e.stage == stage]
+            panel.broken_barh(bars, (stage - HEIGHT / 2, HEIGHT), facecolor=colour, edgecolor="white", linewidth=0.5)
+        if same:
+            _numbers(panel, same, first, points)
+
+
+def _numbers(panel: Any, boxes: Sequence[Event], first: float, points: float) -> None:
+    """Micro-batch numbers in one size that fits the typical box; a box too small for its number stays empty."""
+    room = {box: (box.end - box.start) * points - 1.5 for box in boxes}
+    digits = {box: DIGIT * len(str(box.micro_batch)) for box in boxes}
+    size = min(NUMBER_POINTS[1], median(room.values()) / max(digits.values()))
+    if size < NUMBER_POINTS[0]:
+        return
+    for box in boxes:
+        if digits[box] * size <= room[box] + 1:
+            middle = (box.start + box.end) / 2 - first
+            style = {"fontsize": size, "color": INK.get((box.kind, box.phase), "black")}
+            panel.text(middle, box.stage, str(box.micro_batch), ha="center", va="center_baseline", **style)
+
+
+def _legend(figure: Any, events: Sequence[Event]) -> None:
+    from matplotlib.patches import Patch
+
+    names = {0: "", 1: ", second half"} if any(e.phase for e in events) else {0: ""}
+    entries = [Patch(color=FILL[kind, phase], label=f"{kind}{names[phase]}") for kind in KINDS for phase in names]
+    entries.append(Patch(color=BUBBLE, label="bubble"))
+    style = {"fontsize": 8, "frameon": False, "handlelength": 1.2, "columnspacing": 1.5}
+    figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), **style)
+
+
+def _save(figure: Any, out: Path, suffix: str) -> Path:
+    """Write the picture under a temporary name and rename it."""
+    path = out.with_name(f"{out.name}.{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format=suffix, dpi=200, metadata={"Date": None} if suffix == "svg" else None)
+    temporary.replace(path)
+    return path
