@@ -44,12 +44,17 @@ def weights(path: Path) -> dict[str, Any]:
     """The full fp32 state dict of a checkpoint of any ZeRO stage; tied names share one tensor."""
     import torch
 
-    stage = json.loads((path / checkpoint.MANIFEST).read_text())["zero_stage"]
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     for file in (path / ds_state.TAG).iterdir():
         if (code := ds_state.foreign_code(file)) is not None:
             raise CheckpointError(f"{file} {code}. Nothing of it was run.")
     with ds_state.safe_loading():
-        if stage == 0:
+        if manifest.get("pipe_parts"):
+            parts = sorted((path / ds_state.TAG).glob(ds_state.STAGE.format(0).replace("00", "*")), reverse=True)
+            state: dict[str, Any] = {}
+            for file in parts:  # the first stage last: of a tied weight its copy counts
+                state |= torch.load(file, map_location="cpu", weights_only=True)
+        elif manifest["zero_stage"] == 0:
             file = path / ds_state.TAG / "mp_rank_00_model_states.pt"
             state = torch.load(file, map_location="cpu", weights_only=True)["module"]
         else:

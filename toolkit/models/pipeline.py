@@ -196,7 +196,7 @@ def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: An
             f"{blocks - 1} is the heads), and each of {stages} needs one at least. Use fewer stages, "
             f"pipeline.partition=uniform, or {stages - 1} rising numbers below {blocks}."
         )
-    return [*parts[:-1], len(layers)]
+    return [*map(int, parts[:-1]), len(layers)]  # some are numpy's
 
 
 def _merged(weights: Sequence[int]) -> list[int]:
