@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolkit import ranks
 from toolkit.config import Model
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.models import activation
 
 
 def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
@@ -61,7 +63,7 @@ def weights_folder(weights: str) -> str:
 
 
 def build_model(run: Any, task: Any) -> nn.Module:
-    """The task's model in this run's layout, on the CPU or partitioned; with recompute if asked for."""
+    """The task's model in this run's layout, on the CPU or partitioned; its activations where asked for."""
     config = run.config
     hf_config = task.hf_config
     hf_config._attn_implementation = config.model.attention
@@ -72,8 +74,8 @@ def build_model(run: Any, task: Any) -> nn.Module:
         _copy(model, _read(task.model_class, config.model.weights))
     else:
         initialise(model, config.seed)
-    if config.activation.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    activation.apply(layers, **config.activation.model_dump())
     return model  # type: ignore[no-any-return]
 
 
