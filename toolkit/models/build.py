@@ -18,7 +18,7 @@ from transformers import BertConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from toolkit import ranks
+from toolkit import nvme, ranks
 from toolkit.config import Model
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models import activation
@@ -67,7 +67,9 @@ def build_model(run: Any, task: Any) -> nn.Module:
     config = run.config
     hf_config = task.hf_config
     hf_config._attn_implementation = config.model.attention
-    with no_init_weights(), _partitioned(run.deepspeed(task.vocab_size)):
+    ds = run.deepspeed(task.vocab_size)
+    nvme.claim(ds, lambda: _parameters(task))
+    with no_init_weights(), _partitioned(ds):
         model: Any = task.model_class(hf_config)
     model.tie_weights()
     if config.model.weights:
@@ -77,6 +79,12 @@ def build_model(run: Any, task: Any) -> nn.Module:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     activation.apply(layers, **config.activation.model_dump())
     return model  # type: ignore[no-any-return]
+
+
+def _parameters(task: Any) -> int:
+    """How many the task's model has, without memory for one."""
+    with torch.device("meta"), no_init_weights():
+        return int(task.model_class(task.hf_config).num_parameters())
 
 
 def _partitioned(ds: Mapping[str, Any]) -> AbstractContextManager[Any]:
