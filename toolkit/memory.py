@@ -44,14 +44,15 @@ def measure(engine: Any, batches: Iterator[Any]) -> dict[str, float]:
     seconds = time.perf_counter() - start
     with Tracker(engine.ds) as tracker:
         engine.train_batch(batches)
-    peaks = {"peak": tracker.peak["device"], **{name: tracker.peak[name] for name in (*DEVICE, *HOST)}}
-    return {"step_seconds": seconds, **{f"{name}_mib": size / MIB for name, size in peaks.items()}}
+    sizes = {"peak": sum(tracker.at_peak.values()), **tracker.at_peak, "saved": tracker.peak["activations"]}
+    sizes |= {name: tracker.peak[name] for name in HOST}
+    return {"step_seconds": seconds, **{f"{name}_mib": size / MIB for name, size in sizes.items()}}
 
 
 class Tracker(TorchDispatchMode):
     """Counts the bytes of tensors, each storage once, while a step of ``ds`` (DeepSpeed's engine) runs on a CPU.
 
-    ``peak`` holds the largest number of bytes of each category, and of those of DEVICE together (``device``).
+    ``peak`` holds the largest number of bytes of each category, ``at_peak`` those of DEVICE when their sum was largest.
     Activations are what an operation saves for the backward pass, also within a recomputation, but no weights.
     """
 
@@ -59,6 +60,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.ds = ds
         self.peak: Counter[str] = Counter()
+        self.at_peak: dict[str, int] = {}
         self._live: Counter[str] = Counter()
         self._category: dict[int, str] = {}
 
@@ -67,7 +69,7 @@ class Tracker(TorchDispatchMode):
             self._count(category, tensors)
         self._step, self.ds.step = self.ds.step, self._before_step
         self._handles = [
-            p.register_post_accumulate_grad_hook(lambda p: self._count("gradients", [p.grad]))
+            p.register_post_accumulate_grad_hook(lambda p: self._count("gradients", _gradients([p])))
             for p in self.ds.module.parameters()
         ]
         self._enter_hooks, tracker = saved_tensors_hooks.__enter__, self
@@ -105,11 +107,9 @@ class Tracker(TorchDispatchMode):
             self._count(category, tensors)
         return self._step(*args, **kwargs)
 
-    def _count(self, category: str, tensors: Iterable[Tensor | None]) -> None:
+    def _count(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Add storages not seen before; those known as workspace get their better name."""
         for tensor in tensors:
-            if tensor is None or tensor.device.type != "cpu":
-                continue
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             known = self._category.get(key)
@@ -121,8 +121,10 @@ class Tracker(TorchDispatchMode):
                 self._live[known] -= size
             self._category[key] = category
             self._live[category] += size
-        sizes = {**self._live, "device": sum(self._live[name] for name in DEVICE)}
-        self.peak |= Counter(sizes)  # the larger of each
+        self.peak |= self._live  # the larger of each
+        on_device = {name: self._live[name] for name in DEVICE}
+        if sum(on_device.values()) > sum(self.at_peak.values()):
+            self.at_peak = on_device
 
     def _forget(self, key: int, size: int) -> None:
         self._live[self._category.pop(key)] -= size
@@ -140,19 +142,25 @@ def state(ds: Any) -> dict[str, list[Tensor]]:
     parameters = list(ds.module.parameters())
     masters = _tensors(v for k, v in vars(optimizer).items() if "fp32" in k)
     states = [*masters, *_tensors(inner.state.values())]
-    gradients = [p.grad for p in masters] + _tensors(v for k, v in vars(optimizer).items() if "grad" in k)
+    gradients = _gradients(masters) + _tensors(v for k, v in vars(optimizer).items() if "grad" in k)
     shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     found = {
         # The model's first: in fp32 the optimizer of ZeRO 0 has the weights themselves.
         "weights": [*parameters, *(shards if facts.param_offload == "none" else [])],
-        "gradients": [p.grad for p in parameters] + (gradients if facts.offload == "none" else []),
+        "gradients": _gradients(parameters) + (gradients if facts.offload == "none" else []),
         "optimizer": states if facts.offload == "none" else [],
         "offloaded": _buffers(optimizer, parameters),
     }
     found["offloaded"] += (shards if facts.param_offload != "none" else []) + (
         [*states, *gradients] if facts.offload != "none" else []
     )
-    return {name: [t for t in tensors if t is not None] for name, tensors in found.items()}
+    return found
+
+
+def _gradients(parameters: list[Any]) -> list[Tensor]:
+    """Those with memory of their own; slices of DeepSpeed's buckets are workspace."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    return [g for g in found if g.untyped_storage().nbytes() == g.nbytes]
 
 
 def _buffers(optimizer: Any, parameters: list[Any]) -> list[Tensor]:
@@ -224,9 +232,7 @@ def plot(rows: list[dict[str, Any]], stem: Path, title: str) -> None:
         sizes = [row[f"{category}_mib"] for row in rows]
         memory.barh(places, sizes, left=left, label=category, color=f"C{i}", height=0.8)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
-    if "peak_mib" in rows[0] and categories != ["peak"]:
-        memory.plot([r["peak_mib"] for r in rows], places, "k|", markersize=9, label="peak of all at once")
-    memory.set_xlabel("MiB on the device, the largest of each category")
+    memory.set_xlabel("MiB on the device at the step's peak")
     memory.set_yticks(places, [f"{r['layout']}   {r['activation']}" for r in rows])
     seconds.barh(places, [r["step_seconds"] for r in rows], color="0.6", height=0.8)
     seconds.set_xlabel("seconds per step")

@@ -26,6 +26,7 @@ from toolkit.errors import PlanError
 
 GIB = 2**30
 PATIENCE_SECONDS = 30.0  # the workers of a killed rank hold its lock until they have noticed
+PADDING = 1.1  # of tensors to whole blocks: 1.3 % seen with 3 million parameters
 _held: dict[Path, FileLock] = {}  # this process's folders
 
 
@@ -62,7 +63,7 @@ def bytes_per_parameter(ds: Mapping[str, Any]) -> dict[Path, float]:
     for key, size in written.items():
         if facts[f"zero_optimization.{key}.device"] == "nvme":
             folder = Path(facts[f"zero_optimization.{key}.nvme_path"])
-            sizes[folder] = sizes.get(folder, 0) + size * ranks.local_size() / ranks.world()
+            sizes[folder] = sizes.get(folder, 0) + PADDING * size * ranks.local_size() / ranks.world()
     return sizes
 
 
