@@ -129,7 +129,8 @@ class _PipeLayer(BertLayer):
 
 @pytest.mark.parametrize(("recompute", "offload"), WAYS)
 def test_layers_of_a_pipeline_take_one_tuple(recompute: bool, offload: bool) -> None:
-    config = bert_config(Model(hidden_size=HIDDEN, num_attention_heads=4, intermediate_size=256), vocab_size=9, pad_id=0)
+    shape = Model(hidden_size=HIDDEN, num_attention_heads=4, intermediate_size=256)
+    config = bert_config(shape, vocab_size=9, pad_id=0)
     config._attn_implementation = "sdpa"
     layers = nn.ModuleList(_PipeLayer(config) for _ in range(4)).train()
     mask, positions = torch.ones(ROWS, LENGTH, dtype=torch.long), torch.zeros(ROWS, 3, dtype=torch.long)

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
-    "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "schedule", "nvme", "ops", "run", "data", "models",
-    "tasks", "engine", "meter", "ds_state", "checkpoint", "export", "train", "launch", "cli",
+    "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "schedule", "nvme", "ops", "run", "data",
+    "models", "tasks", "engine", "meter", "memory", "ds_state", "checkpoint", "export", "train", "launch", "cli",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ a configuration offloads counts as the host's though both are the same memory he
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ from toolkit.ds_rules import Facts
 DEVICE = ("weights", "gradients", "optimizer", "activations", "workspace")
 HOST = ("moved", "offloaded")  # activations; optimizer states, weights and the buffers of NVMe
 MIB = 2**20
+ACTIVATIONS = ("none", "recompute", "offload_cpu", "recompute_offload")
+LAYOUTS = (
+    ("stage0", "none"), ("stage1", "none"), ("stage2", "none"), ("stage3", "none"),
+    ("stage2", "cpu"), ("stage3", "cpu_params"), ("stage3", "nvme"),
+)  # fmt: skip
 
 
 def measure(engine: Any, batches: Iterator[Any]) -> dict[str, float]:
@@ -49,7 +54,7 @@ def measure(engine: Any, batches: Iterator[Any]) -> dict[str, float]:
     return {"step_seconds": seconds, **{f"{name}_mib": size / MIB for name, size in sizes.items()}}
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors, each storage once, while a step of ``ds`` (DeepSpeed's engine) runs on a CPU.
 
     ``peak`` holds the largest number of bytes of each category, ``at_peak`` those of DEVICE when their sum was largest.
@@ -57,7 +62,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, ds: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ds = ds
         self.peak: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
@@ -77,15 +82,16 @@ class Tracker(TorchDispatchMode):
         saved_tensors_hooks.__enter__ = lambda hooks: tracker._watch(hooks)  # type: ignore[method-assign]
         self._outermost = saved_tensors_hooks(lambda t: t if _is_weight(t) else t.detach(), lambda t: t)
         self._outermost.__enter__()
-        return super().__enter__()  # type: ignore[no-any-return]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._outermost.__exit__(*error)
         saved_tensors_hooks.__enter__ = self._enter_hooks  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
-        del self.ds.step
+        self.ds.step = self._step
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -170,15 +176,8 @@ def _buffers(optimizer: Any, parameters: list[Any]) -> list[Tensor]:
     return _tensors([s.buffers if hasattr(s, "buffers") else s.swap_buffer_manager.all_buffers for s in found])
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves([list(x.values()) if isinstance(x, dict) else x for x in tree]) if torch.is_tensor(t)]
-
-
-ACTIVATIONS = ("none", "recompute", "offload_cpu", "recompute_offload")
-LAYOUTS = (
-    ("stage0", "none"), ("stage1", "none"), ("stage2", "none"), ("stage3", "none"),
-    ("stage2", "cpu"), ("stage3", "cpu_params"), ("stage3", "nvme"),
-)  # fmt: skip
+def _tensors(tree: Iterable[Any]) -> list[Tensor]:
+    return [t for t in tree_leaves(list(tree)) if isinstance(t, Tensor)]
 
 
 def combinations(overrides: list[str]) -> list[list[str]]:

@@ -49,9 +49,14 @@ def claim(ds: Mapping[str, Any], parameters: Callable[[], int]) -> None:
     """
     release()
     sizes = bytes_per_parameter(ds)
+    count = parameters() if sizes else 0
+
+    def take() -> None:
+        for folder, size in sizes.items():
+            _claim(folder, size * count)
+
     if sizes:
-        count = parameters()
-        ranks.in_turn(lambda: [_claim(folder, size * count) for folder, size in sizes.items()])
+        ranks.in_turn(take)
 
 
 def bytes_per_parameter(ds: Mapping[str, Any]) -> dict[Path, float]:

@@ -66,4 +66,4 @@ def _on_host(args: tuple[Any, ...]) -> AbstractContextManager[None]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
