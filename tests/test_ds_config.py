@@ -153,7 +153,6 @@ ROWS = [
     ("two_schedules", "cpu", "deepspeed.scheduler.type=WarmupLR", "Use schedule=none"),
     ("no_optimizer", "cpu", "~deepspeed.optimizer", "Use optimizer=adamw"),
     ("deepcompile_off", "cpu", "deepspeed.compile.deepcompile=true", "Set train.compile=true"),
-    ("compiled_offload", "cpu", "activation=offload_cpu train.compile=true", "Use activation=recompute, or train"),
     ("unused", "cpu", "deepspeed.activation_checkpointing.profile=true", "Use activation=recompute instead"),
 ]
 

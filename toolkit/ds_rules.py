@@ -536,11 +536,6 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         lambda c, f: f["compile.deepcompile"] and not c.train.compile,
         "deepspeed.compile.deepcompile=True without effect: nothing is compiled. Set train.compile=true.",
     ),
-    "compiled_offload": (  # torch 2.13: the hooks see fake tensors while compiling, and tracing fails; seen
-        lambda c, f: c.train.compile and c.activation.offload,
-        "activation.offload=True with train.compile=True: PyTorch cannot compile the moving of activations. "
-        "Use activation=recompute, or train.compile=false.",
-    ),
     "unused": (
         lambda c, f: [key for key in UNUSED if f[key]],
         "deepspeed.{got[0]} without effect in this toolkit. Use {unused} instead.",

@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
@@ -37,14 +38,14 @@ def _run(recompute: bool, offload: bool, forward: Callable[..., Any], *args: Any
 
 
 def _on_host(args: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """PyTorch's save_on_cpu, but weights and what all layers share (the mask) stay, and nothing is moved twice.
+    """As PyTorch's save_on_cpu, but weights and what all layers share (the mask) stay, nothing is moved twice, and
+    strides are kept, which compiled code insists on.
 
     On CUDA the copies go to pinned memory and the host does not wait for them; they take their turn on the
     stream that computes.
     """
     shared = {_storage(a) for a in args if isinstance(a, Tensor) and not a.requires_grad}
     moved: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-    host = save_on_cpu(pin_memory=True)
 
     def pack(tensor: Tensor) -> Any:
         base = tensor if tensor._base is None else tensor._base
@@ -55,12 +56,13 @@ def _on_host(args: tuple[Any, ...]) -> AbstractContextManager[None]:
         key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         alive, packed = moved.get(key, (lambda: None, None))
         if alive() is None:  # else it is this very storage, not another one at its address
-            packed = host.pack_hook(tensor)
+            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            packed = tensor.device, host.copy_(tensor, non_blocking=True)
             moved[key] = (weakref.ref(storage), packed)
         return packed
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else host.unpack_hook(packed)
+        return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
 
     return saved_tensors_hooks(pack, unpack)
 
