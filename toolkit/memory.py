@@ -199,17 +199,19 @@ def label(overrides: list[str]) -> dict[str, str]:
 
 
 def table(rows: list[dict[str, Any]]) -> Any:
-    """A rich table: a line per combination, MiB by category, seconds."""
+    """A rich table of what fits a terminal: a line per combination."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    shown = Table(title="MiB of the rank that needs most, and seconds of a step", title_justify="left")
-    for name in rows[0]:
+    names = [n for n in ("layout", "activation", "step_seconds", "peak_mib", "saved_mib", "moved_mib") if n in rows[0]]
+    shown = Table(title="MiB of the rank that needs most, and seconds of a step", title_justify="left", box=SIMPLE)
+    for name in names:
         text = name in ("layout", "activation")
-        shown.add_column(name.removesuffix("_mib").replace("_seconds", " s"), justify="left" if text else "right")
+        shown.add_column(name.removesuffix("_mib").replace("_seconds", " s"), justify="left" if text else "right", no_wrap=True)
     for before, row in zip([{}, *rows], rows, strict=False):
         if before and before["layout"] != row["layout"]:
             shown.add_section()
-        shown.add_row(*(_cell(name, value) for name, value in row.items()))
+        shown.add_row(*(_cell(name, row[name]) for name in names))
     return shown
 
 
@@ -238,6 +240,7 @@ def plot(rows: list[dict[str, Any]], stem: Path, title: str) -> None:
     for axes in (memory, seconds):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.3)
+        axes.margins(y=0.01)
         axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
