@@ -207,7 +207,9 @@ def table(rows: list[dict[str, Any]]) -> Any:
     shown = Table(title="MiB of the rank that needs most, and seconds of a step", title_justify="left", box=SIMPLE)
     for name in names:
         text = name in ("layout", "activation")
-        shown.add_column(name.removesuffix("_mib").replace("_seconds", " s"), justify="left" if text else "right", no_wrap=True)
+        shown.add_column(
+            name.removesuffix("_mib").replace("_seconds", " s"), justify="left" if text else "right", no_wrap=True
+        )
     for before, row in zip([{}, *rows], rows, strict=False):
         if before and before["layout"] != row["layout"]:
             shown.add_section()
