@@ -306,10 +306,10 @@ def test_completing_leaves_the_config_as_it_was() -> None:
     assert config.model_dump() == before
 
 
-def test_nvme_buffers_hold_the_largest_parameter_and_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_nvme_buffers_hold_a_ranks_part_of_the_largest_parameter_and_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     config = compose("zero=stage3", "offload=nvme", "precision=bf16", "model=bert_large")
     zero = complete(config, world=2, device="cpu", vocab_size=30528, run_dir=tmp_path)["zero_optimization"]
-    assert 30528 * 1024 <= zero["offload_param"]["buffer_size"] < 30528 * 1024 + 2**20
+    assert 30528 * 1024 / 2 <= zero["offload_param"]["buffer_size"] < 30528 * 1024 / 2 + 2**20
     assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(tmp_path / "nvme")
 
 

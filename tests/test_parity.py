@@ -46,6 +46,8 @@ FP32 = {
     "2 ranks, ZeRO 2, micro-batches of 2": (2, ("zero=stage2", "batch.micro_size=2")),
     "2 ranks, ZeRO 2, recompute": (2, ("zero=stage2", "activation=recompute")),
     "2 ranks, ZeRO 3, recompute": (2, ("zero=stage3", "activation=recompute")),
+    "2 ranks, ZeRO 2, activations on the CPU": (2, ("zero=stage2", "activation=offload_cpu")),
+    "2 ranks, ZeRO 3, recompute from inputs on the CPU": (2, ("zero=stage3", "activation=recompute_offload")),
     "2 ranks, ZeRO 1, optimizer on the CPU": (2, ("zero=stage1", "offload=cpu")),
     "2 ranks, ZeRO 2, optimizer on the CPU": (2, ("zero=stage2", "offload=cpu")),
     "2 ranks, ZeRO 3, optimizer on the CPU": (2, ("zero=stage3", "offload=cpu")),

@@ -4,6 +4,7 @@ config = compose(["zero=stage3", "batch.global_size=64"])     # as a recipe woul
 """
 
 import re
+from contextlib import nullcontext
 
 from toolkit.config import RunConfig, conf_dir, load, schema
 from toolkit.errors import ConfigError, nearest
@@ -13,10 +14,12 @@ def compose(overrides: list[str]) -> RunConfig:
     """The checked configuration of these command-line overrides. Raises ConfigError."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
     register_schema()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    within = GlobalHydra.instance().is_initialized()  # a recipe that composes further runs
+    with nullcontext() if within else initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             return load(hydra_compose("config", permissive(overrides)))
         except HydraException as error:

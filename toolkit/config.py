@@ -124,7 +124,8 @@ class Schedule(Strict):
 class Activation(Strict):
     """What happens to the activations that the backward pass needs."""
 
-    recompute: bool = False
+    recompute: bool = False  # keep only each layer's input, run its forward again in the backward pass
+    offload: bool = False  # what is kept of the layers waits on the host
 
 
 class Pipeline(Strict):

@@ -9,6 +9,7 @@ ds_keys.json, written from the installed version by tests/make_ds_keys.py; the r
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -195,16 +196,27 @@ def _joined(numbers: list[int]) -> str:
 
 
 def _fill_nvme(ds: dict[str, Any], facts: Facts, run_dir: Path | None) -> None:
-    # Below the run: DeepSpeed empties the folder at start, so two runs must not share one.
-    folder = str((run_dir or cache_dir("swap")) / "nvme")
     zero = ds.get("zero_optimization", {})
     if facts.offload == "nvme":
-        zero["offload_optimizer"].setdefault("nvme_path", folder)
+        zero["offload_optimizer"]["nvme_path"] = _swap_folder(zero["offload_optimizer"], run_dir)
         zero["offload_optimizer"].setdefault("buffer_count", facts.swap_buffers)
     if facts.param_offload == "nvme":
-        zero["offload_param"].setdefault("nvme_path", folder)
-        # DeepSpeed's default is 1e8 elements for each of five buffers, all pinned memory.
-        zero["offload_param"].setdefault("buffer_size", -(-(facts.largest or 1) // 2**20) * 2**20)
+        zero["offload_param"]["nvme_path"] = _swap_folder(zero["offload_param"], run_dir)
+        # DeepSpeed's default is 1e8 elements for each of five buffers, all pinned memory; each holds one
+        # rank's part of one parameter, which alignment lengthens a little.
+        part = -(-(facts.largest or 1) // facts.world)
+        zero["offload_param"].setdefault("buffer_size", -(-part // 2**20) * 2**20)
+
+
+def _swap_folder(block: Mapping[str, Any], run_dir: Path | None) -> str:
+    """A folder of the run's own, for DeepSpeed's file names do not tell runs apart (see toolkit.nvme)."""
+    disk = block.get("nvme_path")
+    if disk is None:
+        return str((run_dir or cache_dir("swap")) / "nvme")
+    if run_dir is None:
+        return str(disk)
+    digest = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]  # other output_dirs have this name too
+    return str(Path(disk) / f"swap-{run_dir.name}-{digest}")
 
 
 def _fill_monitors(ds: dict[str, Any], run_dir: Path | None) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from toolkit import nvme
 from toolkit.config import cache_dir
 from toolkit.errors import PlanError
 
@@ -53,6 +54,8 @@ def ensure(builders: Sequence[str], console: Any) -> None:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 
+    if "AsyncIOBuilder" in builders:
+        nvme.require_libaio()
     ops = [get_accelerator().create_op_builder(name) for name in builders]
     root = directory()
     for op in (o for o in ops if not installed_ops.get(o.name)):

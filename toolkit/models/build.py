@@ -9,20 +9,19 @@ values are then drawn, or copied from a checkpoint that rank 0 alone reads, one 
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from toolkit import ranks
-from toolkit.config import Model
+from toolkit import nvme, ranks
+from toolkit.config import Model, RunConfig
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.models import activation
 
 
 def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
@@ -64,21 +63,22 @@ def weights_folder(weights: str) -> str:
 
 
 def build_model(run: Any, task: Any) -> nn.Module:
-    """The task's model in this run's layout, on the CPU or partitioned; with recompute if asked for."""
+    """The task's model in this run's layout, on the CPU or partitioned; its activations where asked for."""
     config = run.config
     hf_config = task.hf_config
     hf_config._attn_implementation = config.model.attention
     if config.pipeline.stages > 1:
         return _build_stage(run, task)
-    with no_init_weights(), _partitioned(run.deepspeed(task.vocab_size)):
+    ds = run.deepspeed(task.vocab_size)
+    nvme.claim(ds, lambda: _parameters(task))
+    with no_init_weights(), _partitioned(ds):
         model: Any = task.model_class(hf_config)
     model.tie_weights()
     if config.model.weights:
         _copy(model, _read(task.model_class, config.model.weights) if ranks.rank() == 0 else None)
     else:
         initialise(model, config.seed)
-    if config.activation.recompute:
-        _recompute(model)
+    _apply_activation(model, config)
     return model  # type: ignore[no-any-return]
 
 
@@ -94,16 +94,19 @@ def _build_stage(run: Any, task: Any) -> nn.Module:
                 parameter.copy_(state[model.hf_name(name)])
     else:
         initialise(model, config.seed)
-    if config.activation.recompute:
-        _recompute(model)
+    _apply_activation(model, config)
     return model
 
 
-def _recompute(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+def _apply_activation(model: nn.Module, config: RunConfig) -> None:
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    activation.apply(layers, **config.activation.model_dump())
+
+
+def _parameters(task: Any) -> int:
+    """How many the task's model has, without memory for one."""
+    with torch.device("meta"), no_init_weights():
+        return int(task.model_class(task.hf_config).num_parameters())
 
 
 def _partitioned(ds: Mapping[str, Any]) -> AbstractContextManager[Any]:

@@ -1,0 +1,68 @@
+"""Peak memory and step time of a model under every ZeRO layout, offload and way to keep activations, side by side.
+
+deepspeed --num_gpus 2 recipes/memory.py model=bert_mini                # all of them
+deepspeed --num_gpus 2 recipes/memory.py model=bert_mini zero=stage3    # one layout, every activation=…
+
+The run directory gets memory.csv, memory.png and memory.svg.
+"""
+
+import csv
+import gc
+import io
+
+from toolkit.config import RunConfig
+from toolkit.launch import recipe
+
+
+@recipe
+def main(config: RunConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from rich.progress import Progress
+
+    from toolkit import memory, nvme, ops, ranks
+    from toolkit.compose import compose
+    from toolkit.ds_config import required_ops
+    from toolkit.engine import Engine
+    from toolkit.errors import ConfigError, ToolkitError
+    from toolkit.models.build import build_model
+    from toolkit.run import Run
+    from toolkit.tasks import build_task
+
+    run = Run.open(config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})}))
+    task = build_task(run)
+    rows = []
+    with Progress(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
+        for overrides in bar.track(memory.combinations(list(HydraConfig.get().overrides.task))):
+            name = memory.label(overrides)
+            try:
+                one = Run(run.dir, compose(overrides), run.console)
+                ds = one.deepspeed(task.vocab_size)
+                ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), run.console)
+                engine = Engine.start(build_model(one, task), task, one)
+            except ToolkitError as error:
+                run.console.print(f"left out: {' '.join(name.values())}: {error}")
+                continue
+            found = memory.measure(engine, task.train_batches(start_sample=0))
+            rows.append({**name, **dict(zip(found, ranks.largest(list(found.values())), strict=True))})
+            run.console.print(f"{name['layout']:22} {name['activation']:18} {rows[-1]['peak_mib']:10,.1f} MiB  "
+                              f"{rows[-1]['step_seconds']:.3f} s", highlight=False)  # fmt: skip
+            engine.ds.destroy()
+            del engine
+            gc.collect()
+    nvme.release()
+    if not rows:
+        raise ConfigError("no combination of zero, offload and activation is left to measure, see above.")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    run.write_text("memory.csv", text.getvalue())
+    run.console.print(memory.table(rows))
+    if ranks.rank() == 0:
+        title = f"{config.model.num_hidden_layers} layers of {config.model.hidden_size}, {ranks.world()} ranks"
+        memory.plot(rows, run.dir / "memory", title)
+    run.console.print(f"Run directory: {run.dir}")
+
+
+if __name__ == "__main__":
+    main()
