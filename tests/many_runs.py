@@ -52,4 +52,5 @@ def main() -> None:
                     groups.mpu = None  # a pipeline's, which the next engine would take for its own
 
 
-main()
+if __name__ == "__main__":
+    main()

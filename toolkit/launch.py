@@ -106,12 +106,14 @@ def _sweep_job(overrides: list[str]) -> None:
 
 
 def _run(main: Callable[[RunConfig], None], config: RunConfig, debug: bool) -> None:
-    from toolkit import ds_config, ranks
+    from toolkit import ds_config, ranks, workers
     from toolkit.run import Terminal
 
     ranks.complete_environment()
     device = ranks.device()
     ds = ds_config.complete(config, world=ranks.world(), device=device)
+    if config.data.workers:
+        workers.begin()
     with Terminal(quiet=not debug) as terminal:
         from toolkit import ops
 

@@ -12,6 +12,7 @@ starting at another position; there is no other state.
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from threading import Thread
 from typing import Any
@@ -24,6 +25,7 @@ from toolkit.data.draws import Shuffle
 from toolkit.data.pairs import PairDataset
 from toolkit.data.prepared import require
 from toolkit.errors import DataError
+from toolkit.workers import begin
 
 Batch = dict[str, Tensor]
 Key = tuple[int, int]  # (epoch, index)
@@ -72,21 +74,18 @@ def train_batches(
     rank: int,
     world: int,
     workers: int,
-    start_method: str = "fork",
 ) -> Iterator[Batch]:
-    """This rank's micro-batches, for ever. Raises DataError if an epoch is smaller than one step.
-
-    Workers are forked: that needs no second import of torch, and they run numpy only, which touches
-    none of the locks that the process group's threads may hold. ``spawn`` works too.
-    """
+    """This rank's micro-batches, for ever. Raises DataError if an epoch is smaller than one step."""
     require(dataset.prepared, global_size)
     parallel: dict[str, Any] = {
         "num_workers": workers,
         "persistent_workers": True,
         "prefetch_factor": 4,
-        "worker_init_fn": _begin_worker,
-        "multiprocessing_context": start_method,
+        "worker_init_fn": partial(_begin_worker, os.getpid()),
+        "multiprocessing_context": "forkserver",
     }
+    if workers:
+        begin()
     return iter(
         DataLoader(
             dataset,  # type: ignore[arg-type]
@@ -99,16 +98,17 @@ def train_batches(
     )
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(owner: int, worker: int) -> None:
     """Stopping is the rank's business: a signal to all of a job must not take the data from its last step."""
-    set_num_threads(1)  # a forked process must not use its parent's thread pool
+    set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Thread(target=_end_with, args=(owner,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_with(owner: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
         pass
     os._exit(0)
 
