@@ -9,14 +9,16 @@ waited for its first batch for ever: a rank has the threads of gloo, of autograd
 
 import multiprocessing
 import signal
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 
 def begin() -> None:
     """Start the server, unless it runs already. It ends with this process; signals to all of a job leave it alone."""
     multiprocessing.set_forkserver_preload(["toolkit.data.loader"])
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by the server; SIGINT it ignores itself
+    resource_tracker.ensure_running()  # else the server starts it, and that unblocks SIGTERM
+    # Blocked in the server, in its workers and in all their threads; SIGINT it ignores itself.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

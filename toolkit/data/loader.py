@@ -100,14 +100,13 @@ def train_batches(
 
 def _begin_worker(owner: int, worker: int) -> None:
     """Stopping is the rank's business: a signal to all of a job must not take the data from its last step."""
-    set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    set_num_threads(1)
     Thread(target=_end_with, args=(owner,), daemon=True).start()
 
 
 def _end_with(owner: int) -> None:
+    """SIGTERM is blocked in all threads (toolkit/workers.py)."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
         pass
     os._exit(0)
