@@ -11,6 +11,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    from deepspeed.utils import groups
     from rich.console import Console
 
     from toolkit import ops, ranks
@@ -46,6 +47,7 @@ def main() -> None:
                     (output_dir / f"{name}.error.json").write_text(json.dumps(errors))
                 if engine is not None:
                     engine.ds.destroy()
+                    groups.mpu = None  # DeepSpeed keeps the ranks of a tensor-parallel engine for all that follow
 
 
 main()

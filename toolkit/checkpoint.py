@@ -172,6 +172,7 @@ def _layout(engine: Engine) -> dict[str, Any]:
     zero = engine.ds._config.zero_config
     layout: dict[str, Any] = {
         "world_size": ranks.world(),
+        "tensor_size": engine.tensor_size,
         "zero_stage": int(zero.stage),
         "dtype": engine.dtype,
         "optimizer": engine.ds.optimizer_name(),

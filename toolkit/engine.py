@@ -52,7 +52,7 @@ class Engine:
         config = run.config
         ds = run.deepspeed(task.vocab_size)
         run.write_json("ds_config.json", ds)
-        torch.manual_seed(config.seed + ranks.rank())  # dropout differs between ranks
+        torch.manual_seed(config.seed + run.replica.rank)  # dropout differs between copies, and only between them
         if config.train.tf32:
             torch.set_float32_matmul_precision("high")
         schedule = None
@@ -67,6 +67,7 @@ class Engine:
             model_parameters=decay_groups(model, decay),
             lr_scheduler=schedule,
             config=copy.deepcopy(ds),
+            mpu=ranks.tensor_groups(config.tensor_size),
         )
         _keep_stage0_norm(engine)
         if config.train.compile:
@@ -156,6 +157,11 @@ class Engine:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    @property
+    def tensor_size(self) -> int:
+        """Ranks that share each layer."""
+        return max(1, self.ds.autotp_size())
 
     @property
     def dtype(self) -> Dtype:

@@ -70,7 +70,7 @@ def build_model(run: Any, task: Any) -> nn.Module:
     hf_config._attn_implementation = config.model.attention
     if config.pipeline.stages > 1:
         return _build_stage(run, task)
-    with no_init_weights(), _partitioned(run.deepspeed(task.vocab_size)):
+    with no_init_weights(), _partitioned(run.deepspeed(task.vocab_size), config.tensor_size):
         model: Any = task.model_class(hf_config)
     model.tie_weights()
     if config.model.weights:
@@ -106,13 +106,15 @@ def _recompute(model: nn.Module) -> None:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def _partitioned(ds: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """``deepspeed.zero.Init`` at stage 3, nothing below."""
+def _partitioned(ds: Mapping[str, Any], tensor_size: int) -> AbstractContextManager[Any]:
+    """``deepspeed.zero.Init`` at stage 3, over the ranks that hold the same tensor shards; nothing below."""
     if ds.get("zero_optimization", {}).get("stage", 0) < 3:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.Init(config_dict_or_path=dict(ds))  # type: ignore[no-any-return]
+    mpu = ranks.tensor_groups(tensor_size)
+    group = mpu and mpu.get_data_parallel_group()
+    return deepspeed.zero.Init(config_dict_or_path=dict(ds), mpu=mpu, data_parallel_group=group)  # type: ignore[no-any-return]
 
 
 def initialise(model: Any, seed: int) -> None:
