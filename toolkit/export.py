@@ -70,17 +70,20 @@ def _shard(folder: Path, stage: int, tensor_rank: int) -> dict[str, Any]:
 
 
 def _merged(shards: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Whole tensors by the map that AutoTP leaves in each checkpoint; it refuses replicas that differ."""
+    """Whole tensors, by the maps that AutoTP leaves in each checkpoint."""
     import torch
     from deepspeed.checkpoint.affine import ParamAffineMap
 
     file = next(folder.glob("*mp_rank_00_model_states.pt"))
-    maps = torch.load(file, map_location="cpu", weights_only=True)["universal_checkpoint_info"]["affine_map"]["params"]
+    info = torch.load(file, map_location="cpu", weights_only=True)["universal_checkpoint_info"]
     whole: dict[int, Any] = {}  # by address: a tied weight is described under its first name only
     merged = {}
     for name, tensor in shards[0].items():
-        if tensor.data_ptr() not in whole:
-            places = ParamAffineMap.from_dict(maps[f"^{re.escape(name)}$"])
+        pattern = f"^{re.escape(name)}$"
+        if pattern in info["tp_replicated_parameter_patterns"]:  # at ZeRO 3 its map says that it is empty
+            whole[tensor.data_ptr()] = tensor
+        elif tensor.data_ptr() not in whole:
+            places = ParamAffineMap.from_dict(info["affine_map"]["params"][pattern])
             whole[tensor.data_ptr()] = places.rebuild({i: shard[name] for i, shard in enumerate(shards)})
         merged[name] = whole[tensor.data_ptr()]
     return merged
