@@ -32,6 +32,11 @@ ALL = {
     "bf16-stage1": ["zero=stage1", "precision=bf16"],
     "bf16-stage2": ["zero=stage2", "precision=bf16"],
     "bf16-stage3": ["zero=stage3", "precision=bf16"],
+    "pipe-stage0": ["zero=stage0", "pipeline=two"],
+    "pipe-stage1": ["zero=stage1", "pipeline=two", "pipeline.schedule=gpipe", "activation=recompute"],
+    "pipe-stage1-cpu": ["zero=stage1", "pipeline=two", "offload=cpu", "pipeline.partition=time"],
+    "pipe-dualpipev": ["zero=stage1", "pipeline=two", "pipeline.schedule=dualpipev", "pipeline.partition=uniform"],
+    "bf16-pipe": ["zero=stage1", "precision=bf16", "pipeline=two", "pipeline.partition=[3]"],
 }
 LAYOUTS = runnable(ALL)
 # Of these betas the float product over 4 steps differs from the power, so that a resume by the power shows at once.

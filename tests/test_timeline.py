@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,10 @@ def test_the_formula_is_the_one_of_gpipe() -> None:
 
 
 def test_dualpipev_idles_as_its_authors_say_without_deferred_weight_gradients() -> None:
-    """(PP/2 - 1) (F&B + B - 3W) in DualPipe's README, PP = 2 S parts; here F&B = F + B, W = 0, less one forward."""
+    """(PP/2 - 1) (F&B + B - 3W) in DualPipe's README, and DualPipeV is its half: PP = 2 S parts on S ranks.
+
+    Here F&B = F + B and W = 0, and one forward less: measured, for backwards of two forwards.
+    """
     for stages, micro_batches in [(2, 4), (2, 16), (3, 6), (4, 8), (4, 11), (8, 16), (8, 32)]:
         part = {"forward": 1.0, "backward": 2.0}
         events = ideal("dualpipev", stages, micro_batches, forward=2 * part["forward"], backward=2 * part["backward"])
@@ -151,13 +154,17 @@ def test_what_no_schedule_can_do_is_refused(name: str, stages: int, micro_batche
 
 
 def measured(name: str = "1f1b", stages: int = 2, micro_batches: int = 4) -> dict[str, Any]:
-    """A run as its engine writes it, with a slower last stage."""
+    """A run as its engine writes it."""
     events = [asdict(e) for e in ideal(name, stages, micro_batches, forward=0.02, backward=0.04)]
     return {"schedule": name, "stages": stages, "micro_batches": micro_batches, "step": 20, "events": events}
 
 
 def without_an_event(tree: dict[str, Any]) -> None:
     del tree["events"][5]
+
+
+def without_the_last(tree: dict[str, Any]) -> None:
+    tree["events"].remove(max(tree["events"], key=lambda e: (e["stage"], e["kind"], e["micro_batch"])))
 
 
 def one_twice(tree: dict[str, Any]) -> None:
@@ -204,6 +211,7 @@ def test_clocks_may_differ_by_a_few_microseconds() -> None:
     ("broken", "message"),
     [
         (without_an_event, "15 events where 1f1b has 16 passes"),
+        (without_the_last, "15 events where 1f1b has 16 passes. Let"),
         (one_twice, "16 events where 1f1b has 16 passes; the first that is odd: stage "),
         (overlapping, "stage 0 has passes that overlap or take no time"),
         (without_time, "stage 0 has passes that overlap or take no time"),
@@ -253,6 +261,15 @@ def test_a_picture_shows_every_micro_batch_on_every_stage_and_the_bubbles(tmp_pa
     assert sorted(p.name for p in png.parent.iterdir()) == ["v1.2.png", "v1.2.svg"]
 
 
+def test_a_panel_begins_with_its_first_pass(tmp_path: Path) -> None:
+    events = ideal("1f1b", 2, 4)
+    later = [replace(e, start=e.start + 8, end=e.end + 8) for e in events]
+    first, second = (
+        draw({"1F1B": e}, tmp_path / name, title="t", unit="units")[0] for e, name in [(events, "a"), (later, "b")]
+    )
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_numbers_too_large_for_their_boxes_are_left_out(tmp_path: Path) -> None:
     _, svg = draw({"GPipe": ideal("gpipe", 2, 128)}, tmp_path / "t", title="many", unit="units")
     assert "127" not in svg_texts(svg)
@@ -269,10 +286,11 @@ def test_the_command_draws_a_run_below_its_schedule(
     last["end"] += 0.1
     (tmp_path / "timeline.json").write_text(json.dumps(tree))
     cli.main(["timeline", str(tmp_path)])
-    busy, idle = 2 * 4 * 0.06 + 0.1, 2 * (0.06 * 5 + 0.1)
+    busy, seconds = 2 * 4 * 0.06 + 0.1, 5 * 0.06 + 0.1
+    equal = 5 * (0.06 + 0.1 / 8)  # (M + S - 1) passes of the mean time
     said = capsys.readouterr().out
-    assert "1F1B, stages of equal speed: 20.0 % bubbles" in said
-    assert f"1F1B, measured: {100 * (1 - busy / idle):.1f} % bubbles" in said
+    assert f"1F1B, stages of equal speed: 20.0 % bubbles in {equal:.4g} s" in said
+    assert f"1F1B, measured: {100 * (1 - busy / 2 / seconds):.1f} % bubbles in {seconds:.4g} s" in said
     texts = svg_texts(tmp_path / "timeline.svg")
     assert f"{tmp_path.name}, step 20: 2 stages, 4 micro-batches" in texts
     assert (tmp_path / "timeline.png").stat().st_size > 1000
@@ -305,9 +323,14 @@ def test_the_command_draws_the_schedules_that_the_numbers_allow(
     ],
 )
 def test_the_command_refuses_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["timeline", *arguments])
     assert stopped.value.code == 2

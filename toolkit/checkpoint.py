@@ -175,6 +175,7 @@ def _layout(engine: Engine) -> dict[str, Any]:
         "tensor_size": engine.tensor_size,
         "zero_stage": int(zero.stage),
         "dtype": engine.dtype,
+        "pipe_parts": getattr(engine.ds.module, "parts", None),  # the first layer of each pipe stage
         "optimizer": engine.ds.optimizer_name(),
         "scheduler": type(engine.ds.lr_scheduler).__name__,
         "model": engine.task.hf_config.to_diff_dict() | {"transformers_version": None},

@@ -119,7 +119,7 @@ def _timeline(
 
 
 def _draw_run(run: Path, out: Path) -> None:
-    from toolkit.pipe_events import bubble_share, load, mean_seconds
+    from toolkit.pipe_events import bubble_share, load, mean_seconds, span
     from toolkit.report.timeline import LABELS, draw
 
     measured = load(run / "timeline.json")
@@ -131,7 +131,8 @@ def _draw_run(run: Path, out: Path) -> None:
     label = LABELS[measured.schedule]
     timelines = {f"{label}, stages of equal speed": schedule, f"{label}, measured": measured.events}
     for name, events in timelines.items():
-        print(f"{name}: {100 * bubble_share(events, stages):.1f} % bubbles")
+        start, end = span(events)
+        print(f"{name}: {100 * bubble_share(events, stages):.1f} % bubbles in {end - start:.4g} s")
     title = f"{run.name}, step {measured.step}: {stages} stages, {micro_batches} micro-batches"
     print(f"Drawn: {', '.join(map(str, draw(timelines, out, title=title, unit='seconds')))}")
 

@@ -17,9 +17,10 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.tensor_fragment import fragment_address, safe_get_full_fp32_param
 
 TAG = "state"
+STAGE = "weights.stage{:02}.pt"
 Digest = dict[str, Any]  # bytes, sha256
 
 
@@ -30,9 +31,25 @@ def write(ds: Any, folder: Path) -> dict[str, Digest]:
     """
     files = _attach(ds, folder)
     ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    if hasattr(ds.module, "hf_name"):
+        _write_stage(ds, files, folder)
     if files.problem is not None:
         raise files.problem
     return files.written
+
+
+def _write_stage(ds: Any, files: "_Files", folder: Path) -> None:
+    """This pipe stage's weights in fp32 under their Hugging Face names, for `toolkit export`.
+
+    DeepSpeed writes them layer by layer in the training type, and cannot put a pipeline's fp32 parts together.
+    """
+    parameters = ds.module.named_parameters()
+    weights = {
+        ds.module.hf_name(n): safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") else p for n, p in parameters
+    }
+    if ds.grid.data_parallel_id == 0:
+        state = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
+        files.save(state, str(folder / TAG / STAGE.format(ds.stage_id)))
 
 
 def read(ds: Any, folder: Path) -> None:

@@ -49,8 +49,21 @@ def weights(path: Path) -> dict[str, Any]:
         if (code := ds_state.foreign_code(file)) is not None:
             raise CheckpointError(f"{file} {code}. Nothing of it was run.")
     with ds_state.safe_loading():
-        shards = [_shard(path / ds_state.TAG, manifest["zero_stage"], i) for i in range(manifest["tensor_size"])]
+        if manifest.get("pipe_parts"):
+            return _stages(path / ds_state.TAG)
+        shards = [_shard(path / ds_state.TAG, manifest["zero_stage"], i) for i in range(manifest.get("tensor_size", 1))]
         return shards[0] if len(shards) == 1 else _merged(shards, path / ds_state.TAG)
+
+
+def _stages(folder: Path) -> dict[str, Any]:
+    """What the stages of a pipeline held."""
+    import torch
+
+    parts = sorted(folder.glob(ds_state.STAGE.format(0).replace("00", "*")), reverse=True)
+    state: dict[str, Any] = {}
+    for file in parts:  # the first stage last: of a tied weight its copy counts
+        state |= torch.load(file, map_location="cpu", weights_only=True)
+    return state
 
 
 def _shard(folder: Path, stage: int, tensor_rank: int) -> dict[str, Any]:

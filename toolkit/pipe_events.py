@@ -51,9 +51,9 @@ class Timeline(BaseModel):
         phases = range(2 if self.schedule == "dualpipev" else 1)
         every = (range(self.stages), phases, sorted(KINDS), range(self.micro_batches))
         wanted = [(s, p, k, m) for s in every[0] for p in every[1] for k in every[2] for m in every[3]]
-        odd = [key for key, other in zip(found, wanted, strict=False) if key != other]
-        if odd or len(found) != len(wanted):
-            at = "; the first that is odd: stage {}, phase {}, {} of micro-batch {}".format(*odd[0]) if odd else ""
+        if found != wanted:
+            odd = next((f for f, w in zip(found, wanted, strict=False) if f != w), None)
+            at = "; the first that is odd: stage {}, phase {}, {} of micro-batch {}".format(*odd) if odd else ""
             raise ValueError(f"{len(found)} events where {self.schedule} has {len(wanted)} passes{at}")
         for stage in range(self.stages):
             mine = sorted((e.start, e.end) for e in self.events if e.stage == stage)

@@ -10,7 +10,6 @@ from typing import Any
 
 from deepspeed.runtime.pipe.schedule import (
     BackwardPass,
-    CommitP2P,
     DualPipeVSchedule,
     ForwardPass,
     LoadMicroBatch,
@@ -76,7 +75,8 @@ def ideal(name: str, stages: int, micro_batches: int, *, forward: float = 1.0, b
 
     ``forward`` and ``backward`` are the time of one micro-batch in all that one rank holds. With DualPipeV
     that is two parts of half the size, each half the time: models of equal size have equal times.
-    DualPipeV's messages leave and arrive at its ``CommitP2P`` only, here as in DeepSpeed.
+    DualPipeV posts its messages after a pair of passes, so the first pass of the pair holds its message back:
+    here as in DeepSpeed, though not in a drawing by dependencies alone.
     """
     check(name, stages, micro_batches)
     parts = 2 if name == "dualpipev" else 1
@@ -93,6 +93,7 @@ def ideal(name: str, stages: int, micro_batches: int, *, forward: float = 1.0, b
 
 _Message = tuple[str, int, int, int]  # what, receiving stage, phase, micro-batch
 _PASSES: dict[type, Kind] = {ForwardPass: "forward", BackwardPass: "backward"}
+_RECEIVED: dict[type, str] = {RecvActivation: "activation", RecvGrad: "gradient"}
 
 
 def _waits(walk: Iterator[Event | None], events: list[Event]) -> bool:
@@ -109,34 +110,23 @@ def _walk(schedule: Any, cost: dict[Kind, float], arrived: dict[_Message, float]
 
     The k-th instruction of a kind and phase belongs to micro-batch k.
     """
-    instructions = [i for step in schedule.steps() for i in step]
-    batched = any(isinstance(i, CommitP2P) for i in instructions)
     stage, now = schedule.stage_id, 0.0
     seen: Counter[tuple[type, int]] = Counter()
-    outbox: list[_Message] = []
-    inbox: list[_Message] = []
-    for instruction in instructions:
+    for instruction in (i for step in schedule.steps() for i in step):
         what, phase = type(instruction), getattr(instruction, "phase", 0)
         micro_batch = seen[what, phase]
         seen[what, phase] += 1
-        downstream = stage + 1 if phase == 0 else stage - 1
-        upstream = stage - 1 if phase == 0 else stage + 1
+        downstream, upstream = (stage + 1, stage - 1) if phase == 0 else (stage - 1, stage + 1)
         if what in _PASSES:
             kind = _PASSES[what]
             yield Event(stage, kind, micro_batch, now, now + cost[kind], phase)
             now += cost[kind]
         elif what is SendActivation:
-            outbox.append(("activation", downstream, phase, micro_batch))
+            arrived["activation", downstream, phase, micro_batch] = now
         elif what is SendGrad:
-            outbox.append(("gradient", upstream, phase, micro_batch))
-        elif what is RecvActivation:
-            inbox.append(("activation", stage, phase, micro_batch))
-        elif what is RecvGrad:
-            inbox.append(("gradient", stage, phase, micro_batch))
-        if what is CommitP2P or not batched:
-            arrived.update(dict.fromkeys(outbox, now))
-            for message in inbox:
-                while message not in arrived:
-                    yield None
-                now = max(now, arrived[message])
-            outbox, inbox = [], []
+            arrived["gradient", upstream, phase, micro_batch] = now
+        elif what in _RECEIVED:
+            message = (_RECEIVED[what], stage, phase, micro_batch)
+            while message not in arrived:
+                yield None
+            now = max(now, arrived[message])

@@ -17,6 +17,7 @@ from toolkit import checkpoint, ranks
 from toolkit.engine import Engine, Step
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.meter import Meter
+from toolkit.pipe_events import Timeline, bubble_share, formula
 from toolkit.run import Run
 
 
@@ -32,11 +33,12 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     meter = Meter(config, task, engine.dtype)
     with stop_signals() as stopping, progress(run, step, total) as bar:
         while step < total:
-            done = engine.train_batch(batches, stop=stopping())
+            logged = due(step + 1, config.train.log_every, total) or step == 0
+            done = engine.train_batch(batches, stop=stopping(), trace=logged)
             step, samples = step + 1, samples + config.batch.global_size
             meter.add(done)
             bar(step)
-            if due(step, config.train.log_every, total) or step == 1:
+            if logged:
                 log(run, engine, meter, step, done)
             with meter.paused():
                 if config.train.eval_every and step % config.train.eval_every == 0 and step < total:
@@ -63,12 +65,28 @@ def log(run: Run, engine: Engine, meter: Meter, step: int, done: Step) -> None:
     record |= {"lr": engine.last_learning_rate, "grad_norm": engine.grad_norm}
     if engine.loss_scale is not None:
         record["loss_scale"] = engine.loss_scale
-    record |= meter.read()
+    record |= meter.read() | bubbles(run, step, done)
     if "step_seconds" in record:
         record["eta_seconds"] = record["step_seconds"] * (run.config.train.steps - step)
     run.log(record)
     run.console.print(line(record, run.config.train.steps), highlight=False)
     refuse_nan(run, step, record["loss"])
+
+
+def bubbles(run: Run, step: int, done: Step) -> dict[str, float]:
+    """What share of the pipe stages' time was idle, measured and by the formula; the events go to timeline.json."""
+    if not done.events:
+        return {}
+    pipeline = run.config.pipeline
+    micro_batches = 1 + max(e.micro_batch for e in done.events)
+    timeline = Timeline(
+        schedule=pipeline.schedule, stages=pipeline.stages, micro_batches=micro_batches, step=step, events=done.events
+    )
+    run.write_json("timeline.json", timeline.model_dump())
+    return {
+        "bubble": bubble_share(done.events, pipeline.stages),
+        "bubble_formula": formula(pipeline.stages, micro_batches),
+    }
 
 
 def global_losses(done: Step) -> dict[str, float]:

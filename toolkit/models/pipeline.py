@@ -10,6 +10,7 @@ sent for those). Layers 0 and 1 embed, 2 to L+1 are the encoder's, L+2 and follo
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,6 +141,10 @@ class Pipe(PipelineModule):  # type: ignore[misc]
         self.chosen_parts = parts
         super().__init__([layer.spec for layer in layers], num_stages=stages)
         self._init_weights = skeleton._init_weights
+        for p in self.parameters():
+            # At ZeRO 0 the norm for clipping takes all of the first stage, and of the others what is marked so
+            # (runtime/utils.py, clip_grad_norm_); unmarked, it would be that of the first stage alone.
+            p.model_parallel = not p.ds_pipe_replicated
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self.chosen_parts
@@ -185,13 +190,13 @@ def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: An
         parts = partition_balanced(_merged(times(layers, run, task)), num_parts=stages)
     else:
         parts = [0, *how, blocks]
-    if len(parts) != stages + 1 or any(a >= b for a, b in zip(parts, parts[1:], strict=False)):
+    if len(parts) != stages + 1 or any(a >= b for a, b in pairwise(parts)):
         raise ConfigError(
             f"pipeline.partition={how}: stages would begin at layers {parts[:-1]} of {blocks} (0 and 1 embed, "
             f"{blocks - 1} is the heads), and each of {stages} needs one at least. Use fewer stages, "
             f"pipeline.partition=uniform, or {stages - 1} rising numbers below {blocks}."
         )
-    return [*parts[:-1], len(layers)]
+    return [*map(int, parts[:-1]), len(layers)]  # some are numpy's
 
 
 def _merged(weights: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The only deepspeed.initialize, and one verb, ``train_batch``, for whatever engine it returns.
+"""``Engine`` over DeepSpeed's own engine: ZeRO, offload, tensor parallel.
 
 engine = Engine.start(model, task, run)
 step = engine.train_batch(batches, stop=False)     # one optimizer step
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from toolkit import ranks
 from toolkit.config import Dtype, cache_dir
 from toolkit.models.build import decay_groups
+from toolkit.pipe_events import Event
 from toolkit.run import Run
 from toolkit.schedule import factor
 
@@ -31,7 +32,7 @@ class Step:
     counts: dict[str, float]  # over all ranks
     data_seconds: float  # this rank waited for its micro-batches
     stop: bool  # some rank wants to stop
-    events: list[dict[str, Any]] | None = None  # of a traced step: what each pipe stage did when
+    events: tuple[Event, ...] = ()  # of a traced step: what each pipe stage did when
 
 
 class Engine:
@@ -76,7 +77,7 @@ class Engine:
             engine.compile()
         run.monitor = engine.monitor
         if config.pipeline.stages > 1:
-            from toolkit.pipe_engine import PipeEngine
+            from toolkit.engine.pipe import PipeEngine
 
             return PipeEngine(engine, task, run.replica, config.pipeline.schedule)
         return cls(engine, task, run.replica)

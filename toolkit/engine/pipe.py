@@ -17,10 +17,11 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from torch import Tensor
 
 from toolkit import ranks
-from toolkit.engine import Batch, Engine, Step
+from toolkit.engine.plain import Batch, Engine, Step
+from toolkit.pipe_events import Event, Kind
 from toolkit.pipe_schedule import GPipeSchedule
 
-KINDS = {instructions.ForwardPass: "forward", instructions.BackwardPass: "backward"}
+PASSES: dict[Any, Kind] = {instructions.ForwardPass: "forward", instructions.BackwardPass: "backward"}
 
 
 class PipeEngine(Engine):
@@ -31,12 +32,14 @@ class PipeEngine(Engine):
         ds.module.loss_fn = self._loss
         self._counts: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
-        self._events: list[dict[str, Any]] | None = None
+        self._events: list[Event] | None = None
+        self._done: Counter[tuple[Kind, int]] = Counter()
+        self._began = 0.0
         if schedule == "gpipe":
             fill_and_drain(ds)
         ds._INSTRUCTION_MAP = {
-            kind: self._timed(execute, KINDS[kind]) if kind in KINDS else execute
-            for kind, execute in ds._INSTRUCTION_MAP.items()
+            what: self._timed(execute, PASSES[what]) if what in PASSES else execute
+            for what, execute in ds._INSTRUCTION_MAP.items()
         }
 
     def train_batch(self, batches: Iterator[Batch], *, stop: bool = False, trace: bool = False) -> Step:
@@ -44,11 +47,11 @@ class PipeEngine(Engine):
         self._sums = {}
         if trace:
             ranks.wait()  # a common zero of time
-            self._events, self._done, self._began = [], Counter(), self._now()
+            self._events, self._done, self._began = [], Counter(), time.perf_counter()
         self.ds.train_batch(iter([self._pair(batch) for batch in micro]))
         losses = {name: self._sums.get(name, torch.zeros(())) for name in self.task.predicted}
         events, self._events = self._events, None
-        return Step(losses, self._counts, waited, stopping, None if events is None else self._gather(events))
+        return Step(losses, self._counts, waited, stopping, () if events is None else self._gather(events))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -73,10 +76,10 @@ class PipeEngine(Engine):
         if self.ds.module.training:
             shares = self._shares(losses, self._counts)
             self._add("", shares)
-            return sum(shares.values()) * self._scale  # type: ignore[return-value]
+            return torch.stack(list(shares.values())).sum() * self._scale
         self._add("_loss", {name: x.double() for name, x in losses.items()})
         self._add("_right", {name: x.double() for name, x in self.task.correct(named, batch).items()})
-        return sum(losses.values())  # type: ignore[return-value]
+        return torch.stack(list(losses.values())).sum()
 
     def _add(self, suffix: str, values: Batch) -> None:
         for name, value in values.items():
@@ -90,7 +93,7 @@ class PipeEngine(Engine):
         """``batch`` without anything to predict."""
         return batch | {name: torch.full_like(batch[name], -100) for name in self.task.labels}
 
-    def _timed(self, execute: Callable[..., None], kind: str) -> Callable[..., None]:
+    def _timed(self, execute: Callable[..., None], kind: Kind) -> Callable[..., None]:
         """``execute`` that notes its times in a traced step."""
 
         def timed(ds: Any, **where: Any) -> None:
@@ -100,8 +103,9 @@ class PipeEngine(Engine):
                 phase = where.get("phase", 0)
                 number = self._done[kind, phase]
                 self._done[kind, phase] += 1
-                event = {"stage": ds.stage_id, "kind": kind, "micro_batch": number, "phase": phase}
-                self._events.append(event | {"start": start - self._began, "end": self._now() - self._began})
+                end = self._now()
+                event = Event(ds.stage_id, kind, number, start - self._began, end - self._began, phase)
+                self._events.append(event)
 
         return timed
 
@@ -110,15 +114,15 @@ class PipeEngine(Engine):
             get_accelerator().synchronize()
         return time.perf_counter()
 
-    def _gather(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _gather(self, events: list[Event]) -> tuple[Event, ...]:
         """Those of the first copy of the model, of all its stages."""
         found = ranks.gathered(events if self.replica.rank == 0 else [])
-        return [event for part in found for event in part]
+        return tuple(event for part in found for event in part)
 
 
 def fill_and_drain(ds: Any) -> None:
     """GPipe's schedule; the engine keeps one loss, of the last forward pass, so each buffer gets its own."""
-    forward, backward = (ds._INSTRUCTION_MAP[kind] for kind in KINDS)
+    forward, backward = (ds._INSTRUCTION_MAP[what] for what in PASSES)
     losses: dict[int, Tensor] = {}
 
     def forward_pass(engine: Any, buffer_id: int) -> None:
