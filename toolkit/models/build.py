@@ -74,7 +74,7 @@ def build_model(run: Any, task: Any) -> nn.Module:
         model: Any = task.model_class(hf_config)
     model.tie_weights()
     if config.model.weights:
-        _copy(model, _read(task.model_class, config.model.weights) if ranks.rank() == 0 else None)
+        _copy(model, _read(task.model_class, config.model.weights) if run.replica.rank == 0 else None)
     else:
         initialise(model, config.seed)
     if config.activation.recompute:
@@ -158,7 +158,7 @@ def _read(model_class: Any, weights: str) -> dict[str, torch.Tensor]:
 
 
 def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:
-    """Rank 0's ``state`` into the model of every rank, one parameter at a time."""
+    """The first copy's ``state`` into the model of every rank, one parameter at a time."""
     for name, parameter in model.named_parameters():
         with _whole([parameter]), torch.no_grad():
             if state is not None:
