@@ -246,7 +246,9 @@ def generate() -> dict[str, Any]:
     for path, model in PYDANTIC.items():
         keys[path] = "block"
         model_keys(model, path, keys, replaced)
-    keys |= {f"pipeline.{k}": "any" for k in ds_config.get_pipeline_config({})} | {"pipeline": "block"}
+    # use_reentrant has no default there; PipelineEngine.__init__ reads it
+    keys |= {f"pipeline.{k}": "any" for k in ds_config.get_pipeline_config({})}
+    keys |= {"pipeline": "block", "pipeline.use_reentrant": "bool", "pipeline.activation_checkpoint_interval": "int"}
     keys |= KNOWN
     removed = dict(ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     removed |= {f"zero_optimization.{k}": v for k, v in ds_config._REMOVED_ZERO_CONFIG_KEYS.items()}

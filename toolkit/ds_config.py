@@ -76,6 +76,8 @@ def examine(
     if not list(_shape(ds, "")):
         _fill_nvme(ds, Facts(ds, world, device, largest), run_dir)
         _fill_monitors(ds, run_dir)
+        if "activation_checkpoint_interval" in (ds.get("pipeline") or {}):
+            ds["pipeline"].setdefault("use_reentrant", False)
     facts = Facts(ds, world, device, largest, config)
     rest = [p for p in problems(facts) if not (batch and p.rule == "batch_product")]
     return Completed(ds, layout + batch + rest + run_problems(facts))

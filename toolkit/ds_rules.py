@@ -470,6 +470,24 @@ def _negative(value: Any) -> bool:
     return isinstance(value, int | float) and value < 0
 
 
+def _pipe_parts(c: RunConfig) -> int:
+    """Parts that the model is cut into: DualPipeV gives each rank two."""
+    return c.pipeline.stages * (2 if c.pipeline.schedule == "dualpipev" else 1)
+
+
+def _bad_cuts(c: RunConfig) -> bool:
+    cuts = c.pipeline.partition
+    return isinstance(cuts, tuple) and (len(cuts) != _pipe_parts(c) - 1 or list(cuts) != sorted(set(cuts)))
+
+
+def _without_stages(c: RunConfig) -> str:
+    given = c.pipeline.model_dump(exclude_defaults=True).keys() - {"stages"}
+    return ", ".join(f"pipeline.{key}" for key in sorted(given)) if c.pipeline.stages == 1 else ""
+
+
+# What a pipeline reads of DeepSpeed's own block; pipe_ and grad_partitioned are for tensor parallel stages.
+STAGE_RECOMPUTE = ("activation_checkpoint_interval", "use_reentrant")
+
 # Blocks of DeepSpeed's that this toolkit does by other means, and by which.
 UNUSED = {
     "activation_checkpointing": "activation=recompute",
@@ -547,6 +565,48 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
     "no_optimizer": (
         lambda c, f: not f["optimizer"],
         "deepspeed.optimizer is missing. Use optimizer=adamw, lamb, lion, muon or sgd.",
+    ),
+    # ---- pipeline
+    "pipeline_zero": (  # pipe/engine.py, __init__ asserts it
+        lambda c, f: c.pipeline.stages > 1 and f.stage >= 2,
+        "deepspeed.zero_optimization.stage={f.stage} with pipeline.stages={c.pipeline.stages}: DeepSpeed "
+        "pipelines need ZeRO 0 or 1. Use zero=stage1 or pipeline=none.",
+    ),
+    "pipeline_tensor": (
+        lambda c, f: c.pipeline.stages > 1 and c.tensor_size > 1,
+        "deepspeed.tensor_parallel.autotp_size={c.tensor_size} with pipeline.stages={c.pipeline.stages}: DeepSpeed "
+        "splits no layers of a pipeline. Use parallel=none or pipeline=none.",
+    ),
+    "pipeline_compile": (
+        lambda c, f: c.pipeline.stages > 1 and c.train.compile,
+        "train.compile=True with pipeline.stages={c.pipeline.stages} is not supported. Use train.compile=false.",
+    ),
+    "pipeline_off": (
+        lambda c, f: _without_stages(c),
+        "{got} without effect: pipeline.stages is 1. Use pipeline=two, or drop it.",
+    ),
+    "pipeline_cuts": (
+        lambda c, f: c.pipeline.stages > 1 and _bad_cuts(c),
+        "pipeline.partition={c.pipeline.partition}: name the first layer of each part but the first, rising: one "
+        "number less than pipeline.stages (dualpipev: less than twice as many). Or use parameters, time or uniform.",
+    ),
+    "dualpipev_micro_batches": (  # pipe/schedule.py, DualPipeVSchedule raises
+        lambda c, f: (
+            c.pipeline.schedule == "dualpipev"
+            and c.pipeline.stages > 1
+            and (f["gradient_accumulation_steps"] or 0) < 2 * c.pipeline.stages
+        ),
+        "pipeline.schedule=dualpipev with {f[gradient_accumulation_steps]} micro-batches a step: it needs two for "
+        "each of pipeline.stages={c.pipeline.stages}. Raise batch.global_size, lower batch.micro_size, or use "
+        "pipeline.schedule=1f1b.",
+    ),
+    "pipeline_block": (
+        lambda c, f: f.others("pipeline", *(STAGE_RECOMPUTE if c.pipeline.stages > 1 else ())),
+        "deepspeed.{got} without effect here. Use the keys of pipeline (stages, schedule, partition), or drop it.",
+    ),
+    "pipeline_reentrant": (  # pipe/engine.py, _exec_load_micro_batch: its default; seen to fail
+        lambda c, f: c.pipeline.stages > 1 and f["pipeline.use_reentrant"],
+        "deepspeed.pipeline.use_reentrant=True: the first stage reads ids, which carry no gradient. Drop it.",
     ),
     "deepcompile_off": (
         lambda c, f: f["compile.deepcompile"] and not c.train.compile,
