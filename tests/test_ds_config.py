@@ -169,7 +169,6 @@ ROWS = [
     # the run
     ("heads", "cpu", "model.num_attention_heads=7", "does not divide by model.num_attention_heads=7"),
     ("tensor_heads", "cpu", "parallel=tensor model.num_attention_heads=3", "every rank takes as many heads"),
-    ("tensor_pipeline", "cpu", "parallel=tensor pipeline.stages=2 zero=stage1", "DeepSpeed's pipelines do not split"),
     ("max_length", "cpu", "data.max_length=1024", "above model.max_position_embeddings=512"),
     ("max_predictions", "cpu", "data.max_predictions=200", "above data.max_length=128"),
     ("flash_on_cpu", "cpu", "model.attention=flash_attention_2", "Use model.attention=sdpa"),

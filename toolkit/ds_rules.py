@@ -509,11 +509,6 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "model.num_attention_heads={c.model.num_attention_heads} does not divide by deepspeed.tensor_parallel."
         "autotp_size={c.tensor_size}: every rank takes as many heads. Change one of them, or use parallel=none.",
     ),
-    "tensor_pipeline": (
-        lambda c, f: c.pipeline.stages > 1 and c.tensor_size > 1,
-        "pipeline.stages={c.pipeline.stages} with deepspeed.tensor_parallel.autotp_size={c.tensor_size}: DeepSpeed's "
-        "pipelines do not split layers. Use pipeline=none or parallel=none.",
-    ),
     "max_length": (
         lambda c, f: c.data.max_length > c.model.max_position_embeddings,
         "data.max_length={c.data.max_length} is above model.max_position_embeddings="
