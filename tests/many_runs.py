@@ -47,7 +47,7 @@ def main() -> None:
                     (output_dir / f"{name}.error.json").write_text(json.dumps(errors))
                 if engine is not None:
                     engine.ds.destroy()
-                    groups.mpu = None  # a pipeline's or a tensor-parallel engine's, which the next would take for its own
+                    groups.mpu = None  # of split layers or stages, which the next engine would take for its own
 
 
 main()

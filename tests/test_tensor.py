@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForPreTraining
 from toolkit import checkpoint, ds_state
 from toolkit.export import export
 
-RUNS = {f"stage{i}": [*DROPOUT, f"zero=stage{i}", "parallel=tensor"] for i in range(4)}
+RUNS = {f"stage{i}": [*DROPOUT, f"zero=stage{i}", "parallel=tensor"] for i in (0, 2, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def later(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     folder = tmp_path_factory.mktemp("later")
     for name in RUNS:
         copy_run(whole / name, folder / name)
-    copy_run(whole / "stage1", folder / "unsplit")
+    copy_run(whole / "stage2", folder / "unsplit")
     still = ["deepspeed.optimizer.params.lr=0", "train.steps=1", "schedule.warmup=0", "parallel=tensor"]
     runs = RUNS | {
-        "unsplit": [*DROPOUT, "zero=stage1"],
-        "dense": [f"model.weights={whole}/stage1", "zero=stage1", *still],
-        "partitioned": [f"model.weights={whole}/stage1", "zero=stage3", *still],
+        "unsplit": [*DROPOUT, "zero=stage2"],
+        "dense": [f"model.weights={whole}/stage2", "zero=stage2", *still],
+        "partitioned": [f"model.weights={whole}/stage2", "zero=stage3", *still],
     }
     return folder, launch_many(folder, runs, ranks=4)
 
@@ -68,7 +68,7 @@ def test_the_readme_says_what_is_split_and_what_is_replicated(whole: Path) -> No
         assert split_dimension(shard, model[name]) == next(dim for kind, dim in rows if fnmatch(name, kind)), name
 
 
-@pytest.mark.parametrize("name", ["stage0", "stage1", "stage2"])
+@pytest.mark.parametrize("name", ["stage0", "stage2"])
 def test_what_is_replicated_stays_equal_to_the_last_bit_with_dropout(name: str, whole: Path) -> None:
     first, second = shards(whole / name)
     differing = {n for n, tensor in first.items() if not torch.equal(tensor, second[n])}
@@ -95,7 +95,7 @@ def test_an_export_is_whole_and_has_the_held_out_loss_of_the_run(name: str, whol
 
 def test_hugging_face_weights_are_split_as_they_are(whole: Path, later: tuple[Path, Many]) -> None:
     for name in ("dense", "partitioned"):
-        assert evaluated(later[0] / name) == pytest.approx(evaluated(whole / "stage1"), abs=2e-6)
+        assert evaluated(later[0] / name) == pytest.approx(evaluated(whole / "stage2"), abs=2e-6)
 
 
 def test_another_layout_is_refused(later: tuple[Path, Many]) -> None:

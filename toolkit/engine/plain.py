@@ -162,7 +162,7 @@ class Engine:
     @property
     def tensor_size(self) -> int:
         """Ranks that share each layer."""
-        return max(1, self.ds.autotp_size())
+        return max(1, int(self.ds.autotp_size()))
 
     @property
     def dtype(self) -> Dtype:
