@@ -39,6 +39,7 @@ TINY = (
     "train.steps=8",
     "train.log_every=1",
     "train.save_every=4",
+    "train.hang_minutes=3",
     "train.eval_samples=64",
     "schedule.warmup=2",
 )
@@ -219,7 +220,9 @@ def launch_many(output_dir: Path, runs: Mapping[str, Sequence[str]], *, ranks: i
         result = job.wait(900)
     finally:
         job.kill()
-    assert result.code == 0, f"exit code {result.code}\n{result.stdout}\n{result.stderr}"
+    if result.code:
+        newest = max((output_dir / name for name in runs), key=lambda d: d.stat().st_mtime if d.exists() else 0)
+        raise AssertionError(f"exit code {result.code}\n{result.stdout}\n{result.stderr}\n{newest}\n{logs(newest)}")
     errors = {name: output_dir / f"{name}.error.json" for name in runs}
     return Many({n: json.loads(p.read_text()) for n, p in errors.items() if p.exists()}, result.stdout)
 

@@ -5,6 +5,7 @@
 What a run was refused with is written to <output_dir>/<name>.error.json, one message per rank.
 """
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def main() -> None:
         ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), Console())
     with ranks.joined():
         for name, config in configs.items():
+            faulthandler.dump_traceback_later(180, exit=True)  # until fit() does it
             with Terminal():
                 engine, error = None, None
                 try:

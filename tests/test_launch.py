@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import ROOT, TINY, data_cache, launch, start
 
@@ -123,3 +124,13 @@ def test_a_bug_keeps_its_traceback_on_the_terminal_and_in_the_log(tmp_path: Path
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "KeyError: 'of ours'" in done.stderr
     assert "Traceback" in (tmp_path / "x" / "log.rank0.txt").read_text()
+
+
+def test_ranks_that_wait_for_a_lost_one_end_and_say_where_they_stood(tmp_path: Path) -> None:
+    with start(tmp_path, "train.steps=100000", "train.hang_minutes=0.05") as job:
+        job.until_step(4)
+        alive, lost = job.ranks()
+        lost.suspend()
+        job.until(lambda: not alive.is_running() or alive.status() == psutil.STATUS_ZOMBIE, "the end of rank 0")
+        log = (job.dir / "log.rank0.txt").read_text()
+        assert "Timeout" in log and "train.py" in log and "in fit" in log

@@ -36,6 +36,7 @@ class Train(Strict):
     eval_samples: Positive | None = 2048  # None: the whole held-out part
     save_every: Positive | None = None  # None: only at the end
     keep_checkpoints: Positive = 3
+    hang_minutes: float | None = Field(30, gt=0)  # no next batch for so long: say where, and end
     compile: bool = False
     tf32: bool = True
 

@@ -3,6 +3,7 @@
 fit(engine, task, run)
 """
 
+import faulthandler
 import math
 import signal
 import time
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from toolkit import checkpoint, ranks
-from toolkit.engine import Engine, Step
+from toolkit.engine import Batch, Engine, Step
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.meter import Meter
 from toolkit.pipe_events import Timeline, bubble_share, formula
@@ -29,7 +30,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     run.rewind(step)
     if step >= total:
         run.console.print(f"{run.dir} has its {step} steps already (train.steps={total}): evaluating only.")
-    batches = task.train_batches(start_sample=samples)
+    batches = watched(task.train_batches(start_sample=samples), config.train.hang_minutes)
     meter = Meter(config, task, engine.dtype)
     with stop_signals() as stopping, progress(run, step, total) as bar:
         while step < total:
@@ -49,8 +50,21 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
             if done.stop and step < total:
                 raise Stopped(f"Stopped by a signal after step {step}; saved in {run.dir}. Start again to go on.")
     result = evaluate(engine, task, run, step)
+    faulthandler.cancel_dump_traceback_later()
     summarise(run, meter, result)
     return result
+
+
+def watched(batches: Iterator[Batch], minutes: float | None) -> Iterator[Batch]:
+    """``batches``; if the next is not asked for in time, every thread's place goes to the log and this rank ends.
+
+    One rank that is lost leaves the others in a collective for ever: a timeout of init_distributed does not
+    reach DeepSpeed's groups. The launcher ends the other ranks.
+    """
+    for batch in batches:
+        if minutes is not None:
+            faulthandler.dump_traceback_later(minutes * 60, exit=True)
+        yield batch
 
 
 def due(step: int, every: int | None, total: int) -> bool:
@@ -126,7 +140,8 @@ def clock(seconds: float) -> str:
 def evaluate(engine: Engine, task: Any, run: Run, step: int) -> dict[str, Any]:
     """One evaluation record: means over the held-out samples, each counted once."""
     start = time.perf_counter()
-    result = {f"eval_{k}": v for k, v in engine.evaluate(task.eval_batches()).items()}
+    batches = watched(task.eval_batches(), run.config.train.hang_minutes)
+    result = {f"eval_{k}": v for k, v in engine.evaluate(batches).items()}
     if not result:
         return {}  # nothing is held out
     record = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
