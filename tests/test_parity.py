@@ -43,6 +43,7 @@ FP32 = {
     "2 ranks, ZeRO 3": (2, ("zero=stage3",)),
     "4 ranks, ZeRO 2": (4, ("zero=stage2",)),
     "2 ranks, tensor 2": (2, ("zero=stage0", "parallel=tensor")),
+    "2 ranks, tensor 2, the vocabulary too": (2, ("zero=stage0", "parallel=tensor_vocab")),
     "4 ranks, tensor 2 x data 2, ZeRO 1": (4, ("zero=stage1", "parallel=tensor")),
     "4 ranks, tensor 2 x data 2, ZeRO 2": (4, ("zero=stage2", "parallel=tensor")),
     "4 ranks, tensor 2 x data 2, ZeRO 3": (4, ("zero=stage3", "parallel=tensor")),
