@@ -40,10 +40,12 @@ def later(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     folder = tmp_path_factory.mktemp("later")
     for name in RUNS:
         copy_run(whole / name, folder / name)
-    copy_run(whole / "stage2-vocabulary", folder / "unsplit")
+    for name in ("unsplit", "otherwise"):
+        copy_run(whole / "stage2-vocabulary", folder / name)
     still = ["deepspeed.optimizer.params.lr=0", "train.steps=1", "schedule.warmup=0", "parallel=tensor"]
     runs = RUNS | {
         "unsplit": [*DROPOUT, "zero=stage2"],
+        "otherwise": [*DROPOUT, "zero=stage2", "parallel=tensor"],
         "dense": [f"model.weights={whole}/stage2-vocabulary", "zero=stage2", *still],
         "partitioned": [f"model.weights={whole}/stage2-vocabulary", "zero=stage3", *still],
     }
@@ -106,5 +108,7 @@ def test_hugging_face_weights_are_split_as_they_are(whole: Path, later: tuple[Pa
 
 
 def test_another_layout_is_refused(later: tuple[Path, Many]) -> None:
-    (message, *_) = later[1].errors.pop("unsplit")
-    assert "saved with tensor_size=2, this run has tensor_size=1" in message and not later[1].errors
+    errors = later[1].errors
+    assert errors.keys() == {"unsplit", "otherwise"}
+    assert "saved with tensor_size=2, this run has tensor_size=1" in errors["unsplit"][0]
+    assert "saved with tensor_split={" in errors["otherwise"][0]

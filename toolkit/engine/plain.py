@@ -160,11 +160,6 @@ class Engine:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     @property
-    def tensor_size(self) -> int:
-        """Ranks that share each layer."""
-        return max(1, int(self.ds.autotp_size()))
-
-    @property
     def dtype(self) -> Dtype:
         """What the matrix products are computed in: fp32, bf16 or fp16."""
         return "bf16" if self.ds.bfloat16_enabled() else "fp16" if self.ds.fp16_enabled() else "fp32"
