@@ -20,6 +20,8 @@ from toolkit.config import RunConfig, load
 from toolkit.errors import CheckpointError
 from toolkit.export import export
 
+V = ("pipeline.schedule=dualpipev", "pipeline.partition=uniform")
+
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -75,7 +77,9 @@ def test_auto_classes_load_the_export(exports: Path) -> None:
 
 
 def test_exports_of_equal_trainings_are_equal_whatever_the_stage(exports: Path) -> None:
-    states = {n: BertForPreTraining.from_pretrained(exports / n).state_dict() for n in LAYOUTS if n != "stage3-nvme"}
+    # NVMe has another model here, pipelines other dropout
+    names = [n for n in LAYOUTS if n != "stage3-nvme" and "pipe" not in n]
+    states = {n: BertForPreTraining.from_pretrained(exports / n).state_dict() for n in names}
     for name, state in states.items():
         for key, value in state.items():
             tolerance = 2e-2 if name.startswith("bf16") else 2e-5
@@ -146,6 +150,8 @@ def test_another_run_starts_from_the_weights_of_a_run(tmp_path: Path) -> None:
     runs = {
         "stage0": ["zero=stage0", weights, *still],
         "stage3": ["zero=stage3", weights, *still],
+        # 32 held-out micro-batches, not a multiple of the 5 of a step
+        "pipe": ["zero=stage1", "pipeline=two", "batch.micro_size=2", "batch.global_size=10", weights, *still, *V],
         "other-vocabulary": [weights, "tokenizer.vocab_size=300"],
         "no-export": [f"model.weights={checkpoint_runs.whole()}/stage2"],
     }
@@ -154,7 +160,7 @@ def test_another_run_starts_from_the_weights_of_a_run(tmp_path: Path) -> None:
     assert "its vocabulary has 512 entries, the tokenizer 300." in errors["other-vocabulary"][0]
     assert "this run has no export yet. Run: toolkit export" in errors["no-export"][0]
     before = next(r["eval_loss"] for r in read(source / "metrics.jsonl") if "eval_loss" in r)
-    for name in ("stage0", "stage3"):
+    for name in ("stage0", "stage3", "pipe"):
         training, _, evaluation = read(tmp_path / name / "metrics.jsonl")
         assert evaluation["eval_loss"] == pytest.approx(before, abs=2e-6)
-        assert training["loss"] == pytest.approx(before, abs=0.4)  # of 80 predictions, other ones
+        assert training["loss"] == pytest.approx(before, abs=0.5)  # of 50 predictions or more, other ones

@@ -34,6 +34,7 @@ COMMON = (
 )
 PAGE = Path(__file__).with_name("parity.md")
 
+DUALPIPEV = ("pipeline=two", "pipeline.schedule=dualpipev", "pipeline.partition=uniform")
 # layout -> (ranks, overrides)
 FP32 = {
     "1 rank, ZeRO 0": (1, ("zero=stage0",)),
@@ -55,11 +56,28 @@ FP32 = {
     "2 ranks, ZeRO 3, optimizer on the CPU": (2, ("zero=stage3", "offload=cpu")),
     "2 ranks, ZeRO 3, optimizer and weights on the CPU": (2, ("zero=stage3", "offload=cpu_params")),
     "2 ranks, ZeRO 3, optimizer and weights on NVMe": (2, ("zero=stage3", "offload=nvme")),
+    "2 pipe stages, 1F1B, ZeRO 0": (2, ("zero=stage0", "pipeline=two", "train.eval_every=7")),
+    "2 pipe stages, 1F1B, ZeRO 1": (2, ("zero=stage1", "pipeline=two", "pipeline.partition=time")),
+    "2 pipe stages, 1F1B, ZeRO 1, recompute": (2, ("zero=stage1", "pipeline=two", "activation=recompute")),
+    "2 pipe stages, 1F1B, ZeRO 1, stages recomputed": (
+        2,
+        ("zero=stage1", "pipeline=two", "deepspeed.pipeline.activation_checkpoint_interval=99"),
+    ),
+    "2 pipe stages, 1F1B, ZeRO 1, optimizer on the CPU": (2, ("zero=stage1", "pipeline=two", "offload=cpu")),
+    "2 pipe stages, GPipe, ZeRO 0": (2, ("zero=stage0", "pipeline=two", "pipeline.schedule=gpipe")),
+    "2 pipe stages, GPipe, ZeRO 1": (2, ("zero=stage1", "pipeline=two", "pipeline.schedule=gpipe")),
+    "2 pipe stages, DualPipeV, ZeRO 0": (2, ("zero=stage0", *DUALPIPEV)),
+    "2 pipe stages, DualPipeV, ZeRO 1": (2, ("zero=stage1", *DUALPIPEV, "train.eval_every=7")),
+    "4 pipe stages, 1F1B, ZeRO 1": (4, ("zero=stage1", "pipeline.stages=4", "pipeline.partition=uniform")),
+    "2 pipe stages x 2 data, 1F1B, ZeRO 0": (4, ("zero=stage0", "pipeline=two")),
+    "2 pipe stages x 2 data, GPipe, ZeRO 1": (4, ("zero=stage1", "pipeline=two", "pipeline.schedule=gpipe")),
+    "2 pipe stages x 2 data, DualPipeV, ZeRO 1": (4, ("zero=stage1", *DUALPIPEV, "batch.micro_size=2")),
 }
 BF16 = {
     "2 ranks, ZeRO 1, bf16": (2, ("zero=stage1", "precision=bf16")),
     "2 ranks, ZeRO 2, bf16": (2, ("zero=stage2", "precision=bf16")),
     "2 ranks, ZeRO 3, bf16": (2, ("zero=stage3", "precision=bf16")),
+    "2 pipe stages, 1F1B, ZeRO 1, bf16": (2, ("zero=stage1", "precision=bf16", "pipeline=two")),
     "2 ranks, ZeRO 2, bf16, optimizer on the CPU": (2, ("zero=stage2", "precision=bf16", "offload=cpu")),
 }
 

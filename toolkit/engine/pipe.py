@@ -46,8 +46,8 @@ class PipeEngine(Engine):
         micro, self._counts, waited, stopping = self._draw(batches, stop)
         self._sums = {}
         if trace:
-            ranks.wait()  # a common zero of time
-            self._events, self._done, self._began = [], Counter(), time.perf_counter()
+            # One zero for all: the ranks of a host share its clock, hosts agree as well as NTP makes them.
+            self._events, self._done, self._began = [], Counter(), ranks.from_rank0(time.time())
         self.ds.train_batch(iter([self._pair(batch) for batch in micro]))
         losses = {name: self._sums.get(name, torch.zeros(())) for name in self.task.predicted}
         events, self._events = self._events, None
@@ -112,7 +112,7 @@ class PipeEngine(Engine):
     def _now(self) -> float:
         if self._events is not None:
             get_accelerator().synchronize()
-        return time.perf_counter()
+        return time.time()
 
     def _gather(self, events: list[Event]) -> tuple[Event, ...]:
         """Those of the first copy of the model, of all its stages."""

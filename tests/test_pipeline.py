@@ -1,0 +1,120 @@
+"""BERT as a pipeline: its layers and cuts; what it computes is held by test_parity, test_checkpoint and test_export."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from launching import ROOT, launch, launch_many
+from transformers import BertConfig
+from transformers.initialization import no_init_weights
+
+from toolkit.errors import ConfigError
+from toolkit.models.pipeline import Pipe, parameters, partition, pretraining_layers
+from toolkit.models.pretraining import MaskedBert, PairBert
+from toolkit.pipe_events import bubble_share, load
+
+CONFIG = BertConfig(
+    vocab_size=512, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64, pad_token_id=3
+)
+
+
+def names(pair: bool) -> list[str]:
+    """What every parameter of every layer is called at Hugging Face; a tied one once."""
+    layers = pretraining_layers(CONFIG, pair=pair)
+    pipe = SimpleNamespace(layers=layers)
+    found: dict[str, None] = {}
+    with torch.device("meta"), no_init_weights():
+        for i, layer in enumerate(layers):
+            prefix = f"tied_modules.{layer.spec.key}" if hasattr(layer.spec, "key") else str(i)
+            found |= {Pipe.hf_name(pipe, f"{prefix}.{n}"): None for n, _ in layer.spec.build().named_parameters()}
+    return list(found)
+
+
+@pytest.mark.parametrize("model_class", [PairBert, MaskedBert])
+def test_the_layers_hold_every_weight_of_the_hugging_face_model(model_class: Any) -> None:
+    with torch.device("meta"):
+        model = model_class(CONFIG)
+    model.tie_weights()
+    assert sorted(names(pair=model_class is PairBert)) == sorted(n for n, _ in model.named_parameters())
+
+
+def test_a_tied_weight_has_a_layer_without_forward_fn_for_deepspeed_saves_no_other() -> None:
+    specs = [layer.spec for layer in pretraining_layers(CONFIG, pair=True) if hasattr(layer.spec, "key")]
+    assert len(specs) == 2 and sum(spec.forward_fn is None for spec in specs) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "stages", "parts"),
+    [
+        ("uniform", 3, [0, 3, 6, 11]),
+        ((2, 6), 3, [0, 2, 6, 11]),
+        ("parameters", 2, [0, 4, 11]),  # the vocabulary counts twice: it is on the first stage and the last
+    ],
+)
+def test_stages_begin_where_the_partition_says(how: Any, stages: int, parts: list[int]) -> None:
+    assert partition(pretraining_layers(CONFIG, pair=True), how, stages, None, None) == parts
+
+
+def test_parts_hold_about_equally_many_parameters() -> None:
+    layers = pretraining_layers(CONFIG, pair=True)
+    counts = parameters(layers)
+    cut = partition(layers, "parameters", 2, None, None)[1]
+    larger = max(sum(counts[:cut]), sum(counts[cut:]))
+    assert all(larger <= max(sum(counts[:c]), sum(counts[c:])) for c in range(1, len(layers) - 2))
+
+
+@pytest.mark.parametrize(("how", "stages"), [("uniform", 10), ((3, 9), 3)])
+def test_a_stage_without_layers_is_refused(how: Any, stages: int) -> None:
+    with pytest.raises(ConfigError, match=r"pipeline.partition=.* of 9 \(0 and 1 embed, 8 is the heads\)"):
+        partition(pretraining_layers(CONFIG, pair=True), how, stages, None, None)
+
+
+def test_a_run_logs_its_bubbles_and_keeps_its_timeline(tmp_path: Path) -> None:
+    result = launch(tmp_path, "pipeline=two", "zero=stage1", "pipeline.schedule=gpipe", "batch.micro_size=2")
+    timeline = load(result.dir / "timeline.json")
+    assert (timeline.schedule, timeline.stages, timeline.micro_batches, timeline.step) == ("gpipe", 2, 8, 8)
+    last = result.steps[-1]
+    assert last["bubble_formula"] == pytest.approx(1 / 9)
+    assert last["bubble"] == pytest.approx(bubble_share(timeline.events, 2)) and 0 < last["bubble"] < 1
+    ends = {(e.stage, e.kind, e.micro_batch): (e.start, e.end) for e in timeline.events}
+    for m in range(8):  # what one stage sends, the next has not begun before
+        assert ends[0, "forward", m][0] < ends[1, "forward", m][0] < ends[1, "backward", m][0]
+        assert ends[1, "backward", m][1] < ends[0, "backward", m][1]
+    assert all(ends[0, "forward", 7][1] < ends[0, "backward", m][0] for m in range(8)), "GPipe fills before it drains"
+    command = [str(Path(sys.executable).parent / "toolkit"), "timeline", str(result.dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (result.dir / "timeline.png").stat().st_size > 10_000 and "gpipe" in done.stdout.lower()
+
+
+def test_another_cut_of_the_layers_does_not_resume(tmp_path: Path) -> None:
+    pipeline = ["pipeline=two", "zero=stage1"]
+    assert not launch_many(tmp_path, {"x": [*pipeline, "pipeline.partition=uniform", "train.steps=4"]}).errors
+    error = launch_many(tmp_path, {"x": [*pipeline, "pipeline.partition=[1]"]}).errors["x"][0]
+    assert "saved with pipe_parts=[0, 3, 7], this run has pipe_parts=[0, 1, 7]" in error, error
+
+
+def test_deepspeed_still_clips_by_the_norm_of_the_first_stage_alone() -> None:
+    """When this fails, the mark ``model_parallel`` in toolkit/models/pipeline.py can go."""
+    code = """
+import json, deepspeed, torch
+from types import SimpleNamespace
+from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import groups
+from toolkit import ranks
+ranks.complete_environment()
+with ranks.joined():
+    second = SimpleNamespace(get_model_parallel_rank=lambda: 1, get_model_parallel_group=lambda: None)
+    p = torch.nn.Parameter(torch.zeros(4))
+    norms = []
+    for mark in (False, True):
+        p.grad, p.model_parallel = torch.full((4,), 0.5), mark
+        norms.append(float(clip_grad_norm_([p], 10.0, mpu=second)))
+    print(json.dumps(norms))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [0.0, 1.0]
