@@ -53,7 +53,7 @@ class Engine:
         config = run.config
         ds = run.deepspeed(task.vocab_size)
         run.write_json("ds_config.json", ds)
-        torch.manual_seed(config.seed + ranks.rank() // config.tensor_size)  # one dropout on the ranks that share layers
+        torch.manual_seed(config.seed + ranks.rank() // config.tensor_size)  # ranks that share layers share dropout
         if config.train.tf32:
             torch.set_float32_matmul_precision("high")
         schedule = None
