@@ -49,7 +49,7 @@ def main() -> None:
                     (output_dir / f"{name}.error.json").write_text(json.dumps(errors))
                 if engine is not None:
                     engine.ds.destroy()
-                    groups.mpu = None  # a pipeline's, which the next engine would take for its own
+                    groups.mpu = None  # of split layers or stages, which the next engine would take for its own
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ ROWS = [
     ),
     ("needs_matrices", "cuda", "optimizer=lamb zero=stage1", "would depend on the ranks. Use zero=stage0"),
     ("untested_optimizer", "cpu", "~deepspeed.zero_allow_untested_optimizer optimizer=sgd", "allow_untested"),
+    ("tensor_matrices", "cpu", "optimizer=muon parallel=tensor", "a rank has only a part of them"),
     ("muon_scatter", "cpu", "optimizer=muon zero=stage3", "reduce_scatter=false"),
     ("muon_clipping", "cpu", "optimizer=muon deepspeed.gradient_clipping=1", "Set deepspeed.gradient_clipping=0"),
     # scheduler
@@ -167,6 +168,7 @@ ROWS = [
     ("compile_options", "cpu", "deepspeed.compile.debug_log=true", "compile.deepcompile is false"),
     # the run
     ("heads", "cpu", "model.num_attention_heads=7", "does not divide by model.num_attention_heads=7"),
+    ("tensor_heads", "cpu", "parallel=tensor model.num_attention_heads=3", "every rank takes as many heads"),
     ("max_length", "cpu", "data.max_length=1024", "above model.max_position_embeddings=512"),
     ("max_predictions", "cpu", "data.max_predictions=200", "above data.max_length=128"),
     ("flash_on_cpu", "cpu", "model.attention=flash_attention_2", "Use model.attention=sdpa"),

@@ -22,7 +22,7 @@ COMPANIONS = {
 }
 PRESETS = [
     f"{group}={path.stem}"
-    for group in ("zero", "offload", "precision", "optimizer", "experiment")
+    for group in ("zero", "offload", "parallel", "precision", "optimizer", "experiment")
     for path in sorted((conf_dir() / group).glob("*.yaml"))
 ]
 

@@ -172,6 +172,8 @@ def _layout(engine: Engine) -> dict[str, Any]:
     zero = engine.ds._config.zero_config
     layout: dict[str, Any] = {
         "world_size": ranks.world(),
+        "tensor_size": max(1, engine.ds.autotp_size()),
+        "tensor_split": engine.ds.tensor_parallel_config().partition_config,  # None: as AutoTP finds the layers
         "zero_stage": int(zero.stage),
         "dtype": engine.dtype,
         "pipe_parts": getattr(engine.ds.module, "parts", None),  # the first layer of each pipe stage

@@ -402,6 +402,12 @@ RULES: dict[str, Rule] = {
         "{p}optimizer.type={f[optimizer.type]} at zero_optimization.stage={f.stage} is untested with ZeRO. "
         "Set {p}zero_allow_untested_optimizer=true, or use zero=stage0.",
     ),
+    "tensor_matrices": (
+        lambda f: (f["tensor_parallel.autotp_size"] or 0) > 1 and f.optimizer in NEED_MATRICES | {"MuonWithAuxAdam"},
+        "{p}optimizer.type={f[optimizer.type]} with {p}tensor_parallel.autotp_size={f[tensor_parallel.autotp_size]}: "
+        "it works on whole matrices, and a rank has only a part of them, so the result would depend on the ranks. "
+        "Use optimizer=adamw, or parallel=none.",
+    ),
     "muon_scatter": (  # stage3.py: "Muon and reduce scatter cannot be used together"; without, it works; seen
         lambda f: (
             f.optimizer == "MuonWithAuxAdam" and f.stage == 3 and f["zero_optimization.reduce_scatter"] is not False
@@ -497,6 +503,11 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         lambda c, f: c.model.hidden_size % c.model.num_attention_heads,
         "model.hidden_size={c.model.hidden_size} does not divide by "
         "model.num_attention_heads={c.model.num_attention_heads}. Change one of them.",
+    ),
+    "tensor_heads": (  # uneven shares draw unequally many random numbers, and then dropout differs where it must not
+        lambda c, f: c.model.num_attention_heads % c.tensor_size,
+        "model.num_attention_heads={c.model.num_attention_heads} does not divide by deepspeed.tensor_parallel."
+        "autotp_size={c.tensor_size}: every rank takes as many heads. Change one of them, or use parallel=none.",
     ),
     "max_length": (
         lambda c, f: c.data.max_length > c.model.max_position_embeddings,

@@ -55,6 +55,20 @@ def replica(*, stages: int, tensor: int) -> Replica:
     return Replica(rank() % copies if stages > 1 else rank() // tensor, copies, stages * tensor)
 
 
+def tensor_groups(size: int) -> Any:
+    """The ranks that share layers, and those that hold the same shards: DeepSpeed's ``mpu``; None for size 1.
+
+    DeepSpeed makes these groups itself, but only after DeepSpeedConfig.__init__ (runtime/config.py, 0.19.8) has
+    counted every rank as a data-parallel one and refused the batch sizes.
+    """
+    if size == 1:
+        return None
+    from deepspeed.utils import groups
+
+    groups._init_tp_mesh_device(size)
+    return groups
+
+
 def complete_environment() -> None:
     """Without a launcher this is a world of one; DeepSpeed would go looking for mpi4py otherwise."""
     if "RANK" not in os.environ:

@@ -53,7 +53,7 @@ class Engine:
         config = run.config
         ds = run.deepspeed(task.vocab_size)
         run.write_json("ds_config.json", ds)
-        torch.manual_seed(config.seed + ranks.rank())  # dropout differs between ranks
+        torch.manual_seed(config.seed + ranks.rank() // config.tensor_size)  # ranks that share layers share dropout
         if config.train.tf32:
             torch.set_float32_matmul_precision("high")
         schedule = None
@@ -68,6 +68,7 @@ class Engine:
             model_parameters=decay_groups(model, decay),
             lr_scheduler=schedule,
             config=copy.deepcopy(ds),
+            mpu=ranks.tensor_groups(config.tensor_size),
         )
         _keep_stage0_norm(engine)
         if config.train.compile:

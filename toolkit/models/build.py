@@ -71,11 +71,11 @@ def build_model(run: Any, task: Any) -> nn.Module:
         return _build_stage(run, task)
     ds = run.deepspeed(task.vocab_size)
     nvme.claim(ds, lambda: _parameters(task))
-    with no_init_weights(), _partitioned(ds):
+    with no_init_weights(), _partitioned(ds, config.tensor_size):
         model: Any = task.model_class(hf_config)
     model.tie_weights()
     if config.model.weights:
-        _copy(model, _read(task.model_class, config.model.weights) if ranks.rank() == 0 else None)
+        _copy(model, _read(task.model_class, config.model.weights) if run.replica.rank == 0 else None)
     else:
         initialise(model, config.seed)
     _apply_activation(model, config)
@@ -109,13 +109,15 @@ def _parameters(task: Any) -> int:
         return int(task.model_class(task.hf_config).num_parameters())
 
 
-def _partitioned(ds: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """``deepspeed.zero.Init`` at stage 3, nothing below."""
+def _partitioned(ds: Mapping[str, Any], tensor_size: int) -> AbstractContextManager[Any]:
+    """``deepspeed.zero.Init`` at stage 3, over the ranks that hold the same tensor shards; nothing below."""
     if ds.get("zero_optimization", {}).get("stage", 0) < 3:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.Init(config_dict_or_path=dict(ds))  # type: ignore[no-any-return]
+    mpu = ranks.tensor_groups(tensor_size)
+    group = mpu and mpu.get_data_parallel_group()
+    return deepspeed.zero.Init(config_dict_or_path=dict(ds), mpu=mpu, data_parallel_group=group)  # type: ignore[no-any-return]
 
 
 def initialise(model: Any, seed: int) -> None:
@@ -159,7 +161,7 @@ def _read(model_class: Any, weights: str) -> dict[str, torch.Tensor]:
 
 
 def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:
-    """Rank 0's ``state`` into the model of every rank, one parameter at a time."""
+    """The first copy's ``state`` into the model of every rank, one parameter at a time."""
     for name, parameter in model.named_parameters():
         with _whole([parameter]), torch.no_grad():
             if state is not None:

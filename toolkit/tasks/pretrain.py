@@ -43,6 +43,11 @@ class Pretrain:
                 f"data.max_length={config.data.max_length}: model.weights={config.model.weights} has only "
                 f"{self.hf_config.max_position_embeddings} positions. Lower data.max_length."
             )
+        if self.hf_config.num_attention_heads % config.tensor_size:
+            raise ConfigError(
+                f"deepspeed.tensor_parallel.autotp_size={config.tensor_size}: does not divide the "
+                f"{self.hf_config.num_attention_heads} heads of model.weights={config.model.weights}. Lower it."
+            )
         self.model_class = MODELS[config.task.objective]
         run.write_model(self.hf_config, self.model_class.saved_as, self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
