@@ -208,13 +208,14 @@ def launch(
     return result
 
 
-def launch_many(output_dir: Path, runs: Mapping[str, Sequence[str]], *, ranks: int = 2) -> Many:
-    """All ``runs`` (name -> overrides) in one launch."""
+def launch_many(output_dir: Path, runs: Mapping[str, Sequence[str]], *, ranks: int = 2, memory: bool = False) -> Many:
+    """All ``runs`` (name -> overrides) in one launch; with ``memory`` each leaves a peak.json."""
     overrides = {name: [*_defaults(given), *given] for name, given in runs.items()}
     output_dir.mkdir(parents=True, exist_ok=True)
     output = Path(tempfile.mkdtemp(prefix="launch-", dir=output_dir))
     (output / "runs.json").write_text(json.dumps(overrides))
     command = [*_launcher("deepspeed", ranks), "tests/many_runs.py", str(output_dir), str(output / "runs.json")]
+    command += ["memory"] if memory else []
     job = Job(command, output, output_dir)
     try:
         result = job.wait(900)

@@ -1,7 +1,8 @@
 """Several small runs in one launch, as importing takes longer than they do; fit() and all below it is the real one.
 
-    deepspeed --num_gpus 2 tests/many_runs.py <output_dir> runs.json    # {"name": ["override", …], …}
+    deepspeed --num_gpus 2 tests/many_runs.py <output_dir> runs.json [memory]    # {"name": ["override", …], …}
 
+With ``memory``, one more step of each is counted: <output_dir>/<name>/peak.json, bytes of the rank with most.
 What a run was refused with is written to <output_dir>/<name>.error.json, one message per rank.
 """
 
@@ -20,12 +21,13 @@ def main() -> None:
     from toolkit.ds_config import complete, required_ops
     from toolkit.engine import Engine
     from toolkit.errors import ToolkitError
+    from toolkit.memory import Tracker
     from toolkit.models.build import build_model
     from toolkit.run import Run, Terminal
     from toolkit.tasks import build_task
     from toolkit.train import fit
 
-    output_dir, file = (Path(a) for a in sys.argv[1:] if not a.startswith("--local_rank"))
+    output_dir, file, *extra = (Path(a) for a in sys.argv[1:] if not a.startswith("--local_rank"))
     runs = json.loads(file.read_text())
     configs = {n: compose([*overrides, f"name={n}", f"output_dir={output_dir}"]) for n, overrides in runs.items()}
     ranks.complete_environment()
@@ -42,6 +44,10 @@ def main() -> None:
                     task = build_task(run)
                     engine = Engine.start(build_model(run, task), task, run)
                     fit(engine, task, run)
+                    if extra:
+                        with Tracker(engine.ds) as tracker:
+                            engine.train_batch(task.train_batches(start_sample=0))
+                        run.write_json("peak.json", ranks.largest([sum(tracker.at_peak.values())])[0])
                 except ToolkitError as refused:
                     error = f"{type(refused).__name__}: {refused}"
                 errors = ranks.gathered(error)

@@ -72,7 +72,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __enter__(self) -> "Tracker":
         for category, tensors in state(self.ds).items():
             self._count(category, tensors)
-        self._step, self.ds.step = self.ds.step, self._before_step
+        self._step, self.ds._take_model_step = self.ds._take_model_step, self._before_step  # of both kinds of engine
         self._handles = [
             p.register_post_accumulate_grad_hook(lambda p: self._count("gradients", _gradients([p])))
             for p in self.ds.module.parameters()
@@ -91,7 +91,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         saved_tensors_hooks.__enter__ = self._enter_hooks  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
-        self.ds.step = self._step
+        self.ds._take_model_step = self._step
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
