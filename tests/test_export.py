@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoint_runs import ALL, LAYOUTS, copy_run, plant
 from launching import ROOT, launch_many, layouts, read
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForPreTraining, AutoTokenizer, BertForPreTraining
 
@@ -159,8 +160,11 @@ def test_another_run_starts_from_the_weights_of_a_run(tmp_path: Path) -> None:
     errors = launch_many(tmp_path, runs).errors
     assert "its vocabulary has 512 entries, the tokenizer 300." in errors["other-vocabulary"][0]
     assert "this run has no export yet. Run: toolkit export" in errors["no-export"][0]
+    given = load_file(source / "export" / "model.safetensors")
     before = next(r["eval_loss"] for r in read(source / "metrics.jsonl") if "eval_loss" in r)
     for name in ("stage0", "stage3", "pipe"):
         training, _, evaluation = read(tmp_path / name / "metrics.jsonl")
         assert evaluation["eval_loss"] == pytest.approx(before, abs=2e-6)
+        own = load_file(export(tmp_path / name) / "model.safetensors")
+        assert own.keys() == given.keys() and all(torch.equal(own[key], given[key]) for key in given), name
         assert training["loss"] == pytest.approx(before, abs=0.5)  # of 50 predictions or more, other ones

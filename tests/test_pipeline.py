@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_runs import assert_same_state, copy_run, trained
 from launching import ROOT, launch, launch_many
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
 
 from toolkit.errors import ConfigError
+from toolkit.export import export
 from toolkit.models.pipeline import Pipe, parameters, partition, pretraining_layers
 from toolkit.models.pretraining import MaskedBert, PairBert
 from toolkit.pipe_events import bubble_share, load
@@ -96,6 +98,18 @@ def test_another_cut_of_the_layers_does_not_resume(tmp_path: Path) -> None:
     assert not launch_many(tmp_path, {"x": [*pipeline, "pipeline.partition=uniform", "train.steps=4"]}).errors
     error = launch_many(tmp_path, {"x": [*pipeline, "pipeline.partition=[1]"]}).errors["x"][0]
     assert "saved with pipe_parts=[0, 3, 7], this run has pipe_parts=[0, 1, 7]" in error, error
+
+
+def test_two_pipelines_on_other_data_resume_to_the_last_bit_and_export_one_model(tmp_path: Path) -> None:
+    runs = {"x": ["zero=stage1", "pipeline=two", "model.dropout=0.1", "batch.micro_size=2", "precision=bf16"]}
+    assert not launch_many(tmp_path / "whole", runs, ranks=4).errors
+    copy_run(tmp_path / "whole" / "x", tmp_path / "resumed" / "x")
+    done = launch_many(tmp_path / "resumed", runs, ranks=4)
+    assert not done.errors and "Resuming from" in done.stdout
+    assert trained(tmp_path / "resumed" / "x") == trained(tmp_path / "whole" / "x")
+    assert_same_state(tmp_path / "resumed" / "x", tmp_path / "whole" / "x")
+    _, info = PairBert.from_pretrained(export(tmp_path / "whole" / "x"), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
 def test_deepspeed_still_clips_by_the_norm_of_the_first_stage_alone() -> None:

@@ -30,8 +30,8 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     run.rewind(step)
     if step >= total:
         run.console.print(f"{run.dir} has its {step} steps already (train.steps={total}): evaluating only.")
+    meter = Meter(config, task, engine.dtype)  # before the data workers are busy: it measures a CPU's peak
     batches = watched(task.train_batches(start_sample=samples), config.train.hang_minutes)
-    meter = Meter(config, task, engine.dtype)
     with stop_signals() as stopping, progress(run, step, total) as bar:
         while step < total:
             logged = due(step + 1, config.train.log_every, total) or step == 0

@@ -31,7 +31,7 @@ def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> floa
 
 
 @lru_cache
-def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 5) -> float:
+def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10) -> float:
     """The best of ``repeats`` products of two square matrices, in TFLOP/s, with this process's threads."""
     import torch
 
