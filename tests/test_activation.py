@@ -56,10 +56,10 @@ def peaks(layers: int, **ways: bool) -> dict[str, int]:
     """Bytes at the peak of one step, without those of a model of no layers' own embeddings and heads."""
     model = build(layers, dropout=0.1, **ways)
     optimizer = torch.optim.AdamW(model.parameters())
-    ds = SimpleNamespace(module=model, optimizer=optimizer, config={}, step=optimizer.step)
+    ds = SimpleNamespace(module=model, optimizer=optimizer, config={}, _take_model_step=optimizer.step)
     with Tracker(ds) as tracker:
         loss(model).backward()
-        ds.step()
+        ds._take_model_step()
     return tracker.peak
 
 
@@ -136,7 +136,9 @@ def test_layers_of_a_pipeline_take_one_tuple(recompute: bool, offload: bool) -> 
         layers.zero_grad()
         hidden = torch.randn(ROWS, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()
         torch.manual_seed(7)
-        ds = SimpleNamespace(module=layers, optimizer=torch.optim.SGD(layers.parameters()), config={}, step=None)
+        ds = SimpleNamespace(
+            module=layers, optimizer=torch.optim.SGD(layers.parameters()), config={}, _take_model_step=None
+        )
         with Tracker(ds) as tracker:
             out = (hidden, mask, positions)
             for layer in layers:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_runs import assert_same_state, copy_run, trained
-from launching import ROOT, launch, launch_many
+from launching import ROOT, launch, launch_many, read
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
 
@@ -77,7 +77,8 @@ def test_a_stage_without_layers_is_refused(how: Any, stages: int) -> None:
 
 
 def test_a_run_logs_its_bubbles_and_keeps_its_timeline(tmp_path: Path) -> None:
-    result = launch(tmp_path, "pipeline=two", "zero=stage1", "pipeline.schedule=gpipe", "batch.micro_size=2")
+    gpipe = ["pipeline=two", "zero=stage1", "pipeline.schedule=gpipe", "batch.micro_size=2"]
+    result = launch(tmp_path, *gpipe, "deepspeed.csv_monitor.enabled=true")
     timeline = load(result.dir / "timeline.json")
     assert (timeline.schedule, timeline.stages, timeline.micro_batches, timeline.step) == ("gpipe", 2, 8, 8)
     last = result.steps[-1]
@@ -88,9 +89,20 @@ def test_a_run_logs_its_bubbles_and_keeps_its_timeline(tmp_path: Path) -> None:
         assert ends[0, "forward", m][0] < ends[1, "forward", m][0] < ends[1, "backward", m][0]
         assert ends[1, "backward", m][1] < ends[0, "backward", m][1]
     assert all(ends[0, "forward", 7][1] < ends[0, "backward", m][0] for m in range(8)), "GPipe fills before it drains"
+    assert not list(result.dir.rglob("Train_Samples_eval_loss.csv")), "DeepSpeed's own, of a few batches"
     command = [str(Path(sys.executable).parent / "toolkit"), "timeline", str(result.dir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (result.dir / "timeline.png").stat().st_size > 10_000 and "gpipe" in done.stdout.lower()
+
+
+def test_masked_lm_alone_is_pipelined_too_with_every_layer_recomputed_by_deepspeed(tmp_path: Path) -> None:
+    mlm = ["task.objective=mlm", "zero=stage1", "model.dropout=0"]
+    every = "deepspeed.pipeline.activation_checkpoint_interval=1"
+    assert not launch_many(tmp_path, {"plain": mlm, "piped": [*mlm, "pipeline=two", every]}).errors
+    plain, piped = (
+        [r["loss"] for r in read(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("plain", "piped")
+    )
+    assert len(plain) == 8 and piped == pytest.approx(plain, rel=1e-5)
 
 
 def test_another_cut_of_the_layers_does_not_resume(tmp_path: Path) -> None:

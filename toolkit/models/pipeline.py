@@ -85,7 +85,7 @@ class Heads(nn.Module):
         hidden, _, positions = inputs
         transformed = self.cls["predictions"]["transform"](at_positions(hidden, positions))  # type: ignore[index]
         if "seq_relationship" not in self.cls:
-            return (transformed,)
+            return transformed, positions  # never alone: PipelineModule hands a tuple of one on as its tensor
         return transformed, self.cls["seq_relationship"](self.bert["pooler"](hidden))
 
 
