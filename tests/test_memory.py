@@ -19,24 +19,24 @@ def test_weights_gradients_and_states_are_counted_once_each() -> None:
     model[1].weight = nn.Parameter(model[0].weight.detach().T)  # a storage shared is a storage
     size = 4 * (64 * 128 + 128)
     optimizer = torch.optim.AdamW(model.parameters())
-    ds = SimpleNamespace(module=model, optimizer=optimizer, config={}, step=optimizer.step)
+    ds = SimpleNamespace(module=model, optimizer=optimizer, config={}, _take_model_step=optimizer.step)
     for _ in range(2):
         optimizer.zero_grad()
         inputs = torch.randn(10, 64)
         with Tracker(ds) as tracker:
             model(inputs).sum().backward()
-            ds.step()
+            ds._take_model_step()
     states = 2 * 4 * (2 * 64 * 128 + 128) + 3 * 4  # two for each parameter, tied or not, and a step count
     assert tracker.peak["weights"] == size
     assert tracker.peak["gradients"] == 4 * (2 * 64 * 128 + 128)
     assert tracker.peak["optimizer"] == states
     assert tracker.peak["activations"] == 4 * 10 * (64 + 128)
-    assert ds.step == optimizer.step, "the tracker leaves the engine as it was"
+    assert ds._take_model_step == optimizer.step, "the tracker leaves the engine as it was"
 
 
 def test_weights_gathered_for_a_step_are_no_activations_and_gradients_no_workspace() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    ds = SimpleNamespace(module=model, optimizer=torch.optim.SGD(model.parameters()), config={}, step=None)
+    ds = SimpleNamespace(module=model, optimizer=torch.optim.SGD(model.parameters()), config={}, _take_model_step=None)
     inputs = torch.randn(10, 64, requires_grad=True)
     with Tracker(ds) as tracker:
         for layer in model:
