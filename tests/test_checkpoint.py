@@ -54,12 +54,14 @@ def test_a_resumed_run_gives_the_same_losses_norms_rates_and_final_state(name: s
 
 
 @needs_nvme
-def test_nvme_really_swaps_and_the_shards_hold_what_was_swapped(whole: Path) -> None:
+def test_the_shards_hold_what_was_swapped_to_nvme(whole: Path) -> None:
     run = whole / "stage3-nvme"
-    assert list(run.glob("nvme/**/exp_avg-*.swp")), "every tensor was too small to be swapped"
     with ds_state.safe_loading():
         tree = torch.load(next(checkpoint.newest(run).rglob("*optim_states.pt")))["optimizer_state_dict"]
-    assert all(len(t) for t in tree["fp32_flat_groups"])
+    sizes = [4 * len(t) for t in tree["fp32_flat_groups"]]
+    assert all(sizes) and max(sizes) >= 2**20, (
+        "every tensor was too small to be swapped"  # test_nvme sees files
+    )
     assert {int(s["step"]) for s in tree["optimizer_state_dict"]["state"].values()} == {6}
 
 
