@@ -98,17 +98,18 @@ def again_while_saving(job: Job) -> None:
 
 def test_stopped_by_signals_and_resumed_it_ends_as_if_never_stopped(tmp_path: Path, uninterrupted: Path) -> None:
     stops = [
-        ("deepspeed", to_ranks(signal.SIGTERM), 75),
-        ("deepspeed", again_while_saving, 75),
-        ("deepspeed", to_everyone(signal.SIGINT), -signal.SIGINT),
-        ("deepspeed", to_everyone(signal.SIGTERM), -signal.SIGTERM),
-        ("torchrun", to_everyone(signal.SIGTERM), 1),
+        ("deepspeed", to_ranks(signal.SIGTERM), {75}),
+        ("deepspeed", again_while_saving, {75}),
+        # By the signal itself, or 1 if `deepspeed` hears first that its child, which got it too, has ended.
+        ("deepspeed", to_everyone(signal.SIGINT), {-signal.SIGINT, 1}),
+        ("deepspeed", to_everyone(signal.SIGTERM), {-signal.SIGTERM, 1}),
+        ("torchrun", to_everyone(signal.SIGTERM), {1}),
     ]
-    for launcher, how, code in stops:
+    for launcher, how, codes in stops:
         result = stop(tmp_path, launcher, 2, how)
         newest = checkpoint.newest(result.dir)
         assert int(newest.name.removeprefix("step-")) == last_step(result.dir) < 80
-        assert result.code == code
+        assert result.code in codes
     done = launch(tmp_path, *STEPS, "train.save_every=null")
     assert trained(done.dir) == trained(uninterrupted)
     assert_each_step_once(done.dir)
