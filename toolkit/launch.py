@@ -11,7 +11,7 @@ SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit wi
 
 - signals to the ranks: `deepspeed` passes 75 on; it gives the other ranks 30 s to end after the first.
 - Ctrl-C, scancel, a signal to the whole process group: the ranks save as above, but `deepspeed` itself
-  ends at once by that signal (a shell shows 130 or 143) and `torchrun` with 1, before or after they have.
+  ends at once by that signal (a shell shows 130 or 143), or with 1 like `torchrun`, before or after they have.
 - SIGTERM to the node's `deepspeed.launcher.launch`: it passes it to the ranks, which save; exit code 1.
 - SIGTERM to the one process `deepspeed`: it ends, and the ranks train on. Signal the group: kill -- -PGID.
 """
