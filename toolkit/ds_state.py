@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address, safe_get_full_fp32_param
 
 TAG = "state"
-STAGE = "weights.stage{:02}.pt"
+STAGE = "weights.stage{}.pt"
 Digest = dict[str, Any]  # bytes, sha256
 
 
@@ -49,7 +49,7 @@ def _write_stage(ds: Any, files: "_Files", folder: Path) -> None:
     }
     if ds.grid.data_parallel_id == 0:
         state = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
-        files.save(state, str(folder / TAG / STAGE.format(ds.stage_id)))
+        files.save(state, str(folder / TAG / STAGE.format(f"{ds.stage_id:02}")))
 
 
 def read(ds: Any, folder: Path) -> None:

@@ -59,7 +59,7 @@ def _stages(folder: Path) -> dict[str, Any]:
     """What the stages of a pipeline held."""
     import torch
 
-    parts = sorted(folder.glob(ds_state.STAGE.format(0).replace("00", "*")), reverse=True)
+    parts = sorted(folder.glob(ds_state.STAGE.format("*")), reverse=True)
     state: dict[str, Any] = {}
     for file in parts:  # the first stage last: of a tied weight its copy counts
         state |= torch.load(file, map_location="cpu", weights_only=True)

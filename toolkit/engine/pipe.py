@@ -72,18 +72,12 @@ class PipeEngine(Engine):
         """On the last stage, of one micro-batch: what the backward pass starts from."""
         named = dict(zip(self.task.outputs, outputs, strict=False))
         batch = dict(zip(self.task.labels, labels, strict=True))
-        losses = self.task.losses(named, batch)
-        if self.ds.module.training:
-            shares = self._shares(losses, self._counts)
-            self._add("", shares)
-            return torch.stack(list(shares.values())).sum() * self._scale
-        self._add("_loss", {name: x.double() for name, x in losses.items()})
-        self._add("_right", {name: x.double() for name, x in self.task.correct(named, batch).items()})
-        return torch.stack(list(losses.values())).sum()
-
-    def _add(self, suffix: str, values: Batch) -> None:
-        for name, value in values.items():
-            self._sums[name + suffix] = self._sums.get(name + suffix, 0) + value.detach()
+        if not self.ds.module.training:
+            return torch.stack(list(self._tally(self._sums, named, batch).values())).sum()
+        shares = self._shares(self.task.losses(named, batch), self._counts)
+        for name, share in shares.items():
+            self._sums[name] = self._sums.get(name, 0) + share.detach()
+        return torch.stack(list(shares.values())).sum() * self._scale
 
     def _pair(self, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
         """What the first stage reads, and what the last one does."""

@@ -127,13 +127,16 @@ class Engine:
             counts = _added([counts, self.task.counts(batch)])
             batch = self._to_device(batch)
             outputs = self._forward(batch)
-            for kind, values in (
-                ("loss", self.task.losses(outputs, batch)),
-                ("right", self.task.correct(outputs, batch)),
-            ):
-                for name, value in values.items():
-                    sums[f"{name}_{kind}"] = sums.get(f"{name}_{kind}", 0) + value.double()
+            self._tally(sums, outputs, batch)
         return self._means(sums, counts)
+
+    def _tally(self, sums: dict[str, Tensor], outputs: Batch, batch: Batch) -> Batch:
+        """Add ``<name>_loss`` and ``<name>_right`` of one micro-batch to ``sums``. Returns its losses."""
+        losses = self.task.losses(outputs, batch)
+        for kind, values in (("loss", losses), ("right", self.task.correct(outputs, batch))):
+            for name, value in values.items():
+                sums[f"{name}_{kind}"] = sums.get(f"{name}_{kind}", 0) + value.double()
+        return losses  # type: ignore[no-any-return]
 
     def _means(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, float]:
         """Mean losses and accuracies from this rank's ``<name>_loss``, ``<name>_right`` and counts; {} of nothing."""
