@@ -30,12 +30,14 @@ class Strict(BaseModel):
 class Train(Strict):
     """How long to train and how often to log, evaluate and save; all in optimizer steps."""
 
-    steps: Positive = 1000
+    steps: Positive | None = 1000
+    epochs: float | None = Field(None, gt=0)  # passes over the training data; with steps too, what ends first counts
     log_every: Positive = 10
-    eval_every: Positive | None = None  # None: only at the end
+    eval_every: Positive | Literal["epoch"] | None = None  # None: only at the end
     eval_samples: Positive | None = 2048  # None: the whole held-out part
     save_every: Positive | None = None  # None: only at the end
-    keep_checkpoints: Positive = 3
+    keep_checkpoints: Positive = 3  # besides the best, where the task has a metric to tell
+    patience: Positive | None = None  # evaluations without a better task.best before training ends early
     hang_minutes: float | None = Field(30, gt=0)  # no next batch for so long: say where, and end
     compile: bool = False
     tf32: bool = True
@@ -46,6 +48,9 @@ class Batch(Strict):
 
     global_size: Positive = 256
     micro_size: Positive = 16
+    # A step takes so many tokens (of the longer side of a pair, with padding) instead of global_size samples, cut into
+    # global_size / micro_size micro-batches; for task.kind=translate
+    tokens: Positive | None = None
 
 
 class Model(Strict):
@@ -63,6 +68,7 @@ class Model(Strict):
     dropout: float = Field(0.1, ge=0, lt=1)
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     weights: str | None = None  # a hub name, a Hugging Face folder, or a run directory
+    new_head: bool = False  # leave out the task's head that the weights have, for other labels
     vocab_size: Positive | None = None  # None: the tokenizer's; another number than its is refused
 
 
@@ -75,10 +81,31 @@ class Tokenizer(Strict):
     min_frequency: Positive = 2
 
 
-class Data(Strict):
-    """Where the text comes from and how it becomes masked sentence pairs."""
+class Columns(Strict):
+    """The names of a table's columns, or their numbers from 0 where the file has no header."""
 
-    format: Literal["python_docs", "text", "jsonl", "parquet", "hub"] = "python_docs"
+    id: str | None = None  # None: the row's number from 0
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    tokens: str = "tokens"
+    tags: str = "tags"
+    question: str = "question"
+    context: str = "context"
+    answers: str = "answers"
+    prompt: str = "prompt"
+    start: str | None = None  # how every ending of a choice begins
+    endings: tuple[str, ...] = ("ending0", "ending1", "ending2", "ending3")
+    source: str = "source"
+    target: str = "target"
+
+
+class Data(Strict):
+    """Where the text comes from and how it becomes samples."""
+
+    format: Literal["python_docs", "text", "jsonl", "parquet", "hub", "csv", "tsv", "json", "conll"] | None = (
+        "python_docs"  # None: by each file's suffix, or the hub
+    )
     path: str | tuple[str, ...] | None = None  # files, globs, or hub names as owner/name[:config]
     column: str = "text"
     split: str = "train"
@@ -86,7 +113,7 @@ class Data(Strict):
     documents: str = "blank_line"  # text only: blank_line, file, or a regex of a document's first line
     language: str = "en"  # ISO code; its rules split paragraphs into sentences
     on_error: Literal["raise", "skip"] = "raise"  # a bad line or file: stop, or count it and go on
-    holdout: Share = 0.05  # share of the documents kept out of training, for evaluation
+    holdout: Share = 0.05  # share of the documents (of the rows without data.eval) kept out of training
     max_length: Positive = 128
     max_predictions: Positive = 20
     mask_rate: float = Field(0.15, gt=0, lt=1)
@@ -95,13 +122,32 @@ class Data(Strict):
     dynamic: bool = True  # draw pairs and masks anew each epoch
     workers: Annotated[int, Field(ge=0)] = 1
     cache_dir: str | None = None  # None: <the user's cache>/deepspeed-toolkit/data
+    # Tables of labelled rows: files, or hub names as owner/name[:config][@split]
+    train: str | None = None
+    eval: str | dict[str, str] | None = None  # several by name: the first decides, records say eval_<name>_<metric>
+    test: str | dict[str, str] | None = None
+    columns: Columns = Columns()
+    header: bool = True  # csv and tsv: the first line names the columns
+    labels: tuple[str, ...] | None = None  # in the order of their numbers; None: those of data.train, sorted
+    range: tuple[float, float] | None = None  # regression: the least and the largest score
+    padding: Literal["longest", "max_length"] = "longest"  # of the micro-batch, or always to data.max_length
+    group_by_length: bool = True  # a step's samples are of like length, which saves padding
 
 
 class Task(Strict):
     """What the model learns."""
 
-    name: Literal["pretrain"] = "pretrain"
+    name: str = "pretrain"
+    kind: Literal["pretrain", "classify", "regress", "tag", "span_qa", "choose", "translate"] = "pretrain"
     objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
+    metrics: tuple[str, ...] = ()
+    best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics
+    scheme: Literal["bio", "iob1"] = "bio"  # how tags mark the begin of an entity
+    stride: Positive = 128  # span_qa: tokens by which the windows of a long context are apart
+    max_question: Positive = 64  # tokens
+    max_answer: Positive = 30  # tokens
+    n_best: Positive = 20
+    null_answers: bool = False  # questions may have no answer (SQuAD v2.0)
 
 
 class Schedule(Strict):
