@@ -1,10 +1,19 @@
-"""What a model learns: its data, its model, its losses and metrics; one file per task."""
+"""What a model learns: its data, its model, its losses and metrics; one file per kind of task."""
 
+from importlib import import_module
 from typing import Any
+
+KINDS = {
+    "pretrain": ("pretrain", "Pretrain"),
+    "classify": ("classify", "Classify"),
+    "regress": ("classify", "Regress"),
+    "tag": ("tag", "Tag"),
+    "span_qa": ("span_qa", "SpanQA"),
+    "choose": ("choose", "Choose"),
+}
 
 
 def build_task(run: Any) -> Any:
-    """The task named by ``task.name``, its data prepared."""
-    from toolkit.tasks.pretrain import Pretrain
-
-    return {"pretrain": Pretrain}[run.config.task.name](run)
+    """The task that ``task.kind`` names, its data prepared."""
+    module, name = KINDS[run.config.task.kind]
+    return getattr(import_module(f"toolkit.tasks.{module}"), name)(run)
