@@ -90,7 +90,7 @@ def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) ->
     """Read, check and tokenise all splits, or find them in the cache. Raises DataError naming file and row."""
     data = config.data
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
-    sources = {name: (source, tables.identity(source, data)) for name, source in _sources(data).items()}
+    sources = {name: tables.identity(source, data, _reading(name)) for name, source in _sources(data).items()}
     chosen = data.model_dump(mode="json", include=READING), config.task.model_dump(mode="json", include=TASK)
     tokenizer = _tokenizer(config)
     key = fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
@@ -113,6 +113,11 @@ def _sources(data: Data) -> dict[str, str]:
         elif given:
             found |= {f"{role}.{name}": source for name, source in given.items()}
     return found
+
+
+def _reading(split: str) -> str:
+    """What the splits of a data set on the hub are called."""
+    return {"train": "train", "eval": "validation", "test": "test"}[split.partition(".")[0]]
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:
@@ -157,10 +162,12 @@ def _examples(config: RunConfig, split: str, labels: tuple[str, ...]) -> list[An
     """The examples of a split; without data.eval a share of the training rows is held out."""
     data = config.data
     role, _, _ = split.partition(".")
-    source = _sources(data).get(split, data.train)
-    reading = {"train": "train", "eval": "validation", "test": "test"}[role if split in _sources(data) else "train"]
+    source = _sources(data).get(split)
+    reading = _reading(split) if source else "train"
     problems = Problems(data.on_error)
-    found = examples.read(str(source), data, config.task, reading, labels, labelled=role != "test", problems=problems)
+    found = examples.read(
+        source or str(data.train), data, config.task, reading, labels, labelled=role != "test", problems=problems
+    )
     if data.eval or role == "test" or not data.holdout:
         return found
     held = held_out(len(found), data.holdout, SPLIT_SEED, "mlm")
