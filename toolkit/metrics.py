@@ -1,9 +1,9 @@
 """Metrics of the finetuning tasks, computed by the libraries that the field compares with.
 
-    check(config.task)                                    # known to the task? else a ConfigError
+    check(config.task)  # known to the task? else a ConfigError
     scores(["accuracy", "f1"], predicted, gold, labels=2)  # {"accuracy": 0.84, "f1": 0.89}
 
-All are shares from 0 to 1 or correlations, only BLEU is 0 to 100 as in papers.
+Shares are 0 to 1, SQuAD's too; only BLEU is 0 to 100, as papers print it.
 """
 
 import re

@@ -175,7 +175,7 @@ def best_threshold(
     ids = sorted(differences, key=differences.__getitem__)
     thresholds = np.array([differences[ids[0]] - 1, *(differences[key] for key in ids)])
     unanswered = sum(not has_answer[key] for key in ids)
-    totals = unanswered + np.cumsum([0.0, *(f1[key] for key in ids)])
+    totals = unanswered + np.cumsum([0.0, *(f1[key] - (not has_answer[key]) for key in ids)])
     totals[:-1][thresholds[:-1] == thresholds[1:]] = -np.inf  # equal differences are all answered or none
     best = int(totals.argmax())
     return Threshold(float(thresholds[best]), float(totals[best] / len(ids)))
