@@ -76,7 +76,8 @@ class Encoded:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sample's longest sequence, int64 [samples]."""
-        return np.diff(self["sequence_end"]).reshape(-1, self.choices).max(1)
+        lengths: NDArray[np.int64] = np.diff(self["sequence_end"]).reshape(-1, self.choices).max(1)
+        return lengths
 
     def collate(self, indices: Indices, *, pad_id: int, width: int | None = None) -> "dict[str, Tensor]":
         """``input_ids``, ``attention_mask``, ``token_type_ids`` int64 [samples, length] (of choices: [samples, choices,

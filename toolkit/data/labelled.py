@@ -165,7 +165,7 @@ def _examples(config: RunConfig, split: str, labels: tuple[str, ...]) -> list[An
     source = _sources(data).get(split)
     reading = _reading(split) if source else "train"
     problems = Problems(data.on_error)
-    found = examples.read(
+    found: list[Any] = examples.read(
         source or str(data.train), data, config.task, reading, labels, labelled=role != "test", problems=problems
     )
     if data.eval or role == "test" or not data.holdout:

@@ -39,7 +39,7 @@ def encoder(model: Any, *, tokens: float, squares: float) -> float:
     """
     h, layers = model.hidden_size, model.num_hidden_layers
     projections = 4 * h * h + 2 * h * getattr(model, "intermediate_size", 4 * h)
-    return 6.0 * layers * (projections * tokens + 2 * h * squares)
+    return float(6 * layers * (projections * tokens + 2 * h * squares))
 
 
 def bert(model: Shape, *, vocab_size: int, length: int) -> Flops:

@@ -86,7 +86,7 @@ class Regress(Sentences):
         return {"loss": mse_loss(outputs["logits"].float()[:, 0][real], batch["labels"][real], reduction="sum")}
 
     def decide(self, logits: NDArray[Any]) -> NDArray[Any]:
-        return logits[:, 0]
+        return np.asarray(logits[:, 0])
 
     def named(self, value: Any) -> str:
         return f"{float(value):.3f}"

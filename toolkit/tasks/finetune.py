@@ -78,7 +78,7 @@ class Finetune:
 
     def rows(self, outputs: Batch, batch: Batch) -> Iterable[NDArray[Any]]:
         """What the model says of each sample, in the order of the batch: float32."""
-        return outputs["logits"].float().cpu().numpy()  # type: ignore[no-any-return]
+        return outputs["logits"].float().cpu().numpy()
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
         """The metrics of a split."""

@@ -1,6 +1,7 @@
 """Extractive question answering: the answer is a span of the context, or there is none (SQuAD v1.1 and v2.0)."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -103,7 +104,8 @@ class SpanQA(Finetune):
         n_best = {key: [{"text": t, "probability": round(p, 4)} for t, p in d.n_best] for key, d in by_id.items()}
         texts: dict[str, Any] = {"json": {key: d.text for key, d in by_id.items()}, "nbest.json": n_best}
         if self.config.task.null_answers:
-            texts["null_odds.json"] = {key: d.null_score_difference for key, d in by_id.items()}
+            odds = {key: d.null_score_difference for key, d in by_id.items()}
+            texts["null_odds.json"] = {key: odd if math.isfinite(odd) else 1e9 for key, odd in odds.items()}
         return {suffix: json.dumps(tree, indent=1, ensure_ascii=False) + "\n" for suffix, tree in texts.items()}
 
 
