@@ -190,8 +190,8 @@ BAD: list[tuple[str, dict[str, Any], tuple[str, ...] | None, dict[str, Any], str
     ("classify", TEXT | {"label": 1}, NAMES, {}, r"unknown label '1'. Known: no, yes"),  # the names are the file's own
     ("classify", TEXT | {"label": -1}, None, {"labels": NAMES}, r"unknown label '-1'. Known: no, yes"),
     ("classify", TEXT | {"label": 0}, None, {"labels": ["1", "2"]}, r"unknown label '0'. Known: 1, 2"),
-    ("classify", TEXT | {"label": 7}, None, {"labels": ["x", "y", "z"]},
-     r"label 7 is none of the numbers 0 to 2 of data.labels \(x, y, z\)"),
+    ("classify", TEXT | {"label": 3}, None, {"labels": ["x", "y", "z"]},
+     r"label 3 is none of the numbers 0 to 2 of data.labels \(x, y, z\)"),
     ("classify", TEXT | {"label": "?"}, tuple(f"l{i}" for i in range(99)), {}, r"unknown label .* l19, …\. "),
     ("regress", TEXT | {"label": "nan"}, None, {}, r"score 'nan' is no finite number. Correct it, or"),
     ("regress", TEXT | {"label": "good"}, None, {}, r"score 'good' is no finite number"),
