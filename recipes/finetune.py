@@ -9,7 +9,7 @@ from toolkit.config import RunConfig
 from toolkit.launch import recipe
 
 
-@recipe
+@recipe("classify", "regress", "tag", "span_qa", "choose")
 def main(config: RunConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 

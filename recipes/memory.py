@@ -14,7 +14,7 @@ from toolkit.config import RunConfig
 from toolkit.launch import recipe
 
 
-@recipe
+@recipe()
 def main(config: RunConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from rich.progress import Progress

@@ -7,7 +7,7 @@ from toolkit.config import RunConfig
 from toolkit.launch import recipe
 
 
-@recipe
+@recipe("pretrain")
 def main(config: RunConfig) -> None:
     from toolkit.engine import Engine
     from toolkit.models.build import build_model

@@ -174,6 +174,7 @@ ROWS = [
     ("flash_on_cpu", "cpu", "model.attention=flash_attention_2", "Use model.attention=sdpa"),
     ("flash_in_fp32", "cuda", "model.attention=flash_attention_2", "Use precision=bf16"),
     ("warmup", "cpu", "schedule.warmup=2000", "schedule.warmup=2000 steps is above train.steps=1000"),
+    ("seeds", "cpu", "seeds=[1,2]", "several trainings in one launch are for fine-tuning"),
     ("half_at_stage0", "cuda", "zero=stage0 precision=fp16", "one step ahead"),
     ("learning_rate", "cpu", "deepspeed.optimizer.params.lr=-1", "a negative rate climbs"),
     ("two_schedules", "cpu", "deepspeed.scheduler.type=WarmupLR", "Use schedule=none"),

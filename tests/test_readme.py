@@ -21,12 +21,19 @@ def command_id(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout as a reader has it, with documents and a finished run called first."""
+    """A checkout as a reader has it, with documents, labelled rows and a finished run called first."""
     path = tmp_path_factory.mktemp("readme")
     (path / "recipes").symlink_to(ROOT / "recipes")
     (path / "docs").mkdir()
     for i in range(8):
         (path / "docs" / f"{i}.txt").write_text("\n\n".join(f"{DOCUMENT} It was day {i} of {j}." for j in range(40)))
+    rows = [f"{DOCUMENT[:40]},{i % 3}" for i in range(60)]
+    (path / "reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
+    (path / "glue" / "RTE").mkdir(parents=True)
+    for split in ("train", "dev"):
+        pairs = [f"{i}\t{DOCUMENT[:30]}\t{DOCUMENT[30:60]}\t{'not_' * (i % 2)}entailment" for i in range(40)]
+        text = "\n".join(["index\tsentence1\tsentence2\tlabel", *pairs])
+        (path / "glue" / "RTE" / f"{split}.tsv").write_text(text + "\n")
     run(path, "python recipes/pretrain.py experiment=smoke name=first")
     return path
 

@@ -521,6 +521,11 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "there are not "
         "so many tokens to predict. Lower data.max_predictions.",
     ),
+    "seeds": (
+        lambda c, f: c.task.kind == "pretrain" and c.seeds,
+        "seeds={c.seeds} with task.kind=pretrain: several trainings in one launch are for fine-tuning. Use seed, or "
+        "--multirun seed=1,2.",
+    ),
     "flash_on_cpu": (
         lambda c, f: c.model.attention == "flash_attention_2" and f.device != "cuda",
         "model.attention=flash_attention_2 on {f.device}: it is for CUDA devices. Use model.attention=sdpa.",

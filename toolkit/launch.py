@@ -1,6 +1,6 @@
 """Turns a function of a RunConfig into a command for `deepspeed`, `torchrun` and plain `python`.
 
-    @recipe
+    @recipe("pretrain")                          # the kinds of task that it is for; none: all
     def main(config: RunConfig) -> None: ...
 
 The decorated function reads Hydra overrides from the command line, refuses a wrong configuration
@@ -44,9 +44,15 @@ HYDRA = [
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
 
 
-def recipe(main: Callable[[RunConfig], None]) -> Callable[[], None]:
-    """Make ``main`` a command; see the module's docstring."""
+Main = Callable[[RunConfig], None]
 
+
+def recipe(*kinds: str) -> Callable[[Main], Callable[[], None]]:
+    """Make a function a command; see the module's docstring."""
+    return lambda main: _command(main, kinds)
+
+
+def _command(main: Main, kinds: tuple[str, ...]) -> Callable[[], None]:
     @functools.wraps(main)
     def command() -> None:
         import hydra
@@ -61,7 +67,7 @@ def recipe(main: Callable[[RunConfig], None]) -> Callable[[], None]:
             refuse(error)
         debug = debug or os.environ.get("HYDRA_FULL_ERROR") == "1"
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-        decorate(functools.partial(_job, main, debug))()
+        decorate(functools.partial(_job, main, kinds, debug))()
 
     return command
 
@@ -81,7 +87,7 @@ def refuse(error: ToolkitError) -> None:
     sys.exit(REFUSED)
 
 
-def _job(main: Callable[[RunConfig], None], debug: bool, cfg: Any) -> None:
+def _job(main: Main, kinds: tuple[str, ...], debug: bool, cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -90,6 +96,7 @@ def _job(main: Callable[[RunConfig], None], debug: bool, cfg: Any) -> None:
         return
     try:
         config = load(cfg)
+        _refuse_task(config, kinds)
         _run(main, config, debug)
     except ToolkitError as error:
         if debug:
@@ -105,7 +112,14 @@ def _sweep_job(overrides: list[str]) -> None:
         sys.exit(done.returncode)
 
 
-def _run(main: Callable[[RunConfig], None], config: RunConfig, debug: bool) -> None:
+def _refuse_task(config: RunConfig, kinds: tuple[str, ...]) -> None:
+    if kinds and config.task.kind not in kinds:
+        texts = {f.stem: f.read_text() for f in sorted((conf_dir() / "task").glob("*.yaml"))}
+        known = [name for name, text in texts.items() if any(re.search(rf"kind: {kind}\b", text) for kind in kinds)]
+        raise ConfigError(f"task={config.task.name}: {sys.argv[0]} is not for it. It takes task={', '.join(known)}.")
+
+
+def _run(main: Main, config: RunConfig, debug: bool) -> None:
     from toolkit import ds_config, ranks, workers
     from toolkit.run import Terminal
 

@@ -213,8 +213,8 @@ def build_pipeline(run: Any, task: Any) -> Pipe:
         skeleton = task.model_class(task.hf_config)
     if type(task.hf_config) is not BertConfig:
         raise ConfigError(
-            f"pipeline.stages={config.stages}: only a BERT is cut into stages, and "
-            f"model.weights={run.config.model.weights} is a {type(task.hf_config).__name__.removesuffix('Config')}. Use pipeline=none."
+            f"pipeline.stages={config.stages}: only a BERT is cut into stages, and model.weights="
+            f"{run.config.model.weights} is another model. Use pipeline=none."
         )
     if hasattr(skeleton, "cls"):
         layers = pretraining_layers(task.hf_config, pair=hasattr(skeleton.cls, "seq_relationship"))
