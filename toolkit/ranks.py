@@ -180,6 +180,20 @@ def wait() -> None:
     dist.barrier(group=_control)
 
 
+def agreed(work: Callable[[], T]) -> T:
+    """``work()`` on every rank; a ToolkitError of any is raised on all, so none waits for one that has left."""
+    result: Any = None
+    error: ToolkitError | None = None
+    try:
+        result = work()
+    except ToolkitError as raised:
+        error = raised
+    for found in gathered(error):
+        if found is not None:
+            raise found
+    return result  # type: ignore[no-any-return]
+
+
 def in_turn(work: Callable[[], T]) -> T:
     """``work()`` on the first rank of each host, then on the others, which find it done.
 

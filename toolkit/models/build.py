@@ -72,7 +72,7 @@ def build_model(run: Any, task: Any) -> nn.Module:
     if not config.model.weights or task.new_head:
         initialise(model, config.seed)
     if config.model.weights:
-        _copy(model, _read(task, config.model) if run.replica.rank == 0 else None)
+        _copy(model, ranks.agreed(lambda: _read(task, config.model) if run.replica.rank == 0 else None))
     _apply_activation(model, config)
     return model  # type: ignore[no-any-return]
 
@@ -83,7 +83,7 @@ def _build_stage(run: Any, task: Any) -> nn.Module:
 
     config, model = run.config, build_pipeline(run, task)
     if config.model.weights:
-        state = _read(task, config.model)
+        state = ranks.agreed(lambda: _read(task, config.model))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(state[model.hf_name(name)])
