@@ -231,8 +231,8 @@ GLUE_FILES: dict[str, tuple[str, str, str]] = {
     "SST-2/train.tsv.gz": ("sentence\tlabel", "{a}\t{n}", "SST-2/dev.tsv"),
 }
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "another number of labels": (["model.weights={other}"], "classifier.weight is (3, 32) there and (2, 32) here"),
-    "another vocabulary": (["model.weights={small}"], "its vocabulary has 100 entries, the tokenizer"),
+    "another number of labels": (["model.weights={other}"], "classifier.bias is (3,) there and (2,) here"),
+    "another vocabulary": (["model.weights={small}"], "its vocabulary has 20 entries, the tokenizer"),
     "longer than the model": (["model.weights={other}", "data.max_length=64"], "data.max_length=64: model.weights="),
     "an unknown metric": (["task.metrics=[acuracy]"], "Did you mean 'accuracy'?"),
     "no training data": (["data.train=null"], "data.train is not set"),
@@ -250,7 +250,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     places = {"odd": write(folder / "odd.jsonl", [{"text": "a b", "label": "ugly"}])}
     launch_many(folder, {"base": [*table(folder, "classify"), "train.steps=2"]})
     tokenizer = AutoTokenizer.from_pretrained(folder / "base" / "model")
-    for name, size, labels in (("other", len(tokenizer), 3), ("small", 100, 2)):
+    for name, size, labels in (("other", len(tokenizer), 3), ("small", 20, 2)):
         config = BertConfig(vocab_size=size, num_labels=labels, max_position_embeddings=32, **shape)
         BertForSequenceClassification(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
