@@ -11,7 +11,7 @@ from launching import launch, launch_many, read
 DATA = Path(__file__).parents[2] / "shared" / "data"
 KEYS = {
     "step", "loss", "mlm_loss", "nsp_loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second",
-    "tokens_per_second_unpadded", "step_seconds", "data_wait", "tflops_per_device", "mfu", "peak_gib",
+    "tokens_per_second_unpadded", "padding", "step_seconds", "data_wait", "tflops_per_device", "mfu", "peak_gib",
     "process_peak_gib", "eta_seconds",
 }  # fmt: skip
 EVAL_KEYS = {

@@ -35,8 +35,8 @@ class State:
     samples: int = 0
 
 
-def save(run: Run, engine: Engine, state: State) -> None:
-    """Write ``checkpoints/step-N`` and drop all but the newest ``train.keep_checkpoints``.
+def save(run: Run, engine: Engine, state: State, keep: int | None = None) -> None:
+    """Write ``checkpoints/step-N`` and drop all but the newest ``train.keep_checkpoints`` and that of step ``keep``.
 
     Raises CheckpointError on every rank if any cannot write; the checkpoints before stay as they are.
     """
@@ -55,7 +55,7 @@ def save(run: Run, engine: Engine, state: State) -> None:
             if ranks.rank() == 0:
                 _seal(staging, {**asdict(state), **_layout(engine), "files": files})
                 _swap(staging, final)
-                _prune(final, run.config.train.keep_checkpoints)
+                _prune(final, run.config.train.keep_checkpoints, keep)
     except CheckpointError:
         if ranks.rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the space
@@ -77,6 +77,15 @@ def resume(run: Run, engine: Engine) -> State:
     return State(manifest["step"], manifest["samples"])
 
 
+def load_best(run: Run, engine: Engine, step: int) -> None:
+    """Load the weights of the step that evaluated best. Raises CheckpointError."""
+    path = run.dir / "checkpoints" / f"step-{step}"
+    if (problem := _problem(path)) is not None:
+        raise CheckpointError(f"{path}: this was the best step, and {problem}. Evaluate another: resume=<checkpoint>.")
+    ds_state.read(engine.ds, path)
+    run.console.print(f"The best weights are those of step {step}.")
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, the newest first. Staging names do not count."""
     found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
@@ -84,8 +93,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run. Raises CheckpointError."""
-    for path in list_checkpoints(run_dir / "checkpoints"):
+    """The best checkpoint of a run where it has a metric to tell, else the newest whole one. Raises CheckpointError."""
+    best = run_dir / "best.json"
+    chosen = [run_dir / "checkpoints" / f"step-{json.loads(best.read_text())['step']}"] if best.exists() else []
+    for path in (*chosen, *list_checkpoints(run_dir / "checkpoints")):
         if verify(path) is None:
             return path
     raise CheckpointError(f"{run_dir}: no whole checkpoint in {run_dir / 'checkpoints'}.")
@@ -266,10 +277,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(final: Path, keep: int) -> None:
-    """Keep ``final`` and the ``keep`` - 1 before it. Later ones are of steps that this run went back on."""
+def _prune(final: Path, keep: int, best: int | None) -> None:
+    """Keep ``final``, the ``keep`` - 1 before it and the best. Later ones are of steps that this run went back on."""
     newest_first = list_checkpoints(final.parent)
     for path in newest_first[: newest_first.index(final)] + newest_first[newest_first.index(final) + keep :]:
+        if path.name == f"step-{best}":
+            continue
         path.rename(path.with_name(f".{path.name}.old"))  # by one rename: never a half-deleted checkpoint
     _sweep(final.parent)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from toolkit.errors import ConfigError, nearest
 
@@ -41,6 +41,12 @@ class Train(Strict):
     hang_minutes: float | None = Field(30, gt=0)  # no next batch for so long: say where, and end
     compile: bool = False
     tf32: bool = True
+
+    @model_validator(mode="after")
+    def _ends(self) -> "Train":
+        if self.steps is None and self.epochs is None:
+            raise ValueError("train.steps and train.epochs are both null: training needs an end. Set one of them")
+        return self
 
 
 class Batch(Strict):

@@ -463,7 +463,7 @@ RULES: dict[str, Rule] = {
 def _warmup(f: Facts) -> float:
     assert f.config is not None
     schedule = f.config.schedule
-    return schedule.warmup if schedule.name != "none" and schedule.warmup > f.config.train.steps else 0
+    return schedule.warmup if schedule.name != "none" and schedule.warmup > (f.config.train.steps or math.inf) else 0
 
 
 def _negative(value: Any) -> bool:

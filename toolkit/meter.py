@@ -78,7 +78,7 @@ class Meter:
         memory_record = {"peak_gib": peak, "process_peak_gib": process}
         if warming:
             return dict(memory_record)
-        positions = counts["sequences"] * self.config.data.max_length
+        positions = counts["positions"]
         self.active_seconds += slowest
         self.active_tokens += positions
         tflops = self.task.useful_flops(counts) / slowest / ranks.world() / 1e12
@@ -87,6 +87,7 @@ class Meter:
             "samples_per_second": counts["sequences"] / slowest,
             "tokens_per_second": positions / slowest,
             "tokens_per_second_unpadded": counts["tokens"] / slowest,
+            "padding": 1 - counts["tokens"] / positions,
             "data_wait": all_waited / ranks.world() / slowest,
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -117,6 +117,19 @@ class Run:
         self.monitor: Any = None  # DeepSpeed's MonitorMaster, once the engine has one
         self.notes: dict[str, float] = {}  # numbers to show beside the held-out results
         self.metrics = directory / "metrics.jsonl"
+        self.steps = config.train.steps or 0  # optimizer steps of the whole run, once lasts() is called
+        self.epoch_steps: int | None = None
+
+    def lasts(self, steps_of: Callable[[float], int]) -> None:
+        """Settle how many steps the run has: a task says how many optimizer steps so many epochs are."""
+        train = self.config.train
+        self.epoch_steps = steps_of(1)
+        self.steps = min(n for n in (train.steps, train.epochs and steps_of(train.epochs)) if n)
+
+    @property
+    def eval_every(self) -> int | None:
+        every = self.config.train.eval_every
+        return self.epoch_steps if every == "epoch" else every
 
     def deepspeed(self, vocab_size: int) -> dict[str, Any]:
         """Exactly what DeepSpeed gets."""

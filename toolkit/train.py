@@ -4,18 +4,20 @@ fit(engine, task, run)
 """
 
 import faulthandler
+import functools
 import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from toolkit import checkpoint, ranks
-from toolkit.engine import Batch, Engine, Step
+from toolkit.engine import Batch, Engine, Step, loss_key
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.meter import Meter
 from toolkit.pipe_events import Timeline, bubble_share, formula
@@ -23,17 +25,22 @@ from toolkit.run import Run
 
 
 def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
-    """Train to ``train.steps``, from the newest checkpoint if there is one. Returns the last evaluation."""
-    config, total = run.config, run.config.train.steps
+    """Train to the end, from the newest checkpoint if there is one. Returns the evaluation of the best weights."""
+    config, total = run.config, run.steps
     state = checkpoint.resume(run, engine)
     step, samples = state.step, state.samples
     run.rewind(step)
+    best = find_best(run, task)
     if step >= total:
         run.console.print(f"{run.dir} has its {step} steps already (train.steps={total}): evaluating only.")
+    elif best.ended:
+        run.console.print(f"{run.dir} ended early after step {step}: evaluating only.")
     meter = Meter(config, task, engine.dtype)  # before the data workers are busy: it measures a CPU's peak
-    batches = watched(task.train_batches(start_sample=samples), config.train.hang_minutes)
+    watch = functools.partial(watched, minutes=config.train.hang_minutes)
+    batches = watch(task.train_batches(start_sample=samples))
+    result: dict[str, Any] = {}
     with stop_signals() as stopping, progress(run, step, total) as bar:
-        while step < total:
+        while step < total and not best.ended:
             logged = due(step + 1, config.train.log_every, total) or step == 0
             done = engine.train_batch(batches, stop=stopping(), trace=logged)
             step, samples = step + 1, samples + config.batch.global_size
@@ -42,17 +49,47 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
             if logged:
                 log(run, engine, meter, step, done)
             with meter.paused():
-                if config.train.eval_every and step % config.train.eval_every == 0 and step < total:
-                    evaluate(engine, task, run, step)
-                if due(step, config.train.save_every, total) or done.stop:
+                result = {}
+                if (run.eval_every and step % run.eval_every == 0) or (step == total and task.best):
+                    result = evaluate(engine, task, run, step, watch)
+                    best = find_best(run, task)
+                if due(step, config.train.save_every, total) or done.stop or step == best.step or best.ended:
                     refuse_nan(run, step, sum(global_losses(done).values()))  # never saved
-                    checkpoint.save(run, engine, checkpoint.State(step, samples))
+                    checkpoint.save(run, engine, checkpoint.State(step, samples), keep=best.step)
             if done.stop and step < total:
                 raise Stopped(f"Stopped by a signal after step {step}; saved in {run.dir}. Start again to go on.")
-    result = evaluate(engine, task, run, step)
+    if best.step not in (None, step):
+        checkpoint.load_best(run, engine, best.step)
+        result = {}
+    result = result or evaluate(engine, task, run, step if best.step is None else best.step, watch)
+    task.predict(engine, watch)
     faulthandler.cancel_dump_traceback_later()
     summarise(run, meter, result)
     return result
+
+
+@dataclass(frozen=True)
+class Best:
+    """The step with the highest ``task.best``, if the task has one, and whether training has waited long enough."""
+
+    step: int | None = None
+    ended: bool = False
+
+
+def find_best(run: Run, task: Any) -> Best:
+    """From the records of the run: the first of the best evaluations, and ``train.patience`` evaluations since."""
+    if task.best is None:
+        return Best()
+    key, patience = f"eval_{task.best}", run.config.train.patience
+    scores = {r["step"]: r[key] for r in run.records() if r.get(key) is not None}  # each step's latest
+    mine = Best()
+    if scores:
+        step = max(scores, key=lambda s: (scores[s], -s))
+        mine = Best(step, patience is not None and sum(s > step for s in scores) >= patience)
+    found: Best = ranks.from_rank0(mine)
+    if found.step is not None:
+        run.write_json("best.json", {"step": found.step, "metric": task.best, "value": scores.get(found.step)})
+    return found
 
 
 def watched(batches: Iterator[Batch], minutes: float | None) -> Iterator[Batch]:
@@ -81,9 +118,9 @@ def log(run: Run, engine: Engine, meter: Meter, step: int, done: Step) -> None:
         record["loss_scale"] = engine.loss_scale
     record |= meter.read() | bubbles(run, step, done)
     if "step_seconds" in record:
-        record["eta_seconds"] = record["step_seconds"] * (run.config.train.steps - step)
+        record["eta_seconds"] = record["step_seconds"] * (run.steps - step)
     run.log(record)
-    run.console.print(line(record, run.config.train.steps), highlight=False)
+    run.console.print(line(record, run.steps), highlight=False)
     refuse_nan(run, step, record["loss"])
 
 
@@ -106,7 +143,7 @@ def bubbles(run: Run, step: int, done: Step) -> dict[str, float]:
 def global_losses(done: Step) -> dict[str, float]:
     """The means over the global batch; the same on every rank, and the host waits for the device."""
     totals = ranks.total([float(share) for share in done.losses.values()])
-    return {f"{name}_loss": total for name, total in zip(done.losses, totals, strict=True)}
+    return {loss_key(name): total for name, total in zip(done.losses, totals, strict=True)}
 
 
 def refuse_nan(run: Run, step: int, loss: float) -> None:
@@ -137,11 +174,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def evaluate(engine: Engine, task: Any, run: Run, step: int) -> dict[str, Any]:
+def evaluate(engine: Engine, task: Any, run: Run, step: int, watch: Any) -> dict[str, Any]:
     """One evaluation record: means over the held-out samples, each counted once."""
     start = time.perf_counter()
-    batches = watched(task.eval_batches(), run.config.train.hang_minutes)
-    result = {f"eval_{k}": v for k, v in engine.evaluate(batches).items()}
+    result = {f"eval_{k}": v for k, v in task.evaluate(engine, watch).items()}
     if not result:
         return {}  # nothing is held out
     record = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
@@ -160,12 +196,17 @@ def summarise(run: Run, meter: Meter, result: dict[str, Any]) -> None:
     table = Table(title=f"{run.dir.name}: {last['step']} steps", show_header=True, title_justify="left")
     for column in ("", f"step {first['step']}", f"step {last['step']}", "held out"):
         table.add_column(column, justify="right" if column else "left")
-    for key in [k for k in first if k.endswith("_loss")]:
-        held = result.get(f"eval_{key}")
-        table.add_row(key.replace("_", " "), *(_number(x) for x in (first[key], last.get(key), held)))
-        accuracy = result.get(f"eval_{key.replace('_loss', '_accuracy')}")
-        if accuracy is not None:
-            table.add_row(key.replace("_loss", " accuracy"), "", "", f"{accuracy:.1%}")
+    losses = [k for k in first if k.endswith("_loss")] or ["loss"]
+    for key in losses:
+        table.add_row(
+            key.replace("_", " "), *(_number(x) for x in (first[key], last.get(key), result.get(f"eval_{key}")))
+        )
+    for key, value in result.items():
+        name = key.removeprefix("eval_")
+        if key.startswith("eval_") and name not in ("loss", "seconds", *losses):
+            table.add_row(
+                name.replace("_", " "), "", "", f"{value:.1%}" if name.endswith("accuracy") else _number(value)
+            )
     for name, value in run.notes.items():
         table.add_row(name, "", "", _number(value))
     if meter.active_seconds:

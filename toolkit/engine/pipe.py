@@ -17,7 +17,7 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from torch import Tensor
 
 from toolkit import ranks
-from toolkit.engine.plain import Batch, Engine, Step
+from toolkit.engine.plain import Batch, Collect, Engine, Step
 from toolkit.pipe_events import Event, Kind
 from toolkit.pipe_schedule import GPipeSchedule
 
@@ -32,6 +32,7 @@ class PipeEngine(Engine):
         ds.module.loss_fn = self._loss
         self._counts: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
+        self._collect: Collect | None = None
         self._events: list[Event] | None = None
         self._done: Counter[tuple[Kind, int]] = Counter()
         self._began = 0.0
@@ -54,8 +55,8 @@ class PipeEngine(Engine):
         return Step(losses, self._counts, waited, stopping, () if events is None else self._gather(events))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        self._sums, counts = {}, Counter[str]()
+    def evaluate(self, batches: Iterator[Batch], collect: Collect | None = None) -> dict[str, float]:
+        self._sums, self._collect, counts = {}, collect, Counter[str]()
         # DeepSpeed would report the loss of each few batches as that of an evaluation.
         monitored, self.ds.monitor.enabled = self.ds.monitor.enabled, False
         size = self.ds.gradient_accumulation_steps()
@@ -73,6 +74,8 @@ class PipeEngine(Engine):
         named = dict(zip(self.task.outputs, outputs, strict=False))
         batch = dict(zip(self.task.labels, labels, strict=True))
         if not self.ds.module.training:
+            if self._collect is not None:
+                self._collect(named, batch)
             return torch.stack(list(self._tally(self._sums, named, batch).values())).sum()
         shares = self._shares(self.task.losses(named, batch), self._counts)
         for name, share in shares.items():

@@ -7,7 +7,7 @@ step = engine.train_batch(batches, stop=False)     # one optimizer step
 import copy
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from toolkit.run import Run
 from toolkit.schedule import factor
 
 Batch = dict[str, Tensor]
+Collect = Callable[[Batch, Batch], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Engine:
             torch.set_float32_matmul_precision("high")
         schedule = None
         if config.schedule.name != "none":
-            chosen, steps = config.schedule, config.train.steps
+            chosen, steps = config.schedule, run.steps
             schedule = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(  # noqa: E731
                 optimizer, lambda step: factor(chosen, step, steps)
             )
@@ -118,8 +119,11 @@ class Engine:
         return int(self.ds.gradient_accumulation_steps()) * self.replica.world
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Mean losses and accuracies over all ranks' batches, each sample counted once; {} without a batch."""
+    def evaluate(self, batches: Iterator[Batch], collect: Collect | None = None) -> dict[str, float]:
+        """Mean losses and accuracies over all ranks' batches, each sample counted once; {} without a batch.
+
+        ``collect(outputs, batch)`` sees what the model says of each micro-batch, on the ranks that have it.
+        """
         self.ds.eval()
         sums: dict[str, Tensor] = {}  # on the device: no step waits for the host
         counts: dict[str, float] = {}
@@ -128,6 +132,8 @@ class Engine:
             batch = self._to_device(batch)
             outputs = self._forward(batch)
             self._tally(sums, outputs, batch)
+            if collect is not None:
+                collect(outputs, batch)
         return self._means(sums, counts)
 
     def _tally(self, sums: dict[str, Tensor], outputs: Batch, batch: Batch) -> Batch:
@@ -150,8 +156,9 @@ class Engine:
         for name in self.task.predicted:
             loss, right, count = next(totals), next(totals), next(totals)
             if count:
-                result |= {f"{name}_loss": loss / count, f"{name}_accuracy": right / count}
-        return {"loss": sum(v for k, v in result.items() if k.endswith("_loss")), **result} if result else {}
+                result[loss_key(name)] = loss / count
+                result |= {f"{name}_accuracy": right / count} if name in self.task.judged else {}
+        return {"loss": sum(v for k, v in result.items() if k.endswith("loss")), **result} if result else {}
 
     def _forward(self, batch: Batch) -> Batch:
         return self.ds(**{name: batch[name] for name in self.task.inputs})  # type: ignore[no-any-return]
@@ -176,6 +183,11 @@ class Engine:
     @property
     def loss_scale(self) -> float | None:
         return float(self.ds.optimizer.cur_scale) if self.ds.fp16_enabled() else None
+
+
+def loss_key(name: str) -> str:
+    """What records call a loss: ``mlm_loss``; a task's only one is ``loss``."""
+    return name if name == "loss" else f"{name}_loss"
 
 
 def _added(rows: Any) -> dict[str, float]:

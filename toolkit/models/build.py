@@ -36,13 +36,7 @@ def model_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
     """From ``model.weights`` if given (shape and vocabulary are its own), else from the keys."""
     if model.weights is None:
         return bert_config(model, vocab_size=vocab_size, pad_id=pad_id)
-    try:
-        config = BertConfig.from_pretrained(weights_folder(model.weights))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.weights={model.weights}: neither a folder with a config.json, nor a run, nor a hub name that "
-            f"can be reached: {str(error).splitlines()[0]}"
-        ) from error
+    config = read_config(model.weights, BertConfig)
     if config.vocab_size != vocab_size:
         raise ConfigError(
             f"model.weights={model.weights}: its vocabulary has {config.vocab_size} entries, the tokenizer "
@@ -50,6 +44,17 @@ def model_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
         )
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = model.dropout
     return config
+
+
+def read_config(weights: str, kind: Any, **changes: Any) -> Any:
+    """The Hugging Face configuration of ``weights``; ``kind`` is AutoConfig or a class. Raises ConfigError."""
+    try:
+        return kind.from_pretrained(weights_folder(weights), **changes)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.weights={weights}: neither a folder with a config.json, nor a run, nor a hub name that "
+            f"can be reached: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def weights_folder(weights: str) -> str:
@@ -74,10 +79,10 @@ def build_model(run: Any, task: Any) -> nn.Module:
     with no_init_weights(), _partitioned(ds, config.tensor_size):
         model: Any = task.model_class(hf_config)
     model.tie_weights()
-    if config.model.weights:
-        _copy(model, _read(task.model_class, config.model.weights) if run.replica.rank == 0 else None)
-    else:
+    if not config.model.weights or task.new_head:
         initialise(model, config.seed)
+    if config.model.weights:
+        _copy(model, _read(task, config.model) if run.replica.rank == 0 else None)
     _apply_activation(model, config)
     return model  # type: ignore[no-any-return]
 
@@ -88,7 +93,7 @@ def _build_stage(run: Any, task: Any) -> nn.Module:
 
     config, model = run.config, build_pipeline(run, task)
     if config.model.weights:
-        state = _read(task.model_class, config.model.weights)
+        state = _read(task, config.model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(state[model.hf_name(name)])
@@ -150,21 +155,34 @@ def _draw(model: Any, module: nn.Module, parameters: list[nn.Parameter]) -> None
             p.data = place
 
 
-def _read(model_class: Any, weights: str) -> dict[str, torch.Tensor]:
-    """The state of ``weights``."""
-    folder = weights_folder(weights)
+def _read(task: Any, options: Model) -> dict[str, torch.Tensor]:
+    """The state of ``model.weights``, without what a new head is drawn for."""
+    weights = str(options.weights)
     # safetensors, or torch.load with weights_only: nothing in the file is executed
-    model, info = model_class.from_pretrained(folder, output_loading_info=True)
-    if info["missing_keys"]:
-        raise CheckpointError(f"model.weights={weights}: lacks {', '.join(sorted(info['missing_keys']))}.")
-    return dict(model.state_dict())
+    model, info = task.model_class.from_pretrained(
+        weights_folder(weights), config=task.hf_config, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    body = f"{model.base_model_prefix}."
+    may_be_new = {n for n in model.state_dict() if task.new_head and (not n.startswith(body) or ".pooler." in n)}
+    if missing := sorted(set(info["missing_keys"]) - may_be_new):
+        raise CheckpointError(f"model.weights={weights}: lacks {', '.join(missing)}.")
+    for name, there, here in info["mismatched_keys"]:
+        if not (options.new_head and name in may_be_new):
+            way = "model.new_head=true leaves it out" if name in may_be_new else "Use weights of this shape"
+            raise CheckpointError(
+                f"model.weights={weights}: {name} is {tuple(there)} there and {tuple(here)} here. {way}."
+            )
+    drawn = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
+    if options.new_head:
+        drawn |= {n for n in may_be_new if not n.startswith(body)}
+    return {n: tensor for n, tensor in model.state_dict().items() if n not in drawn}
 
 
 def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:
     """The first copy's ``state`` into the model of every rank, one parameter at a time."""
     for name, parameter in model.named_parameters():
         with _whole([parameter]), torch.no_grad():
-            if state is not None:
+            if state is not None and name in state:
                 parameter.copy_(state[name])
             if not hasattr(parameter, "ds_id"):
                 torch.distributed.broadcast(parameter.data, src=0, group=ranks._control)

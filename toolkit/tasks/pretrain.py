@@ -1,6 +1,6 @@
 """Masked LM with next sentence prediction (or sentence order, or neither) on prepared text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from toolkit.plan import flops
 from toolkit.run import Run
 
 Batch = dict[str, Tensor]
+Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
 IGNORED = -100
 
 
@@ -24,6 +25,8 @@ class Pretrain:
     inputs = ("input_ids", "attention_mask", "token_type_ids", "mlm_positions")
     labels = ("mlm_labels", "nsp_labels")
     outputs = ("mlm", "pair")  # the model's, in the order of a pipeline's
+    new_head = False  # weights without its heads are refused
+    best = None  # no metric chooses between checkpoints: the last is the one
 
     def __init__(self, run: Run) -> None:
         config = self.config = run.config
@@ -55,6 +58,9 @@ class Pretrain:
             run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
         self.predicted = ("mlm", self.pair) if self.pair else ("mlm",)  # the names of losses and of their counts
+        self.judged = self.predicted  # those with an accuracy
+        samples, size = self.prepared.train_samples, config.batch.global_size
+        run.lasts(lambda epochs: max(1, round(epochs * samples / size)))
         self.flops = flops.bert(self.hf_config, vocab_size=self.vocab_size, length=config.data.max_length)
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:
@@ -82,16 +88,24 @@ class Pretrain:
             limit=self.config.train.eval_samples,
         )
 
+    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
+        """Mean losses and accuracies on what is held out."""
+        return engine.evaluate(watch(self.eval_batches()))  # type: ignore[no-any-return]
+
+    def predict(self, engine: Any, watch: Watch) -> None:
+        """Nothing of a pretrained model is worth a file."""
+
     def _dataset(self, split: str) -> Any:
         config = self.config
         return data.PairDataset(self.prepared, config.data, config.task.objective, config.seed, split)
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """What this micro-batch holds: predicted tokens, labelled pairs, sequences, tokens without padding."""
+        """What this micro-batch holds: predicted tokens, labelled pairs, sequences, tokens without and with padding."""
         counts = {
             "mlm": int((batch["mlm_labels"] != IGNORED).sum()),
             "sequences": len(batch["input_ids"]),
             "tokens": int(batch["attention_mask"].sum()),
+            "positions": batch["input_ids"].numel(),
         }
         return counts | ({self.pair: int((batch["nsp_labels"] != IGNORED).sum())} if self.pair else {})
 
