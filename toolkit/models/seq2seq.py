@@ -10,12 +10,19 @@ for source, target and output, scaled by sqrt(hidden_size). Its bias on the outp
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, BertConfig, EncoderDecoderConfig, EncoderDecoderModel, MarianConfig
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    MarianConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from toolkit.config import Model
 from toolkit.errors import ConfigError
-from toolkit.models.build import weights_folder
+from toolkit.models.build import read_config
 from toolkit.plan.flops import Seq2SeqShape
 
 
@@ -31,19 +38,44 @@ class Special:
 class Bert2Bert(EncoderDecoderModel):  # type: ignore[misc]
     """Two BERTs, the second with attention to the first's states (Rothe et al. 2020, arXiv 1907.12461)."""
 
-    model_type = "encoder-decoder"
+    saved_as = "EncoderDecoderModel"
+    halves: tuple[str, ...] = ("encoder", "decoder")  # those that begin as the BERT that is loaded
 
     def __init__(self, config: Any = None, encoder: Any = None, decoder: Any = None) -> None:
         super().__init__(config, encoder, decoder)
         self.encoder.pooler = None  # nothing reads it
+
+    @classmethod
+    def from_pretrained(cls, folder: str, *, config: Any, **options: Any) -> Any:
+        """(model, loading info) of a BERT for ``halves``, or of a model that was made of two."""
+        if AutoConfig.from_pretrained(folder).model_type != "bert":
+            return super().from_pretrained(folder, config=config, **options)
+        bert, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
+        found = {name: t for name, t in bert.state_dict().items() if name not in info["missing_keys"]}
+        state = {f"decoder.{name}": tensor for name, tensor in found.items()}
+        state |= {f"encoder.{n.removeprefix('bert.')}": t for n, t in found.items() if n.startswith("bert.")}
+        model = cls(config)
+        state = {n: t for n, t in state.items() if n.split(".")[0] in cls.halves and n in model.state_dict()}
+        model.load_state_dict(state, strict=False)
+        return model, {"missing_keys": set(model.state_dict()) - set(state), "mismatched_keys": set()}
+
+
+class HalfBert2Bert(Bert2Bert):
+    halves = ("encoder",)
+
+
+class NewBert2Bert(Bert2Bert):
+    halves = ()
+
+
+BERT_INIT = {"both": Bert2Bert, "encoder": HalfBert2Bert, "none": NewBert2Bert}
 
 
 def seq2seq_config(model: Model, tokenizer: Any, vocab_size: int) -> Any:
     """The Hugging Face configuration: of ``model.weights`` where given, else from the keys. Raises ConfigError."""
     if model.weights is None:
         return marian_config(model, Special(*_ids(tokenizer)), vocab_size)
-    config = pretrained_config(model.weights)
-    found = config.vocab_size
+    config = read_config(model.weights, AutoConfig)
     if isinstance(config, BertConfig):
         config = bert2bert_config(config, Special(*_ids(tokenizer)))
     elif type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
@@ -51,6 +83,7 @@ def seq2seq_config(model: Model, tokenizer: Any, vocab_size: int) -> Any:
             f"model.weights={model.weights}: a {config.model_type} model does not translate. Use an encoder-decoder "
             "(Marian, T5, BART), or a BERT to make one of."
         )
+    found = shape(config).vocab_size
     if found < vocab_size:
         raise ConfigError(
             f"model.weights={model.weights}: its vocabulary has {found} entries, the tokenizer {vocab_size}. "
@@ -58,16 +91,6 @@ def seq2seq_config(model: Model, tokenizer: Any, vocab_size: int) -> Any:
         )
     _set_dropout(config, model.dropout)
     return config
-
-
-def pretrained_config(weights: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(weights_folder(weights))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.weights={weights}: neither a folder with a config.json, nor a run, nor a hub name that "
-            f"can be reached: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _ids(tokenizer: Any) -> tuple[int, int, int]:
@@ -138,11 +161,16 @@ def without_cache(hf_config: Any) -> None:
             part.use_cache = False
 
 
-def model_class(hf_config: Any) -> Any:
+def model_class(hf_config: Any, init: str = "both") -> Any:
     """The class that computes logits from input_ids, attention_mask and decoder_input_ids."""
     if isinstance(hf_config, EncoderDecoderConfig):
-        return Bert2Bert
+        return BERT_INIT[init]
     return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(hf_config)]
+
+
+def made_of_bert(hf_config: Any, weights: str | None) -> bool:
+    """Whether ``weights`` are a BERT's, which lack the decoder's attention to the source."""
+    return isinstance(hf_config, EncoderDecoderConfig) and isinstance(read_config(str(weights), AutoConfig), BertConfig)
 
 
 def positions(hf_config: Any) -> int | None:

@@ -4,7 +4,8 @@ from typing import Any
 
 
 def build_task(run: Any) -> Any:
-    """The task named by ``task.name``, its data prepared."""
+    """The task named by ``task.kind``, its data prepared."""
     from toolkit.tasks.pretrain import Pretrain
+    from toolkit.tasks.translate import Translate
 
-    return {"pretrain": Pretrain}[run.config.task.name](run)
+    return {"pretrain": Pretrain, "translate": Translate}[run.config.task.kind](run)

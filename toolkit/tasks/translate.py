@@ -41,19 +41,22 @@ class Translate:
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         _refuse_two_vocabularies(subwords.digest(self.tokenizer))
         self.hf_config = seq2seq.seq2seq_config(config.model, self.tokenizer, vocab_size(self.tokenizer))
-        self.model_class = seq2seq.model_class(self.hf_config)
+        self.model_class = seq2seq.model_class(self.hf_config, config.model.init)
+        self.new_head = seq2seq.made_of_bert(self.hf_config, config.model.weights)
         self.special = seq2seq.special(self.hf_config, self.tokenizer)
         self.vocab_size = seq2seq.shape(self.hf_config).vocab_size
         self._refuse_long()
         self.splits = self.prepared.splits
         self.held_out = {name: split for name, split in self.splits.items() if name.startswith("eval")}
-        self.best = config.task.best or ("bleu" if self.held_out else None)
-        run.write_model(self.hf_config, self.model_class.__name__, self.prepared.tokenizer)
+        self.best = f"{_prefix(next(iter(self.held_out)))}{config.task.best or 'bleu'}" if self.held_out else None
+        saved_as = getattr(self.model_class, "saved_as", self.model_class.__name__)
+        run.write_model(self.hf_config, saved_as, self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
         for line in parallel.told(self.prepared.audit):
             run.console.print(line, highlight=False)
         seq2seq.without_cache(self.hf_config)
         self.batches = PairBatches(config, self.special, run.replica)
+        run.lasts(self.batches.order(self.splits["train"]).steps)
         self.flops = flops.seq2seq(seq2seq.shape(self.hf_config))
 
     def _refuse_long(self) -> None:
@@ -99,8 +102,7 @@ class Translate:
         result: dict[str, float] = {}
         limit, task = self.config.train.eval_samples, self.config.task
         for name, split in self.held_out.items():
-            prefix = name.removeprefix("eval").removeprefix("_")
-            prefix += "_" * bool(prefix)
+            prefix = _prefix(name)
             loss = engine.evaluate(watch(self.batches.held_out(split, limit)))["loss"]
             texts = self._translated(engine, split, limit, task.eval_beams, watch)
             bleu = metrics.bleu(texts, [target for _, target in split.texts[:limit]])
@@ -152,6 +154,12 @@ def summed_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """
     flat, wanted = logits.float().flatten(0, 1), labels.flatten()
     return cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+
+
+def _prefix(split: str) -> str:
+    """``eval_flickr`` has records named flickr_bleu, plain ``eval`` bleu."""
+    name = split.removeprefix("eval").removeprefix("_")
+    return f"{name}_" if name else ""
 
 
 def _refuse_two_vocabularies(digest: str) -> None:
