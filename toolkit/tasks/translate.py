@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from toolkit import metrics, ranks
+from toolkit.config import RunConfig
 from toolkit.data import parallel, subwords
 from toolkit.data.pair_batches import IGNORED, PairBatches
 from toolkit.data.parallel import Split
 from toolkit.data.tokenizer import vocab_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.models import seq2seq
+from toolkit.models.build import weights_folder
 from toolkit.plan import flops
 from toolkit.run import Run
 from toolkit.tasks.decoding import Decoding, translate
@@ -37,7 +39,7 @@ class Translate:
 
         config = self.config = run.config
         self.run, self.replica = run, run.replica
-        self.prepared = ranks.in_turn(lambda: parallel.prepare(config))
+        self.prepared = ranks.in_turn(lambda: parallel.prepare(with_tokenizer_of_weights(config)))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         _refuse_two_vocabularies(subwords.digest(self.tokenizer))
         self.hf_config = seq2seq.seq2seq_config(config.model, self.tokenizer, vocab_size(self.tokenizer))
@@ -126,6 +128,10 @@ class Translate:
             self.run.notes[f"{name} BLEU, {self.config.task.beams} beams"] = bleu.score
             self.run.console.print(f"{name}: BLEU {bleu.score:.2f}  {bleu.signature}", highlight=False)
         if facts:
+            step = max((r["step"] for r in self.run.records()), default=0)
+            beams = f"bleu_{self.config.task.beams}_beams"  # test sets have no other BLEU
+            keys = {name: f"{name}_{'bleu' if name.startswith('test') else beams}" for name in facts}
+            self.run.log({"step": step} | {keys[name]: fact["bleu"] for name, fact in facts.items()})
             self.run.write_json("predictions.json", facts)
             self.run.write_text("samples.md", "\n".join(samples))
 
@@ -144,6 +150,14 @@ class Translate:
             watch=watch,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def with_tokenizer_of_weights(config: RunConfig) -> RunConfig:
+    """Weights come with their tokenizer unless another is named."""
+    if config.model.weights is None or config.tokenizer.path is not None:
+        return config
+    tokenizer = config.tokenizer.model_copy(update={"path": weights_folder(config.model.weights)})
+    return config.model_copy(update={"tokenizer": tokenizer})
 
 
 def summed_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
