@@ -52,10 +52,15 @@ def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
     run(folder, command)
 
 
+def options(group: Path) -> set[str]:
+    """The options in a group's folder; ``files/*`` for those in a folder within it."""
+    return {f"{f.name}/*" if f.is_dir() else f.stem for f in group.iterdir()}
+
+
 def test_the_options_of_every_group_are_listed() -> None:
     section = (ROOT / "README.md").read_text().split("## Configuration")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
-    groups = {p.name: {f.stem for f in p.glob("*.yaml")} for p in (ROOT / "conf").iterdir() if p.is_dir()}
-    listed = {group: set(re.findall(r"`(\w+)`", options)) for group, options in rows.items()}
+    groups = {p.name: options(p) for p in (ROOT / "conf").iterdir() if p.is_dir()}
+    listed = {group: set(re.findall(r"`([\w/*]+)`", options)) for group, options in rows.items()}
     listed["zero"] |= {"stage1", "stage2"}  # the table says stage0 … stage3
     assert listed == groups

@@ -50,7 +50,7 @@ def _permissive(argument: str) -> str:
     folder = conf_dir() / key
     if "." in key or not folder.is_dir():
         return f"++{argument}"
-    options = sorted(f.stem for f in folder.glob("*.yaml"))
+    options = sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.rglob("*.yaml"))
     for option in value.strip("[]").split(","):
         if option.strip() not in options:
             hint = nearest(option, options)

@@ -16,7 +16,7 @@ from toolkit.errors import DataError
 def rows(data: Data, names: list[str]) -> Iterator[tuple[str, Any]]:
     """(name:row, row as a dict) of every row of every named data set, in the order given."""
     for name in names:
-        for number, row in enumerate(_load(name, data), 1):
+        for number, row in enumerate(load(name, data.split, data.streaming), 1):
             yield f"{name}:row {number}", row
 
 
@@ -27,7 +27,7 @@ def identity(name: str, data: Data) -> list[Any]:
         stats = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
         return [name, [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]]
     if not data.streaming:
-        return [name, _load(name, data)._fingerprint]
+        return [name, load(name, data.split, data.streaming)._fingerprint]
     return [name, _revision(name)]
 
 
@@ -37,17 +37,26 @@ def _revision(name: str) -> str:
     try:
         return str(HfApi().dataset_info(_owner_and_config(name)[0]).sha)
     except Exception as error:  # the client raises from several libraries; each means: not reachable
-        raise _unreachable(name, error) from error
+        raise _unreachable("data.path", name, error) from error
 
 
-def _load(name: str, data: Data) -> Any:
+def load(name: str, split: str, streaming: bool, key: str = "data.path") -> Any:
+    """One split of a data set. Raises DataError with the ``key`` its name stands at."""
     from datasets import load_dataset
 
     owner, config = _owner_and_config(name)
     try:
-        return load_dataset(owner, config, split=data.split, streaming=data.streaming)
+        return load_dataset(owner, config, split=split, streaming=streaming)
     except Exception as error:  # ditto
-        raise _unreachable(name, error) from error
+        raise _unreachable(key, name, error) from error
+
+
+def class_names(dataset: Any) -> dict[str, list[str]]:
+    """The names of the numbers in each column of classes, or of lists of classes."""
+    from datasets import ClassLabel
+
+    features = {column: getattr(feature, "feature", feature) for column, feature in (dataset.features or {}).items()}
+    return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
 def _owner_and_config(name: str) -> tuple[str, str | None]:
@@ -55,10 +64,10 @@ def _owner_and_config(name: str) -> tuple[str, str | None]:
     return owner, config or None
 
 
-def _unreachable(name: str, error: Exception) -> DataError:
+def _unreachable(key: str, name: str, error: Exception) -> DataError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(
-        f"data.path={name}: the hub data set cannot be loaded ({reason}) "
-        "Check the name (owner/name[:config]), data.split and the network; without one, data.streaming=false "
+        f"{key}={name}: the hub data set cannot be loaded ({reason}) "
+        "Check the name (owner/name[:config]), the split and the network; without one, data.streaming=false "
         "reads what was downloaded before."
     )

@@ -141,7 +141,7 @@ def pairs(place: str, split: str, data: Data, task: Task) -> Iterator[Pair]:
     from toolkit.data import tables
 
     columns = data.columns
-    for where, row in tables.rows(place, data, split):
+    for where, row in tables.rows(place, data, {"eval": "validation"}.get(split, split)):
         for column in (columns.source, columns.target):
             if column not in row:
                 raise DataError(f"{where}: has no column {column!r}, only {', '.join(map(repr, row))}. Set data.columns.")

@@ -86,15 +86,20 @@ def files(data: Data) -> list[Path]:
     """The files that the globs match, sorted within each glob, each once. Raises DataError on no match."""
     found: dict[Path, None] = {}
     for pattern in paths(data):
-        absolute = Path(pattern).expanduser().absolute()
-        if absolute.is_dir():
-            raise DataError(f"data.path={pattern}: is a folder. Name its files: data.path='{pattern}/*'.")
-        names = [absolute] if absolute.is_file() else glob.glob(str(absolute), recursive=True)  # noqa: PTH207
-        matches = sorted(path.resolve() for path in map(Path, names) if path.is_file())
-        if not matches:
-            raise DataError(f"data.path={pattern}: no file matches (working directory {Path.cwd()}).")
-        found |= dict.fromkeys(matches)
+        found |= dict.fromkeys(sorted(path.resolve() for path in matching(pattern, "data.path")))
     return list(found)
+
+
+def matching(pattern: str, key: str) -> list[Path]:
+    """The files that a glob matches, sorted. Raises DataError, with the ``key`` it stands at, on none."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        raise DataError(f"{key}={pattern}: is a folder. Name its files: {key}='{pattern}/*'.")
+    names = [path] if path.is_file() else glob.glob(str(path), recursive=True)  # noqa: PTH207
+    found = sorted(path for path in map(Path, names) if path.is_file())
+    if not found:
+        raise DataError(f"{key}={pattern}: no file matches (working directory {Path.cwd()}).")
+    return found
 
 
 def identity(data: Data) -> list[Any]:
@@ -111,7 +116,7 @@ def identity(data: Data) -> list[Any]:
     return [data.documents, [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]]
 
 
-def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     """(number from 1, text without its line end) of every line that is valid UTF-8."""
     number, offset = 0, 0
     try:
@@ -147,7 +152,7 @@ def _unwrap(lines: Iterable[str]) -> list[str]:
 
 
 def _text(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
-    lines = _lines(path, problems)
+    lines = read_lines(path, problems)
     if data.documents == "file":
         yield Document(_unwrap(text for _, text in lines), str(path))
     elif data.documents == "blank_line":
@@ -201,7 +206,13 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _jsonl(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
-    for number, text in _lines(path, problems):
+    for where, row in json_lines(path, problems):
+        yield from _row_document(row, data.column, where, problems)
+
+
+def json_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """(path:line, value) of every line that is not blank."""
+    for number, text in read_lines(path, problems):
         if not text.strip():
             continue
         try:
@@ -212,23 +223,30 @@ def _jsonl(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
                 "Correct or remove the line",
             )
         else:
-            yield from _row_document(row, data.column, f"{path}:{number}", problems)
+            yield f"{path}:{number}", row
 
 
 def _parquet(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
+    for where, row in parquet_rows(path, problems, data.column):
+        yield from _row_document(row, data.column, where, problems)
+
+
+def parquet_rows(path: Path, problems: Problems, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path:row N, row) of every row; of one ``column`` where given, or one row of all names if it is not there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = 0
     try:
         with pq.ParquetFile(path) as file:
-            if data.column not in file.schema_arrow.names:
-                yield from _row_document(dict.fromkeys(file.schema_arrow.names), data.column, str(path), problems)
+            names = file.schema_arrow.names
+            if column and column not in names:
+                yield str(path), dict.fromkeys(names)
                 return
-            for batch in file.iter_batches(batch_size=256, columns=[data.column]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(batch_size=256, columns=[column] if column else names):
+                for values in batch.to_pylist():
                     row += 1
-                    yield from _row_document({data.column: value}, data.column, f"{path}:row {row}", problems)
+                    yield f"{path}:row {row}", values
     except (pa.ArrowException, OSError) as error:
         problems.found(f"{path}: cannot be read as parquet after row {row} ({error})", "Replace the file")
 
