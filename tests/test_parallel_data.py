@@ -1,6 +1,7 @@
 """Sentence pairs: what is read, dropped, cut and refused, and how they become batches."""
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,20 @@ def test_a_line_ends_with_a_newline_only(tmp_path: Path) -> None:
     corpus(tmp_path, ["ein\u2028Hund\x0c da", "zwei"], ["a dog", "two"])
     pairs = list(parallel.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
     assert [p.target for p in pairs] == ["a dog", "two"] and pairs[0].source == "ein\u2028Hund\x0c da"
+
+
+def test_pairs_come_from_tables_too(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in zip(DE[:3], EN[:3], strict=True)))
+    nested = [json.dumps({"translation": {"de": a, "en": b}}) for a, b in zip(DE[:3], EN[:3], strict=True)]
+    (tmp_path / "val.jsonl").write_text("\n".join(nested))
+    tsv = config(tmp_path, f"data.train={tmp_path / 'train.tsv'}")
+    assert parallel.prepare(tsv).audit["splits"]["train"]["kept"] == 3
+    columns = ["data.columns.source=translation.de", "data.columns.target=translation.en"]
+    rows = config(tmp_path, f"data.train={tmp_path / 'val.jsonl'}", *columns)
+    assert [p.target for p in parallel.pairs(rows.data.train, "train", rows.data, rows.task)] == EN[:3]
+    assert "train.tsv:2: has no column 'translation.de', only 'source', 'target'" in refused(
+        tmp_path, f"data.train={tmp_path / 'train.tsv'}", *columns
+    )
 
 
 # ---- batches

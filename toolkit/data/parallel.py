@@ -21,15 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config import Data, RunConfig, Task, cache_dir
-from toolkit.data import subwords
+from toolkit.data import hub, subwords, tables
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.arrays import Spool, open_columns, seal
 from toolkit.data.cache import build, fingerprint
 from toolkit.data.draws import mix, uniform
+from toolkit.data.sources import matching
 from toolkit.errors import DataError
 
 Ids = NDArray[Any]
 SIDES = ("source", "target")
+TABLE_SPLITS = {"train": "train", "eval": "validation", "test": "test"}
 HELD_OUT = 0x7061  # salt of the choice of held-out pairs
 
 
@@ -138,15 +140,22 @@ def pairs(place: str, split: str, data: Data, task: Task) -> Iterator[Pair]:
     if sides:
         yield from _aligned(*sides, split)
         return
-    from toolkit.data import tables
-
-    columns = data.columns
-    for where, row in tables.rows(place, data, {"eval": "validation"}.get(split, split)):
-        for column in (columns.source, columns.target):
-            if column not in row:
-                raise DataError(f"{where}: has no column {column!r}, only {', '.join(map(repr, row))}. Set data.columns.")
-        source, target = (str(row[c] or "").strip() for c in (columns.source, columns.target))
+    for where, row in tables.rows(place, data, TABLE_SPLITS[split]):
+        source, target = (_cell(row, column, where) for column in (data.columns.source, data.columns.target))
         yield Pair(source, target, where)
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    """``translation.de`` is the entry ``de`` of the column ``translation``, as in the WMT sets of the hub."""
+    value: Any = row
+    for name in [column] if column in row else column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise DataError(
+                f"{where}: has no column {column!r}, only {', '.join(map(repr, row))}. Set data.columns.source and "
+                "data.columns.target."
+            )
+        value = value[name]
+    return str("" if value is None else value).strip()
 
 
 def _sides(place: str, split: str, task: Task) -> list[Path] | None:
@@ -202,11 +211,13 @@ def _lines(path: Path) -> Iterator[str]:
 def _identity(place: str, data: Data, task: Task) -> list[Any]:
     """What stands for the content of ``place`` in the cache: names, sizes and times of its files."""
     sides = _sides(place, "train", task)
-    if sides is None:
-        from toolkit.data import tables
-
-        return list(tables.identity(place, data))
-    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in sides]
+    if sides is not None:
+        files = sides
+    elif data.format == "hub" or (data.format is None and tables._is_hub(place)):
+        return [place, *hub.identity(place.partition("@")[0], data)]
+    else:
+        files = matching(place, "data.train")
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 # ---- tokenising
