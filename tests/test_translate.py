@@ -34,10 +34,9 @@ def reversals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def common(folder: Path, *more: str) -> list[str]:
     return [
-        "experiment=null", "model=transformer_tiny", "task=translate", "schedule=inverse_sqrt", "tokenizer.vocab_size=60",
-        "task.source=a", "task.target=b", "task.max_target=12", f"data.train={folder / 'train'}",
-        f"data.eval={folder / 'val'}", f"data.test={folder / 'test'}", "train.eval_every=4", "model.dropout=0",
-        "deepspeed.optimizer.params.lr=2e-3", "deepspeed.optimizer.params.weight_decay=0", *more,
+        "experiment=multi30k", "tokenizer.vocab_size=60", "task.source=a", "task.target=b", "task.max_target=12",
+        f"data.train={folder / 'train'}", f"data.eval={folder / 'val'}", f"data.test={folder / 'test'}",
+        "train.eval_every=4", "model.dropout=0", *(["batch.tokens=null"] * ("batch.tokens=" not in " ".join(more))), *more,
     ]  # fmt: skip
 
 
@@ -90,7 +89,7 @@ def test_beam_search_finds_the_same_translations_in_every_layout(runs: Path, lay
 def test_records_say_how_good_it_is_and_how_much_is_padding(runs: Path) -> None:
     records = read(runs / "zero2-tokens" / "metrics.jsonl")
     held = [r for r in records if "eval_loss" in r]
-    assert [r["step"] for r in held] == [4, 8]
+    assert [r["step"] for r in held[:2]] == [4, 8]
     assert held[0]["eval_perplexity"] == pytest.approx(math.exp(held[0]["eval_loss"])) and "eval_bleu" in held[0]
     assert all(0 < r["padding"] < 0.5 for r in records if "padding" in r)
     facts = json.loads((runs / "zero2-tokens" / "predictions.json").read_text())
@@ -109,8 +108,8 @@ def test_stopping_and_resuming_gives_the_same_losses(tmp_path: Path, reversals: 
 def test_it_learns_to_reverse(tmp_path: Path, reversals: Path) -> None:
     options = common(
         reversals, "zero=stage2", "model.hidden_size=64", "model.num_attention_heads=4", "model.intermediate_size=128",
-        "batch.tokens=700", "batch.micro_size=8", "train.steps=null", "train.epochs=16", "train.log_every=50", "train.eval_every=null",
-        "train.save_every=null", "schedule.warmup=100", "deepspeed.optimizer.params.betas=[0.9,0.98]",
+        "batch.tokens=700", "batch.micro_size=8", "train.steps=null", "train.epochs=16", "train.log_every=50",
+        "train.eval_every=null", "train.save_every=null", "schedule.warmup=100",
     )  # fmt: skip
     result = launch(tmp_path, *options, recipe="translate")
     assert losses(result.dir, "test_bleu")[-1] > 95

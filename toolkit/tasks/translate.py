@@ -128,10 +128,10 @@ class Translate:
             self.run.notes[f"{name} BLEU, {self.config.task.beams} beams"] = bleu.score
             self.run.console.print(f"{name}: BLEU {bleu.score:.2f}  {bleu.signature}", highlight=False)
         if facts:
-            step = max((r["step"] for r in self.run.records()), default=0)
+            evaluated = [r["step"] for r in self.run.records() if f"eval_{self.best}" in r]
             beams = f"bleu_{self.config.task.beams}_beams"  # test sets have no other BLEU
             keys = {name: f"{name}_{'bleu' if name.startswith('test') else beams}" for name in facts}
-            self.run.log({"step": step} | {keys[name]: fact["bleu"] for name, fact in facts.items()})
+            self.run.log({"step": (evaluated or [self.run.steps])[-1]} | {keys[name]: fact["bleu"] for name, fact in facts.items()})
             self.run.write_json("predictions.json", facts)
             self.run.write_text("samples.md", "\n".join(samples))
 
