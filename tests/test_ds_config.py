@@ -174,7 +174,7 @@ ROWS = [
     ("translator_only", "cpu", "model=transformer_base", "model.type=marian with task.kind=pretrain"),
     ("tokens_only_translate", "cpu", "batch.tokens=4096", "batch.tokens=4096 with task.kind=pretrain"),
     ("decoder_without_effect", "cpu", "model.decoder_layers=3", "model.type=bert: it has no decoder of its own"),
-    ("translate_pipeline", "cpu", "task=translate model=transformer_base pipeline=two zero=stage1", "Use pipeline=none"),
+    ("translate_pipeline", "cpu", "task=translate model=transformer_tiny pipeline=two zero=stage1", "pipeline=none"),
     ("translate_tensor", "cpu", "task=translate model=transformer_base parallel=tensor", "Use parallel=none"),
     ("max_predictions", "cpu", "data.max_predictions=200", "above data.max_length=128"),
     ("flash_on_cpu", "cpu", "model.attention=flash_attention_2", "Use model.attention=sdpa"),

@@ -14,7 +14,7 @@ import torch
 from composing import compose
 
 from toolkit.config import RunConfig
-from toolkit.data import parallel, subwords
+from toolkit.data import aligned, parallel, subwords
 from toolkit.data.pair_batches import IGNORED, PairBatches
 from toolkit.errors import DataError
 from toolkit.ranks import Replica
@@ -37,7 +37,13 @@ def corpus(folder: Path, source: list[str] = DE, target: list[str] = EN, name: s
 
 
 def config(tmp_path: Path, *overrides: str) -> RunConfig:
-    common = ["task=translate", "model=transformer_tiny", "task.source=de", "task.target=en", "tokenizer.vocab_size=120"]
+    common = [
+        "task=translate",
+        "model=transformer_tiny",
+        "task.source=de",
+        "task.target=en",
+        "tokenizer.vocab_size=120",
+    ]
     common += [f"data.cache_dir={tmp_path / 'cache'}", f"data.train={tmp_path / 'train'}", "data.holdout=0"]
     given = {o.split("=")[0] for o in overrides}
     return compose(*(o for o in common if o.split("=")[0] not in given), *overrides)
@@ -105,7 +111,9 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     corpus(tmp_path, ["", ""], ["", ""])
     assert "hold no word to train on" in refused(tmp_path)
     corpus(tmp_path, ["Hund"] * 3, ["dog"] * 3)
-    assert "no pair is left to train on: 0 of 3 pairs, 3 above data.max_length" in refused(tmp_path, "data.max_length=1", "data.max_predictions=1")
+    assert "no pair is left to train on: 0 of 3 pairs, 3 above data.max_length" in refused(
+        tmp_path, "data.max_length=1", "data.max_predictions=1"
+    )
     corpus(tmp_path, ["Hund", "Haus"], ["dog", ""], name="val")
     assert "val.de:2: an empty reference in data.eval" in refused(tmp_path, f"data.eval={tmp_path / 'val'}")
     (tmp_path / "train.de").write_bytes(b"gut\n\xff\n")
@@ -118,19 +126,21 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_line_ends_with_a_newline_only(tmp_path: Path) -> None:
     corpus(tmp_path, ["ein\u2028Hund\x0c da", "zwei"], ["a dog", "two"])
-    pairs = list(parallel.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
+    pairs = list(aligned.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
     assert [p.target for p in pairs] == ["a dog", "two"] and pairs[0].source == "ein\u2028Hund\x0c da"
 
 
 def test_pairs_come_from_tables_too(tmp_path: Path) -> None:
-    (tmp_path / "train.tsv").write_text("source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in zip(DE[:3], EN[:3], strict=True)))
+    (tmp_path / "train.tsv").write_text(
+        "source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in zip(DE[:3], EN[:3], strict=True))
+    )
     nested = [json.dumps({"translation": {"de": a, "en": b}}) for a, b in zip(DE[:3], EN[:3], strict=True)]
     (tmp_path / "val.jsonl").write_text("\n".join(nested))
     tsv = config(tmp_path, f"data.train={tmp_path / 'train.tsv'}")
     assert parallel.prepare(tsv).audit["splits"]["train"]["kept"] == 3
     columns = ["data.columns.source=translation.de", "data.columns.target=translation.en"]
     rows = config(tmp_path, f"data.train={tmp_path / 'val.jsonl'}", *columns)
-    assert [p.target for p in parallel.pairs(rows.data.train, "train", rows.data, rows.task)] == EN[:3]
+    assert [p.target for p in aligned.pairs(rows.data.train, "train", rows.data, rows.task)] == EN[:3]
     assert "train.tsv:2: has no column 'translation.de', only 'source', 'target'" in refused(
         tmp_path, f"data.train={tmp_path / 'train.tsv'}", *columns
     )

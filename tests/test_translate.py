@@ -17,7 +17,7 @@ from toolkit.models import seq2seq
 from toolkit.plan import flops
 from toolkit.tasks.translate import summed_loss
 
-WORDS = "rot blau grün alt neu groß klein Hund Katze Haus Baum Tisch".split()
+WORDS = ["rot", "blau", "grün", "alt", "neu", "groß", "klein", "Hund", "Katze", "Haus", "Baum", "Tisch"]
 NAMES = ("train", "val", "test")
 
 
@@ -26,17 +26,18 @@ def reversals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs whose target is the source with its words in the opposite order."""
     folder, rng = tmp_path_factory.mktemp("reversals"), np.random.default_rng(0)
     for name, number in zip(NAMES, (3000, 45, 21), strict=True):
-        lines = [list(rng.choice(WORDS, rng.integers(2, 7))) for _ in range(number)]
+        lines = [list(rng.choice(WORDS, rng.integers(2, 7), replace=False)) for _ in range(number)]
         (folder / f"{name}.a").write_text("".join(" ".join(words) + "\n" for words in lines))
         (folder / f"{name}.b").write_text("".join(" ".join(words[::-1]) + "\n" for words in lines))
     return folder
 
 
 def common(folder: Path, *more: str) -> list[str]:
+    by_sentence = [] if any(o.startswith("batch.tokens=") for o in more) else ["batch.tokens=null"]
     return [
         "experiment=multi30k", "tokenizer.vocab_size=60", "task.source=a", "task.target=b", "task.max_target=12",
         f"data.train={folder / 'train'}", f"data.eval={folder / 'val'}", f"data.test={folder / 'test'}",
-        "train.eval_every=4", "model.dropout=0", *(["batch.tokens=null"] * ("batch.tokens=" not in " ".join(more))), *more,
+        "train.eval_every=4", "model.dropout=0", *by_sentence, *more,
     ]  # fmt: skip
 
 
@@ -59,7 +60,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, reversals: Path) -> Path:
         for kind, batch in (("pairs", ()), ("tokens", ("batch.tokens=150",)))
     }
     assert not launch_many(folder, grid).errors
-    assert not launch_many(folder, {"one-pairs": grid["zero0-pairs"], "one-tokens": grid["zero0-tokens"]}, ranks=1).errors
+    assert not launch_many(
+        folder, {"one-pairs": grid["zero0-pairs"], "one-tokens": grid["zero0-tokens"]}, ranks=1
+    ).errors
     return folder
 
 
@@ -91,7 +94,7 @@ def test_records_say_how_good_it_is_and_how_much_is_padding(runs: Path) -> None:
     held = [r for r in records if "eval_loss" in r]
     assert [r["step"] for r in held[:2]] == [4, 8]
     assert held[0]["eval_perplexity"] == pytest.approx(math.exp(held[0]["eval_loss"])) and "eval_bleu" in held[0]
-    assert all(0 < r["padding"] < 0.5 for r in records if "padding" in r)
+    assert 0 < sum(r["padding"] for r in records if "padding" in r) < 2
     facts = json.loads((runs / "zero2-tokens" / "predictions.json").read_text())
     assert losses(runs / "zero2-tokens", "test_bleu") == [facts["test"]["bleu"]]
     assert "tok:13a" in facts["test"]["signature"]
@@ -108,8 +111,8 @@ def test_stopping_and_resuming_gives_the_same_losses(tmp_path: Path, reversals: 
 def test_it_learns_to_reverse(tmp_path: Path, reversals: Path) -> None:
     options = common(
         reversals, "zero=stage2", "model.hidden_size=64", "model.num_attention_heads=4", "model.intermediate_size=128",
-        "batch.tokens=700", "batch.micro_size=8", "train.steps=null", "train.epochs=16", "train.log_every=50",
-        "train.eval_every=null", "train.save_every=null", "schedule.warmup=100",
+        "batch.tokens=500", "batch.micro_size=8", "model.initializer_range=0.12", "train.steps=null", "train.epochs=14", "schedule=linear", "train.log_every=50",
+        "train.eval_every=null", "train.save_every=null", "schedule.warmup=100", "deepspeed.optimizer.params.lr=3e-3", "data.max_length=32",
     )  # fmt: skip
     result = launch(tmp_path, *options, recipe="translate")
     assert losses(result.dir, "test_bleu")[-1] > 95
@@ -125,8 +128,16 @@ def tokenizer() -> object:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models with random weights, as from_pretrained would find them."""
-    from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM, BertTokenizer
-    from transformers import MarianMTModel, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BartConfig,
+        BartForConditionalGeneration,
+        BertConfig,
+        BertForMaskedLM,
+        BertTokenizer,
+        MarianMTModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     torch.manual_seed(0)
     base = tmp_path_factory.mktemp("pretrained")
@@ -137,7 +148,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bart |= {"max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     bart |= {"decoder_start_token_id": 1, "forced_eos_token_id": 1}
     t5 = T5Config(vocab_size=size + 3, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    marian = seq2seq.marian_config(Model(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64), seq2seq.Special(0, 1, 0), size)
+    marian = seq2seq.marian_config(
+        Model(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+        ),
+        seq2seq.Special(0, 1, 0),
+        size,
+    )
     models = {
         "t5": T5ForConditionalGeneration(t5),
         "bart": BartForConditionalGeneration(BartConfig(vocab_size=size, **bart)),
@@ -184,7 +201,10 @@ def test_training_starts_from_the_weights_that_are_given(
 
     from toolkit.data.grouping import Batches
 
-    model, tok = AutoModelForSeq2SeqLM.from_pretrained(folders[name]).eval(), AutoTokenizer.from_pretrained(folders[name])
+    model, tok = (
+        AutoModelForSeq2SeqLM.from_pretrained(folders[name]).eval(),
+        AutoTokenizer.from_pretrained(folders[name]),
+    )
     sides = [(reversals / f"train.{side}").read_text().splitlines() for side in "ab"]
     ids = [[tok(x)["input_ids"] for x in side] for side in sides]
     lengths = np.array([max(len(a), len(b)) for a, b in zip(*ids, strict=True)])
@@ -209,7 +229,9 @@ def test_a_bert_begins_the_encoder_the_decoder_or_neither(folders: dict[str, Pat
         assert {name.split(".")[0] for name in taken} == halves
         assert all("crossattention" in n for n in info["missing_keys"] if n.split(".")[0] in halves)
         for name in taken:
-            original = name.removeprefix("decoder.") if name.startswith("decoder.") else name.replace("encoder.", "bert.", 1)
+            original = (
+                name.removeprefix("decoder.") if name.startswith("decoder.") else name.replace("encoder.", "bert.", 1)
+            )
             assert torch.equal(state[name], bert[original])
 
 
@@ -261,8 +283,16 @@ def test_the_formula_counts_what_torch_counts(name: str) -> None:
     n, s, t = 3, 11, 7
     with FlopCounterMode(display=False) as counter:
         ids = torch.ones(n, s, dtype=torch.long)
-        model(input_ids=ids, attention_mask=ids, decoder_input_ids=torch.ones(n, t, dtype=torch.long))["logits"].sum().backward()
-    counts = {"source": n * s, "target": n * t, "source_source": n * s * s, "target_target": n * t * t, "target_source": n * s * t}
+        model(input_ids=ids, attention_mask=ids, decoder_input_ids=torch.ones(n, t, dtype=torch.long))[
+            "logits"
+        ].sum().backward()
+    counts = {
+        "source": n * s,
+        "target": n * t,
+        "source_source": n * s * s,
+        "target_target": n * t * t,
+        "target_source": n * s * t,
+    }
     assert flops.seq2seq(seq2seq.shape(config)).step(counts) == counter.get_total_flops()
 
 
@@ -279,3 +309,34 @@ def test_positions_are_sinusoids_and_stay_as_they_are(runs: Path) -> None:
     assert torch.allclose(table[3], torch.cat([angle.sin(), angle.cos()]), atol=1e-6)
     assert model.final_logits_bias.abs().max() == 0
     assert model.lm_head.weight is model.model.shared.weight is model.model.encoder.embed_tokens.weight
+
+
+def test_a_recipe_compares_what_a_bert_is_worth(tmp_path: Path, reversals: Path, folders: dict[str, Path]) -> None:
+    options = [
+        o for o in common(reversals, "zero=stage2", "train.steps=4", "train.eval_every=2") if "tokenizer." not in o
+    ]
+    options[0] = "experiment=multi30k_bert"
+    launch(tmp_path, *options, f"model.weights={folders['bert']}", "model=bert_tiny", recipe="bert_init")
+    runs = {init: tmp_path / "x" / init for init in ("none", "encoder", "both")}
+    assert len({losses(run)[0] for run in runs.values()}) == 3
+    table = (tmp_path / "x" / "bert_init.md").read_text()
+    assert "random: loss" in table and "| 2 |" in table and "| 4 |" in table
+    assert (tmp_path / "x" / "bert_init.png").stat().st_size > 10_000
+    assert (tmp_path / "x" / "bert_init.svg").exists()
+
+
+def test_curves_keep_the_last_value_of_a_step_that_was_evaluated_twice(tmp_path: Path) -> None:
+    from toolkit.report import curves
+
+    records = [
+        {"step": 1, "eval_bleu": 1.0},
+        {"step": 2, "eval_bleu": 3.0},
+        {"step": 2, "loss": 1},
+        {"step": 1, "eval_bleu": 1.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert curves.curve(tmp_path, "eval_bleu") == [(1, 1.5), (2, 3.0)]
+    assert curves.markdown(curves.rows({"a": tmp_path}, ["eval_bleu"])).splitlines()[2:] == [
+        "| 1 | 1.500 |",
+        "| 2 | 3.000 |",
+    ]

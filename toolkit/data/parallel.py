@@ -1,13 +1,9 @@
 """Sentence pairs for translation: read, counted, tokenised once, then mapped into memory.
 
-    prepared = prepare(config)                    # the second time it finds everything in the cache
-    prepared.splits["train"].source(7)            # token ids, special tokens included
-
-``data.train=corpus/train`` with ``task.source=de task.target=en`` reads ``corpus/train.de[.gz]`` and
-``corpus/train.en[.gz]``, aligned line by line; any other name is a table with data.columns.source and .target.
+prepared = prepare(config)                    # the second time it finds everything in the cache
+prepared.splits["train"].source(7)            # token ids, special tokens included
 """
 
-import gzip
 import json
 import logging
 from collections import Counter
@@ -20,28 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import Data, RunConfig, Task, cache_dir
-from toolkit.data import hub, subwords, tables
+from toolkit.config import Data, RunConfig, cache_dir
+from toolkit.data import aligned, subwords
 from toolkit.data import tokenizer as tokenizers
+from toolkit.data.aligned import Pair
 from toolkit.data.arrays import Spool, open_columns, seal
 from toolkit.data.cache import build, fingerprint
 from toolkit.data.draws import mix, uniform
-from toolkit.data.sources import matching
 from toolkit.errors import DataError
 
 Ids = NDArray[Any]
 SIDES = ("source", "target")
-TABLE_SPLITS = {"train": "train", "eval": "validation", "test": "test"}
 HELD_OUT = 0x7061  # salt of the choice of held-out pairs
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A sentence, its translation, and where they were read."""
-
-    source: str
-    target: str
-    where: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +94,7 @@ def prepare(config: RunConfig) -> Prepared:
     places = _places(data)
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
     key = fingerprint(
-        {name: [place, _identity(place, data, config.task)] for name, place in places.items()},
+        {name: [place, aligned.identity(place, data, config.task)] for name, place in places.items()},
         data.columns.model_dump(include=set(SIDES)),
         [data.header, data.max_length, data.holdout, config.seed],
         [config.task.source, config.task.target, config.task.prefix],
@@ -131,103 +117,11 @@ def _places(data: Data) -> dict[str, str]:
     return {name: place for name, place in places.items() if place}
 
 
-# ---- reading
-
-
-def pairs(place: str, split: str, data: Data, task: Task) -> Iterator[Pair]:
-    """Every pair of ``place``, in order, stripped of white space at the ends. Raises DataError."""
-    sides = _sides(place, split, task)
-    if sides:
-        yield from _aligned(*sides, split)
-        return
-    for where, row in tables.rows(place, data, TABLE_SPLITS[split]):
-        source, target = (_cell(row, column, where) for column in (data.columns.source, data.columns.target))
-        yield Pair(source, target, where)
-
-
-def _cell(row: dict[str, Any], column: str, where: str) -> str:
-    """``translation.de`` is the entry ``de`` of the column ``translation``, as in the WMT sets of the hub."""
-    value: Any = row
-    for name in [column] if column in row else column.split("."):
-        if not isinstance(value, dict) or name not in value:
-            raise DataError(
-                f"{where}: has no column {column!r}, only {', '.join(map(repr, row))}. Set data.columns.source and "
-                "data.columns.target."
-            )
-        value = value[name]
-    return str("" if value is None else value).strip()
-
-
-def _sides(place: str, split: str, task: Task) -> list[Path] | None:
-    """The files of the two languages that begin with ``place``; None if it names a table."""
-    found: list[Path] = []
-    missing: list[str] = []
-    for language in (task.source, task.target):
-        names = [Path(f"{place}.{language}{suffix}").expanduser() for suffix in ("", ".gz")]
-        file = next((name for name in names if name.is_file()), None)
-        found += [file] if file else []
-        missing += [] if file else [f"{names[0]}[.gz]"]
-    if not missing:
-        return found
-    if not found and (Path(place).expanduser().exists() or place[0] not in "~./"):
-        return None  # a table, or a name of the hub
-    raise DataError(
-        f"data.{split}={place}: there is no {' and no '.join(missing)}. The two files are data.{split}, a dot and "
-        f"task.source={task.source} or task.target={task.target}."
-    )
-
-
-def _aligned(source: Path, target: Path, split: str) -> Iterator[Pair]:
-    """Lines of the same number; the counts are compared once both files have ended."""
-    left, right = _lines(source), _lines(target)
-    counts = [0, 0]
-    while True:
-        a, b = next(left, None), next(right, None)
-        counts = [counts[0] + (a is not None), counts[1] + (b is not None)]
-        if a is None or b is None:
-            break
-        yield Pair(a.strip(), b.strip(), f"{source}:{counts[0]}")
-    counts = [counts[0] + sum(1 for _ in left), counts[1] + sum(1 for _ in right)]
-    if counts[0] != counts[1]:
-        raise DataError(
-            f"data.{split}: {source} has {counts[0]:,} lines, {target} {counts[1]:,}. Line by line they are to be "
-            "translations of each other: align them."
-        )
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines end with a newline and nothing else: a form feed or U+2028 within one would shift all that follow."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: is not UTF-8 ({error.reason}). Convert the file.") from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}.") from error
-
-
-def _identity(place: str, data: Data, task: Task) -> list[Any]:
-    """What stands for the content of ``place`` in the cache: names, sizes and times of its files."""
-    sides = _sides(place, "train", task)
-    if sides is not None:
-        files = sides
-    elif data.format == "hub" or (data.format is None and tables._is_hub(place)):
-        return [place, *hub.identity(place.partition("@")[0], data)]
-    else:
-        files = matching(place, "data.train")
-    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-# ---- tokenising
-
-
 def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
     data, task = config.data, config.task
 
     def texts() -> Iterator[str]:
-        for pair in pairs(places["train"], "train", data, task):
+        for pair in aligned.pairs(places["train"], "train", data, task):
             yield pair.source
             yield pair.target
 
@@ -238,7 +132,7 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
     hold = "eval" not in {name.partition("_")[0] for name in splits} and data.holdout > 0
     writers = {name: _Writer(folder / name, tokenizer, config, name) for name in ["train", *(["eval"] * hold), *splits]}
     for name, place in places.items():
-        for number, pair in enumerate(pairs(place, name.partition("_")[0], data, task)):
+        for number, pair in enumerate(aligned.pairs(place, name.partition("_")[0], data, task)):
             held = hold and name == "train" and uniform(mix(config.seed, HELD_OUT, number))[0] < data.holdout
             writers["eval" if held else name].add(pair)
     audit = {name: writer.close() for name, writer in writers.items()}
@@ -273,7 +167,9 @@ class _Writer:
             if self.training:
                 return
             if "target" in empty:
-                raise DataError(f"{pair.where}: an empty reference in data.{self.name}. Correct it, or take the pair out.")
+                raise DataError(
+                    f"{pair.where}: an empty reference in data.{self.name}. Correct it, or take the pair out."
+                )
         self.waiting.append(pair)
         if len(self.waiting) == 1000:
             self._flush()
@@ -327,10 +223,10 @@ def told(audit: dict[str, Any]) -> list[str]:
 
 def _told(counts: dict[str, Any]) -> str:
     words = {
-        "empty_source": "with an empty source", "empty_target": "with an empty target", "empty_both": "empty on both sides",
+        "empty_source": "with an empty source", "empty_target": "with an empty target",
+        "empty_both": "empty on both sides",
         "too_long": "above data.max_length", "cut_source": "sources cut to data.max_length",
         "cut_target": "references cut for the loss",
     }  # fmt: skip
     rest = [f"{counts[name]:,} {text}" for name, text in words.items() if counts[name]]
     return ", ".join([f"{counts['kept']:,} of {counts['read']:,} pairs", *rest])
-

@@ -72,7 +72,7 @@ class Seq2SeqFlops:
 
     def step(self, counts: Mapping[str, float]) -> float:
         """``counts`` has the names above, each summed over sentences: source_source is the sum of their length²."""
-        return sum(getattr(self, field.name) * counts[field.name] for field in fields(self))
+        return sum(float(getattr(self, field.name)) * counts[field.name] for field in fields(self))
 
 
 def seq2seq(shape: Seq2SeqShape) -> Seq2SeqFlops:

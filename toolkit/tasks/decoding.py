@@ -1,6 +1,6 @@
 """Translations by beam search, every sentence once over all ranks; the search itself is Hugging Face's.
 
-    ids = translate(model, sources, special, decoding, replica, size=32, synced=stage == 3)   # the same on all ranks
+ids = translate(model, sources, special, decoding, replica, size=32, synced=stage == 3)   # the same on all ranks
 """
 
 from collections.abc import Iterator, Sequence

@@ -63,9 +63,10 @@ class Translate:
 
     def _refuse_long(self) -> None:
         longest = seq2seq.positions(self.hf_config)
-        for key, value in (("data.max_length", self.config.data.max_length), ("task.max_target", self.config.task.max_target)):
-            if longest is not None and value >= longest:
-                raise ConfigError(f"{key}={value}: the model has only {longest} positions, one for the start. Lower it.")
+        lengths = {"data.max_length": self.config.data.max_length, "task.max_target": self.config.task.max_target}
+        for key, value in lengths.items():
+            if longest is not None and value > longest:
+                raise ConfigError(f"{key}={value}: the model has only {longest} positions. Lower it.")
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches after ``start_sample`` samples, that is whole optimizer steps."""
@@ -108,32 +109,42 @@ class Translate:
             loss = engine.evaluate(watch(self.batches.held_out(split, limit)))["loss"]
             texts = self._translated(engine, split, limit, task.eval_beams, watch)
             bleu = metrics.bleu(texts, [target for _, target in split.texts[:limit]])
-            result |= {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 100)), f"{prefix}bleu": bleu.score}
+            found = {"loss": loss, "perplexity": math.exp(min(loss, 100)), "bleu": bleu.score}
+            result |= {f"{prefix}{key}": value for key, value in found.items()}
         return result
 
     def predict(self, engine: Any, watch: Watch) -> None:
         """Translate every held-out and test pair with ``task.beams``: predictions.*, samples.md, BLEU."""
+        run, task = self.run, self.config.task
         facts: dict[str, Any] = {}
         samples: list[str] = []
         for name, split in self.splits.items():
             if name == "train":
                 continue
-            texts = self._translated(engine, split, None, self.config.task.beams, watch)
+            texts = self._translated(engine, split, None, task.beams, watch)
             bleu = metrics.bleu(texts, [target for _, target in split.texts])
-            file = f"predictions.{name}.{self.config.task.target}"
-            self.run.write_text(file, "".join(f"{' '.join(text.split())}\n" for text in texts))
-            facts[name] = {"bleu": bleu.score, "signature": bleu.signature, "sentences": len(texts), "file": file}
-            facts[name]["beams"], facts[name]["length_penalty"] = self.config.task.beams, self.config.task.length_penalty
+            file = f"predictions.{name}.{task.target}"
+            run.write_text(file, "".join(f"{' '.join(text.split())}\n" for text in texts))
+            facts[name] = {
+                "bleu": bleu.score, "signature": bleu.signature, "sentences": len(texts), "file": file,
+                "beams": task.beams, "length_penalty": task.length_penalty,
+            }  # fmt: skip
             samples += _samples(name, split.texts, texts)
-            self.run.notes[f"{name} BLEU, {self.config.task.beams} beams"] = bleu.score
-            self.run.console.print(f"{name}: BLEU {bleu.score:.2f}  {bleu.signature}", highlight=False)
+            run.notes[f"{name} BLEU, {task.beams} beams"] = bleu.score
+            run.console.print(f"{name}: BLEU {bleu.score:.2f}  {bleu.signature}", highlight=False)
         if facts:
-            evaluated = [r["step"] for r in self.run.records() if f"eval_{self.best}" in r]
-            beams = f"bleu_{self.config.task.beams}_beams"  # test sets have no other BLEU
-            keys = {name: f"{name}_{'bleu' if name.startswith('test') else beams}" for name in facts}
-            self.run.log({"step": (evaluated or [self.run.steps])[-1]} | {keys[name]: fact["bleu"] for name, fact in facts.items()})
-            self.run.write_json("predictions.json", facts)
-            self.run.write_text("samples.md", "\n".join(samples))
+            run.log({"step": self._evaluated_step()} | {self._key(name): f["bleu"] for name, f in facts.items()})
+            run.write_json("predictions.json", facts)
+            run.write_text("samples.md", "\n".join(samples))
+
+    def _evaluated_step(self) -> int:
+        """That of the weights in use: the best step's evaluation is the last record with one."""
+        steps = [r["step"] for r in self.run.records() if f"eval_{self.best}" in r]
+        return int(steps[-1]) if steps else self.run.steps
+
+    def _key(self, split: str) -> str:
+        """``test_bleu``; a held-out set has a BLEU of ``task.eval_beams`` already: ``eval_bleu_4_beams``."""
+        return f"{split}_bleu" if split.startswith("test") else f"{split}_bleu_{self.config.task.beams}_beams"
 
     def _translated(self, engine: Any, split: Split, limit: int | None, beams: int, watch: Watch) -> list[str]:
         task = self.config.task

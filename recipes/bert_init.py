@@ -1,0 +1,59 @@
+"""What a BERT is worth to a translator made of two: all of it random, its encoder from BERT, or both halves.
+
+deepspeed recipes/bert_init.py experiment=multi30k_bert data.path=/data/translation/multi30k model.weights=runs/bert
+
+The same seed, data and shape each time (Clinchant et al. 2019, arXiv 1909.12744). The run directory gets a run for
+each, and bert_init.md, .csv, .png and .svg: loss and BLEU on held-out pairs by optimizer step.
+"""
+
+from toolkit.config import RunConfig
+from toolkit.launch import recipe
+
+NAMES = {"none": "random", "encoder": "BERT encoder", "both": "BERT encoder and decoder"}
+KEYS = ["eval_loss", "eval_bleu"]
+
+
+@recipe
+def main(config: RunConfig) -> None:
+    import csv
+    import gc
+    import io
+
+    from toolkit import ranks
+    from toolkit.engine import Engine
+    from toolkit.errors import ConfigError
+    from toolkit.models.build import build_model
+    from toolkit.report import curves
+    from toolkit.run import Run
+    from toolkit.tasks import build_task
+    from toolkit.train import fit
+
+    if config.task.kind != "translate" or config.model.weights is None:
+        raise ConfigError("This compares translators made of a BERT. Use task=translate and model.weights=<a BERT>.")
+    whole = Run.open(config)
+    runs = {}
+    for init, name in NAMES.items():
+        whole.console.print(f"--- {name}")
+        model = config.model.model_copy(update={"init": init})
+        run = Run.open(config.model_copy(update={"model": model, "output_dir": str(whole.dir), "name": init}))
+        task = build_task(run)
+        engine = Engine.start(build_model(run, task), task, run)
+        fit(engine, task, run)
+        engine.ds.destroy()
+        del engine
+        gc.collect()
+        runs[name] = run.dir
+    if ranks.rank() == 0:
+        table = curves.rows(runs, KEYS)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["run", "step", *KEYS])
+        writer.writeheader()
+        writer.writerows(table)
+        whole.write_text("bert_init.csv", text.getvalue())
+        whole.write_text("bert_init.md", curves.markdown(table))
+        curves.plot(runs, KEYS, whole.dir / "bert_init", "Translators made of two BERTs, by what they begin with")
+    whole.console.print(f"Run directory: {whole.dir}")
+
+
+if __name__ == "__main__":
+    main()
