@@ -220,6 +220,9 @@ class RunConfig(Strict):
     name: str | None = None  # None: derived once on rank 0 from task and time
     output_dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    seeds: tuple[
+        Annotated[int, Field(ge=0, lt=2**32)], ...
+    ] = ()  # a training for each; what is held out stays the same
     resume: str = "auto"  # auto, never, or the path of a checkpoint
     train: Train = Train()
     batch: Batch = Batch()

@@ -164,6 +164,15 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def gathered_on_rank0(value: Any) -> list[Any]:
+    """Every rank's ``value``, in rank order, on rank 0; [] elsewhere."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world() if rank() == 0 else []
+    dist.gather_object(value, values if rank() == 0 else None, dst=0, group=_control)
+    return values
+
+
 def wait() -> None:
     """A barrier."""
     import torch.distributed as dist

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from toolkit import ds_config, ranks
 from toolkit.config import RunConfig
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.errors import CheckpointError, ConfigError, ToolkitError
 
 
 class Terminal:
@@ -214,6 +214,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break  # only the last line can be cut: lines are appended whole
     return records
+
+
+def weights_folder(weights: str) -> str:
+    """A run directory stands for its export; anything else is a folder or a hub name."""
+    export = Path(weights) / "export"
+    if export.is_dir():
+        return str(export)
+    if (Path(weights) / "metrics.jsonl").exists():
+        raise CheckpointError(f"model.weights={weights}: this run has no export yet. Run: toolkit export {weights}")
+    return weights
 
 
 def replace(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from toolkit import checkpoint, ranks
+from toolkit import checkpoint, metrics, ranks
 from toolkit.engine import Batch, Engine, Step, loss_key
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.meter import Meter
@@ -84,7 +84,8 @@ def find_best(run: Run, task: Any) -> Best:
     scores = {r["step"]: r[key] for r in run.records() if r.get(key) is not None}  # each step's latest
     mine = Best()
     if scores:
-        step = max(scores, key=lambda s: (scores[s], -s))
+        sign = -1 if task.best in metrics.LOWER_IS_BETTER else 1
+        step = max(scores, key=lambda s: (sign * scores[s], -s))
         mine = Best(step, patience is not None and sum(s > step for s in scores) >= patience)
     found: Best = ranks.from_rank0(mine)
     if found.step is not None:

@@ -55,11 +55,9 @@ def documents(data: Data, problems: Problems | None = None) -> Iterator[Document
         for where, row in hub.rows(data, paths(data)):
             yield from _row_document(row, data.column, where, problems)
     else:
-        readers = {"text": _text, "jsonl": _jsonl, "parquet": _parquet}
-        if (read := readers.get(data.format or "")) is None:
-            raise DataError(
-                f"data.format={data.format}: pretraining reads python_docs, {', '.join(readers)} or hub. Use data=text."
-            )
+        read = {"text": _text, "jsonl": _jsonl, "parquet": _parquet}.get(data.format or "")
+        if read is None:
+            raise DataError(f"data.format={data.format}: has no documents. Use python_docs, {', '.join(_WAYS)}.")
         for file in files(data):
             yield from read(file, data, problems)
 
@@ -67,9 +65,8 @@ def documents(data: Data, problems: Problems | None = None) -> Iterator[Document
 def paths(data: Data) -> list[str]:
     """``data.path`` as a list. Raises DataError when there is none."""
     if not data.path:
-        raise DataError(
-            f"data.path is not set, but data.format={data.format} reads from it. {_WAYS.get(data.format or '', '')}"
-        )
+        way_out = _WAYS.get(data.format or "", "")
+        raise DataError(f"data.path is not set, but data.format={data.format} reads from it. {way_out}")
     return [data.path] if isinstance(data.path, str) else list(data.path)
 
 

@@ -241,3 +241,12 @@ _READ: dict[str, Callable[[Path, Data, Problems], Iterator[tuple[str, Any]]]] = 
     "parquet": _parquet,
     "conll": _conll,
 }
+
+
+def identity(source: str, data: Data, split: str) -> list[Any]:
+    """What identifies the rows for a cache without reading them: path, size and time of files, the hub's commit."""
+    if data.format == "hub" or (data.format is None and _is_hub(source)):
+        name, chosen = _name_and_split(source, split)
+        return [chosen, *hub.identity(name, data.model_copy(update={"split": chosen}))]
+    files = [path.resolve() for path in matching(source, KEYS[split])]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -169,6 +169,13 @@ class Engine:
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def close(self) -> None:
+        """Give up what the next engine of this process would find in its way."""
+        from deepspeed.utils import groups
+
+        self.ds.destroy()
+        groups.mpu = None  # of split layers or stages, which the next engine would take for its own
+
     @property
     def dtype(self) -> Dtype:
         """What the matrix products are computed in: fp32, bf16 or fp16."""

@@ -9,7 +9,6 @@ values are then drawn, or copied from a checkpoint that rank 0 alone reads, one 
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from toolkit import nvme, ranks
 from toolkit.config import Model, RunConfig
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models import activation
+from toolkit.run import weights_folder
 
 
 def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
@@ -55,16 +55,6 @@ def read_config(weights: str, kind: Any, **changes: Any) -> Any:
             f"model.weights={weights}: neither a folder with a config.json, nor a run, nor a hub name that "
             f"can be reached: {str(error).splitlines()[0]}"
         ) from error
-
-
-def weights_folder(weights: str) -> str:
-    """A run directory stands for its export; anything else is a folder or a hub name."""
-    export = Path(weights) / "export"
-    if export.is_dir():
-        return str(export)
-    if (Path(weights) / "metrics.jsonl").exists():
-        raise CheckpointError(f"model.weights={weights}: this run has no export yet. Run: toolkit export {weights}")
-    return weights
 
 
 def build_model(run: Any, task: Any) -> nn.Module:

@@ -11,7 +11,7 @@ in Narayanan et al. 2021 (arXiv 2104.04473, appendix).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Shape(Protocol):
@@ -32,6 +32,16 @@ class Flops:
 
     def step(self, *, sequences: float, predictions: float, pairs: float = 0) -> float:
         return self.sequence * sequences + self.prediction * predictions + self.pair * pairs
+
+
+def encoder(model: Any, *, tokens: float, squares: float) -> float:
+    """Forward plus backward of an encoder's layers: ``squares`` is the sum of the squared lengths of the sequences.
+
+    A Hugging Face configuration without ``intermediate_size`` is taken to have the usual four times the width.
+    """
+    h, layers = model.hidden_size, model.num_hidden_layers
+    projections = 4 * h * h + 2 * h * getattr(model, "intermediate_size", 4 * h)
+    return float(6 * layers * (projections * tokens + 2 * h * squares))
 
 
 def bert(model: Shape, *, vocab_size: int, length: int) -> Flops:

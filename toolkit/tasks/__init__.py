@@ -1,11 +1,20 @@
-"""What a model learns: its data, its model, its losses and metrics; one file per task."""
+"""What a model learns: its data, its model, its losses and metrics; one file per kind of task."""
 
+from importlib import import_module
 from typing import Any
+
+KINDS = {
+    "pretrain": ("pretrain", "Pretrain"),
+    "classify": ("classify", "Classify"),
+    "regress": ("classify", "Regress"),
+    "tag": ("tag", "Tag"),
+    "span_qa": ("span_qa", "SpanQA"),
+    "choose": ("choose", "Choose"),
+    "translate": ("translate", "Translate"),
+}
 
 
 def build_task(run: Any) -> Any:
-    """The task named by ``task.kind``, its data prepared."""
-    from toolkit.tasks.pretrain import Pretrain
-    from toolkit.tasks.translate import Translate
-
-    return {"pretrain": Pretrain, "translate": Translate}[run.config.task.kind](run)
+    """The task that ``task.kind`` names, its data prepared."""
+    module, name = KINDS[run.config.task.kind]
+    return getattr(import_module(f"toolkit.tasks.{module}"), name)(run)

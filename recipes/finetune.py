@@ -1,0 +1,22 @@
+"""Fine-tune a pretrained encoder: a task of GLUE, SQuAD, named entities, multiple choice, or data of your own.
+
+deepspeed recipes/finetune.py task=sst2 model.weights=google-bert/bert-base-uncased
+deepspeed recipes/finetune.py task=classify data.train=reviews.csv data.eval=more.csv data.columns.label=stars \
+    model.weights=runs/bert seeds=[1,2,3]
+"""
+
+from toolkit.config import RunConfig
+from toolkit.launch import recipe
+
+
+@recipe
+def main(config: RunConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from toolkit.several import train_all
+
+    train_all(config, list(HydraConfig.get().overrides.task))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""The rows of a table as checked examples of what a task learns from.
+
+    labels = find_labels(rows(data.train, data, "train"), data, task.kind)    # ('negative', 'positive')
+    read(data.train, data, task, "train", labels, labelled=True)    # [Text('train.tsv:2', '0', 'hide …', None, 0), …]
+
+A row that does not fit is an error that names it, before anything is trained.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.config import Data, Task
+from toolkit.data import tables
+from toolkit.data.sources import Problems
+from toolkit.errors import DataError, nearest
+
+Labels = tuple[str, ...]  # in the order of their numbers
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, or a pair, with its class or score."""
+
+    where: str
+    id: str
+    text: str
+    text_pair: str | None
+    label: int | float | None
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Words, each with its tag's number."""
+
+    where: str
+    id: str
+    words: list[str]
+    tags: list[int] | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on a context with answers that stand in it, as (text, its first character)."""
+
+    where: str
+    id: str
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...]
+    impossible: bool | None  # None: unlabelled
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt and its possible endings, with the number of the right one."""
+
+    where: str
+    id: str
+    prompt: str
+    endings: tuple[str, ...]
+    label: int | None
+
+
+Example = Text | Tagged | Question | Choice
+
+
+def find_labels(rows: Iterable[tables.Row], data: Data, kind: str) -> Labels:
+    """``data.labels``, or those in the rows, sorted; of tags ``O``, then B- and I- of every type. () for other kinds.
+
+    Passes over rows that :func:`read` refuses.
+    """
+    if kind not in ("classify", "tag"):
+        return ()
+    if data.labels:
+        return data.labels
+    seen: set[str] = set()
+    for where, values in rows:
+        try:
+            row = _Row(where, 0, values, data, labelled=True)
+            seen.update(_tag_names(row) or () if kind == "tag" else [_name(row.label("label"))])
+        except _BadRow:
+            continue
+    if kind == "classify":
+        return tuple(sorted(seen, key=_number if all(map(_is_number, seen)) else str))
+    types = sorted({tag[2:] for tag in seen if tag != "O"})
+    return ("O", *(f"{begin}-{kind}" for kind in types for begin in "BI"))
+
+
+def read(
+    source: str,
+    data: Data,
+    task: Task,
+    split: str,
+    labels: Labels,
+    *,
+    labelled: bool,
+    problems: Problems | None = None,
+) -> list[Example]:
+    """Every row of a source as an example of ``task.kind``; rows of a test file may lack their labels.
+
+    Raises DataError on the first row that does not fit, or counts those in ``problems``.
+    """
+    problems = problems or Problems(data.on_error)
+    found: list[Example] = []
+    ids: dict[str, str] = {}
+    for number, (where, values) in enumerate(tables.rows(source, data, split, problems)):
+        try:
+            example = _EXAMPLE[task.kind](_Row(where, number, values, data, labelled), task, labels)
+            if task.kind == "span_qa" and example.id in ids:
+                raise _BadRow(f"id '{example.id}' is that of {ids[example.id]} too", "Give every question its own id")
+        except _BadRow as bad:
+            what, way_out = bad.args
+            problems.found(f"{where}: {what}", way_out)
+        else:
+            found.append(example)
+            ids[example.id] = where
+    if not found:
+        raise DataError(f"{source}: no row is left, {problems.skipped} are skipped: {problems.first[0]}.")
+    return found
+
+
+class _BadRow(Exception):
+    """What is wrong with a row, and the way out."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The cells of a row by the key of data.columns that names their column."""
+
+    where: str
+    number: int
+    values: dict[str, Any]
+    data: Data
+    labelled: bool
+
+    @property
+    def id(self) -> str:
+        return str(self.number if self.data.columns.id is None else self.cell("id"))
+
+    def cell(self, key: str, column: str | None = None) -> Any:
+        column = column or getattr(self.data.columns, key)
+        if column not in self.values:
+            has = ", ".join(self.values)
+            raise _BadRow(
+                f"no column '{column}'.{nearest(column, self.values)} It has: {has}",
+                f"Set data.columns.{key}=<one of these>",
+            )
+        return self.values[column]
+
+    def text(self, key: str, column: str | None = None) -> str:
+        value, column = self.cell(key, column), column or getattr(self.data.columns, key)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise _BadRow(f"column '{column}' is empty, which is no text", "Fill it in or remove the row")
+        if not isinstance(value, str):
+            raise _BadRow(
+                f"column '{column}' holds {value!r:.40}, not a text", f"Set data.columns.{key}=<one of texts>"
+            )
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        value, column = self.cell(key), getattr(self.data.columns, key)
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise _BadRow(
+                f"column '{column}' holds {value!r:.40}, not a list of texts",
+                f"Set data.columns.{key}=<one of lists>, in JSON, parquet, CoNLL or on the hub",
+            )
+        return value
+
+    def label(self, key: str, unlabelled: tuple[Any, ...] = (None, "", -1, "-1")) -> Any:
+        """The cell, which is None only where the row has no label and needs none."""
+        if not self.labelled and _blank(self.values.get(getattr(self.data.columns, key)), unlabelled):
+            return None
+        value = self.cell(key)
+        if value is None or value == "":
+            raise _BadRow(
+                f"column '{getattr(self.data.columns, key)}' is empty",
+                "Fill it in, or name rows without labels as data.test",
+            )
+        return value
+
+
+def _blank(value: Any, unlabelled: tuple[Any, ...]) -> bool:
+    if isinstance(value, (list, dict)):
+        return all(_blank(item, unlabelled) for item in (value.values() if isinstance(value, dict) else value))
+    return value in unlabelled
+
+
+def _classified(row: _Row, task: Task, labels: Labels) -> Text:
+    label = row.label("label")
+    return _text(row, None if label is None else _index(_name(label), labels, row.data))
+
+
+def _text(row: _Row, label: int | float | None) -> Text:
+    pair = row.text("text_pair") if row.data.columns.text_pair else None
+    return Text(row.where, row.id, row.text("text"), pair, label)
+
+
+def _name(label: Any) -> str:
+    whole = isinstance(label, float) and label.is_integer()  # of a column of whole numbers with gaps
+    return str(int(label) if whole else label)
+
+
+def _index(name: str, labels: Labels, data: Data) -> int:
+    """The number of a label: of its name, or the file's own where data.labels has names for numbers."""
+    if name in labels:
+        return labels.index(name)
+    known = ", ".join(labels[:20]) + ", …" * (len(labels) > 20)
+    if data.labels and name.isdecimal() and not any(map(_is_number, labels)):
+        if int(name) < len(labels):
+            return int(name)
+        what = f"label {name} is none of the numbers 0 to {len(labels) - 1} of data.labels ({known})"
+    else:
+        what = f"unknown label '{name}'.{nearest(name, labels)} Known: {known}"
+    raise _BadRow(what, "Correct the row, or name every label in data.labels=[…]")
+
+
+def _scored(row: _Row, task: Task, labels: Labels) -> Text:
+    low, high = row.data.range or (-math.inf, math.inf)
+    label = row.label("label", (None, "") if low <= -1 else (None, "", -1, "-1"))
+    if label is None:
+        return _text(row, None)
+    if not _is_number(label):
+        raise _BadRow(
+            f"score {label!r:.40} is no finite number", "Correct it or set data.columns.label=<one of numbers>"
+        )
+    if not low <= _number(label) <= high:
+        raise _BadRow(f"score {label} is outside {low:g} to {high:g}", "Correct the row or data.range")
+    return _text(row, _number(label))
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return math.isfinite(_number(value))
+
+
+def _tagged(row: _Row, task: Task, labels: Labels) -> Tagged:
+    tags = _tag_names(row)
+    if tags is not None and task.scheme == "iob1":
+        tags = _bio(tags)
+    numbers = None if tags is None else [_index(tag, labels, row.data) for tag in tags]
+    return Tagged(row.where, row.id, row.texts("tokens"), numbers)
+
+
+def _tag_names(row: _Row) -> list[str] | None:
+    if row.label("tags") is None:
+        return None
+    words, tags = row.texts("tokens"), row.texts("tags")
+    if len(words) != len(tags):
+        raise _BadRow(f"has {len(words)} tokens but {len(tags)} tags", "Give every token one tag")
+    if bad := [tag for tag in tags if tag != "O" and "-" not in tag]:
+        raise _BadRow(f"tag '{bad[0]}' is neither O nor B-<type> or I-<type>", "Write the tags as BIO")
+    return tags
+
+
+def _bio(tags: list[str]) -> list[str]:
+    """IOB1, where B- only parts an entity from one of its type right before it, as BIO: every entity begins with B-."""
+    before = ["O", *tags]
+    return [f"B-{t[2:]}" if t[0] == "I" and b[2:] != t[2:] else t for b, t in zip(before, tags, strict=False)]
+
+
+def _choice(row: _Row, task: Task, labels: Labels) -> Choice:
+    columns = row.data.columns
+    start = f"{row.cell('start') or ''} ".lstrip() if columns.start else ""
+    endings = tuple(start + row.text("endings", column) for column in columns.endings)
+    label = row.label("label")
+    if label is not None and _name(label) not in map(str, range(len(endings))):
+        raise _BadRow(f"label {label!r:.40} is no ending's number, 0 to {len(endings) - 1}", "Correct the row")
+    return Choice(row.where, row.id, row.text("prompt"), endings, None if label is None else int(_name(label)))
+
+
+def _question(row: _Row, task: Task, labels: Labels) -> Question:
+    context, value = row.text("context"), row.label("answers")
+    answers = () if value is None or row.values.get("is_impossible") else _answers(value)
+    if value is not None and not answers and not task.null_answers:
+        raise _BadRow("has no answer", "Let questions have none with task.null_answers=true (task=squad_v2)")
+    for text, start in answers:
+        if not text or context[start : start + len(text)] != text:
+            elsewhere = f", but at {context.find(text)}" if text and text in context else ""
+            stands = context[start : start + len(text)]
+            raise _BadRow(
+                f"answer {text!r:.60} is not at answer_start={start}, where {stands!r:.60} stands{elsewhere}",
+                "Count answer_start in characters of the context, from 0",
+            )
+    impossible = None if value is None else not answers
+    return Question(row.where, row.id, row.text("question"), context, answers, impossible)
+
+
+def _answers(value: Any) -> tuple[tuple[str, int], ...]:
+    """Of ``{text: […], answer_start: […]}`` or ``[{text, answer_start}, …]``, as both are in use."""
+    try:
+        if isinstance(value, dict):
+            pairs = tuple(zip(value["text"], value["answer_start"], strict=True))
+        else:
+            pairs = tuple((answer["text"], answer["answer_start"]) for answer in value)
+    except (KeyError, TypeError, ValueError):
+        pairs = ((None, None),)
+    if not all(isinstance(text, str) and isinstance(start, int) and start >= 0 for text, start in pairs):
+        raise _BadRow(
+            f"answers {value!r:.60} are no texts with their starts",
+            "Write {text: [text, …], answer_start: [number, …]}",
+        )
+    return pairs
+
+
+_EXAMPLE: dict[str, Callable[[_Row, Task, Labels], Example]] = {
+    "classify": _classified,
+    "regress": _scored,
+    "tag": _tagged,
+    "span_qa": _question,
+    "choose": _choice,
+}

@@ -1,0 +1,53 @@
+"""Multiple choice: which ending follows the prompt?"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch.nn.functional import cross_entropy
+
+from toolkit import metrics
+from toolkit.data.encoded import IGNORED, Sample
+from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
+
+
+class Choose(Finetune):
+    """Each ending makes a sequence with the prompt; the softmax is over the endings."""
+
+    models = "MODEL_FOR_MULTIPLE_CHOICE_MAPPING"
+    label_names = ("choice",)
+
+    @property
+    def choices(self) -> int:  # type: ignore[override]
+        return len(self.config.data.columns.endings)
+
+    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+        for number, example in enumerate(examples):
+            found = tokenizer(
+                [example.prompt] * self.choices,
+                list(example.endings),
+                truncation=True,
+                max_length=self.config.data.max_length,
+                return_token_type_ids=True,
+            )
+            sequences = list(zip(found["input_ids"], found["token_type_ids"], strict=True))
+            yield Sample(sequences, [IGNORED if example.label is None else example.label], number)
+
+    def losses(self, outputs: Batch, batch: Batch) -> Batch:
+        return {
+            "loss": cross_entropy(outputs["logits"].float(), batch["labels"], ignore_index=IGNORED, reduction="sum")
+        }
+
+    def scores(self, split: str, said: Rows) -> dict[str, float]:
+        gold = np.array([self.examples(split)[i].label for i in said])
+        return metrics.scores(self.config.task.metrics, np.stack(list(said.values())).argmax(-1), gold)
+
+    def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
+        """``index`` and ``prediction``, the number of the ending; beside known labels, these and the texts."""
+        rows = []
+        for index, logits in said.items():
+            example, best = self.examples(split)[index], int(logits.argmax())
+            known = [example.label, f"{softmax(logits)[best]:.3f}", example.prompt, example.endings[best]]
+            rows.append([example.id, best, *(known if labelled else [])])
+        header = ["index", "prediction", *(["label", "probability", "prompt", "chosen"] if labelled else [])]
+        return {"tsv": tsv(header, rows)}

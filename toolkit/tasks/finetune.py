@@ -1,0 +1,216 @@
+"""What all fine-tuning tasks share: examples to batches, evaluation over ranks, files of predictions.
+
+A kind of task (classify.py, tag.py, span_qa.py, choose.py) says how its examples become token ids, what its loss is
+and how the model's outputs become predictions.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig
+
+from toolkit import metrics, ranks
+from toolkit.data import encoded, labelled
+from toolkit.data.encoded import IGNORED, Encoded, Sample
+from toolkit.data.grouping import Batches
+from toolkit.errors import ConfigError
+from toolkit.models.build import bert_config, read_config
+from toolkit.plan import flops
+from toolkit.run import Run
+
+Batch = dict[str, Tensor]
+Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
+Rows = dict[int, Any]  # sample -> what the model said of it
+
+
+class Finetune:
+    """The loss is a sum over what was predicted; the engine divides by the global batch's count."""
+
+    labels: tuple[str, ...] = ("labels", "index")
+    outputs: tuple[str, ...] = ("logits",)
+    predicted, judged = ("loss",), ()
+    new_head = True
+    models: str  # transformers' table of model classes
+    label_names: tuple[str, ...] = ()  # of the head's outputs, where the data has none
+    choices = 1
+    float_labels = per_token = False
+
+    def __init__(self, run: Run) -> None:
+        config = self.config = run.config
+        self.run = run
+        metrics.check(config.task)
+        self.best = config.task.best or config.task.metrics[0]
+        # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
+        self.prepared = ranks.in_turn(lambda: labelled.prepare(config, self.encode, float_labels=self.float_labels))
+        self.tokenizer = self.prepared.tokenizer
+        self.vocab_size = self.prepared.vocab_size
+        self.names = self.prepared.labels or self.label_names
+        self.hf_config = self._hf_config()
+        self.model_class = self._model_class()
+        takes = ("input_ids", "attention_mask", "token_type_ids")
+        self.inputs = takes if "token_type_ids" in self.tokenizer.model_input_names else takes[:2]
+        run.write_model(self.hf_config, self.model_class.__name__, self.prepared.tokenizer_folder)
+        run.write_json("audit.json", self.prepared.audit)
+        self.train = self._split("train")
+        size = config.batch.global_size
+        self.order = Batches(self.train.lengths, config.seed, size=size, grouped=config.data.group_by_length)
+        run.lasts(self.order.steps)
+        self.width = config.data.max_length if config.data.padding == "max_length" else None
+        self.split = encoded.Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
+        self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
+        for line in self.prepared.notes:
+            run.console.print(line)
+
+    # What a kind of task says of itself ------------------------------------------------------------------------------
+
+    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+        """The samples that examples become."""
+        raise NotImplementedError
+
+    def losses(self, outputs: Batch, batch: Batch) -> Batch:
+        """``loss``, summed over what was predicted."""
+        raise NotImplementedError
+
+    def rows(self, outputs: Batch, batch: Batch) -> Iterable[NDArray[Any]]:
+        """What the model says of each sample, in the order of the batch: float32."""
+        return outputs["logits"].float().cpu().numpy()
+
+    def scores(self, split: str, said: Rows) -> dict[str, float]:
+        """The metrics of a split."""
+        raise NotImplementedError
+
+    def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
+        """The texts of the files of predictions, by suffix."""
+        raise NotImplementedError
+
+    # What they share -------------------------------------------------------------------------------------------------
+
+    def train_batches(self, start_sample: int) -> Iterator[Batch]:
+        """This rank's micro-batches from the step that ``start_sample`` begins."""
+        step = start_sample // self.split.global_size
+        pad = self.prepared.pad_id
+        return encoded.train_batches(self.train, self.order, self.split, start_step=step, pad_id=pad, width=self.width)
+
+    def correct(self, outputs: Batch, batch: Batch) -> Batch:
+        """Nothing: metrics come from :meth:`evaluate`."""
+        return {}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """What this micro-batch holds: labels, samples, tokens without and with padding, squares of the lengths."""
+        lengths = batch["attention_mask"][batch["index"] >= 0].sum(-1)
+        return {
+            "loss": self.count(batch),
+            "sequences": int((batch["index"] >= 0).sum()),
+            "tokens": int(lengths.sum()),
+            "positions": batch["input_ids"].numel(),
+            "squares": int((lengths**2).sum()),
+        }
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def useful_flops(self, counts: dict[str, float]) -> float:
+        """Forward and backward of real tokens; the head on top is too small to count."""
+        return flops.encoder(self.hf_config, tokens=counts["tokens"], squares=counts["squares"])
+
+    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
+        """Losses and metrics of each held-out split; the first one's have plain names."""
+        results: dict[str, float] = {}
+        for number, name in enumerate(self.prepared.names("eval")):
+            means = self._run(engine, watch, name)
+            scores = ranks.from_rank0(self.scores(name, self._said[name]) if ranks.rank() == 0 else None)
+            prefix = f"{name.partition('.')[2]}_" if number else ""
+            results |= {f"{prefix}{key}": value for key, value in {**means, **scores}.items()}
+        return results
+
+    def predict(self, engine: Any, watch: Watch) -> None:
+        """Write what the model says of the held-out splits, and of the test splits."""
+        for name in self.prepared.names("test"):
+            self._run(engine, watch, name)
+        for name, said in self._said.items():
+            files = self.files(name, said, name in self.prepared.names("eval"))
+            stem = ".".join(["predictions", *([] if name == self.prepared.names("eval")[0] else [name])])
+            for suffix, text in files.items():
+                self.run.write_text(f"{stem}.{suffix}", text)
+
+    def _run(self, engine: Any, watch: Watch, name: str) -> dict[str, float]:
+        """Mean losses of a split; on rank 0, ``_said`` then holds what the model says of every sample."""
+        said: Rows = {}
+
+        def collect(outputs: Batch, batch: Batch) -> None:
+            for index, row in zip(batch["index"].tolist(), self.rows(outputs, batch), strict=True):
+                said[index] = row
+
+        limit = self.config.train.eval_samples if name.startswith("eval") else None
+        batches = encoded.eval_batches(
+            self._split(name), self.split, limit=limit, pad_id=self.prepared.pad_id, width=self.width
+        )
+        means = engine.evaluate(watch(batches), collect)
+        said.pop(-1, None)
+        parts = ranks.gathered_on_rank0(said)
+        if ranks.rank() == 0:
+            self._said[name] = {index: row for part in parts for index, row in sorted(part.items())}
+        return dict(means)
+
+    def examples(self, split: str) -> list[Any]:
+        """The examples of a split as read, on the ranks that ask."""
+        return self.prepared.examples(split)
+
+    def _split(self, name: str) -> Encoded:
+        return Encoded(self.prepared.path / name, choices=self.choices, per_token=self.per_token)
+
+    def _hf_config(self) -> Any:
+        config, vocab_size, pad_id = self.config, self.vocab_size, self.prepared.pad_id
+        names = {"id2label": dict(enumerate(self.names)), "label2id": {n: i for i, n in enumerate(self.names)}}
+        # num_labels is the length of id2label
+        if config.model.weights is None:
+            hf_config = bert_config(config.model, vocab_size=vocab_size, pad_id=pad_id)
+            hf_config.id2label, hf_config.label2id = names["id2label"], names["label2id"]
+        else:
+            hf_config = read_config(config.model.weights, AutoConfig, **names)
+            self._same_vocabulary(hf_config.vocab_size)
+            for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+                if hasattr(hf_config, key):
+                    setattr(hf_config, key, config.model.dropout)
+        positions = hf_config.max_position_embeddings
+        if config.data.max_length > positions:
+            raise ConfigError(
+                f"data.max_length={config.data.max_length}: model.weights={config.model.weights} has only {positions} "
+                "positions. Lower data.max_length."
+            )
+        return hf_config
+
+    def _same_vocabulary(self, size: int) -> None:
+        """The tokenizer's largest id must be a row of the model; with a tokenizer of its own, the last."""
+        own = self.config.tokenizer.path is None
+        if size < self.vocab_size or (size != self.vocab_size and not own):
+            raise ConfigError(
+                f"model.weights={self.config.model.weights}: its vocabulary has {size} entries, the tokenizer "
+                f"{self.vocab_size}. Use the tokenizer of these weights: tokenizer.path=null."
+            )
+
+    def _model_class(self) -> Any:
+        table = getattr(transformers, self.models)
+        if type(self.hf_config) not in table:
+            kind = type(self.hf_config).__name__.removesuffix("Config")
+            raise ConfigError(
+                f"model.weights={self.config.model.weights}: transformers has no {kind} for task.kind="
+                f"{self.config.task.kind}. Use weights of a BERT."
+            )
+        return table[type(self.hf_config)]
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[Any]:
+    """Probabilities over the last axis."""
+    return torch.softmax(torch.from_numpy(np.asarray(logits)), -1).numpy()
+
+
+def tsv(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table of cells without tabs and line ends."""
+    lines = ["\t".join(header), *("\t".join(" ".join(str(cell).split()) for cell in row) for row in rows)]
+    return "\n".join(lines) + "\n"

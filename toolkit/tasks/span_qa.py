@@ -1,0 +1,114 @@
+"""Extractive question answering: the answer is a span of the context, or there is none (SQuAD v1.1 and v2.0)."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from toolkit import metrics
+from toolkit.data import windows
+from toolkit.data.encoded import Sample
+from toolkit.tasks.finetune import Batch, Finetune, Rows
+
+
+class SpanQA(Finetune):
+    """Long contexts are read in windows; the best span of all windows is the answer."""
+
+    models = "MODEL_FOR_QUESTION_ANSWERING_MAPPING"
+    label_names = ("start", "end")
+    outputs = ("start_logits", "end_logits")
+
+    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+        """A window a sample; its label is the first and the last token of the answer, or twice [CLS]."""
+        for number, (example, cuts) in enumerate(zip(examples, self._windows(tokenizer, examples), strict=True)):
+            answers = [(start, text) for text, start in example.answers]
+            for cut in cuts:
+                yield Sample([(cut.input_ids, cut.token_type_ids)], windows.answer_span(cut, answers), number)
+
+    def _windows(self, tokenizer: Any, examples: list[Any]) -> list[list[windows.Window]]:
+        return windows.windows(
+            tokenizer,
+            [e.question for e in examples],
+            [e.context for e in examples],
+            max_length=self.config.data.max_length,
+            max_question=self.config.task.max_question,
+            stride=self.config.task.stride,
+        )
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["index"] >= 0).sum())
+
+    def losses(self, outputs: Batch, batch: Batch) -> Batch:
+        """The mean of the two cross-entropies, of the first and of the last token."""
+        both = [
+            cross_entropy(
+                _without_padding(outputs[name], batch), batch["labels"][:, i], ignore_index=-100, reduction="sum"
+            )
+            for i, name in enumerate(self.outputs)
+        ]
+        return {"loss": torch.stack(both).sum() / 2}
+
+    def rows(self, outputs: Batch, batch: Batch) -> NDArray[Any]:
+        """[samples, 2, length]: logits of the first and of the last token."""
+        return torch.stack([outputs[name].float() for name in self.outputs], 1).cpu().numpy()
+
+    def scores(self, split: str, said: Rows) -> dict[str, float]:
+        examples = self.examples(split)
+        decoded = self._decoded(split, said)
+        golds = {examples[i].id: [text for text, _ in examples[i].answers] for i in decoded}
+        found = metrics.squad({examples[i].id: d.text for i, d in decoded.items()}, golds)
+        if self.config.task.null_answers:
+            found |= self._threshold(decoded, examples)
+        return found
+
+    def _threshold(self, decoded: Mapping[int, windows.Decoded], examples: list[Any]) -> dict[str, float]:
+        """The best F1 that a threshold on "no answer" gives, as the official script reports it."""
+        differences = {examples[i].id: d.null_score_difference for i, d in decoded.items()}
+        answers = {examples[i].id: [text for text, _ in examples[i].answers] for i in decoded}
+        f1 = {examples[i].id: metrics.token_f1(d.answer, answers[examples[i].id]) for i, d in decoded.items()}
+        best = windows.best_threshold(differences, f1, {key: bool(texts) for key, texts in answers.items()})
+        return {"best_f1": best.score, "best_f1_threshold": best.threshold}
+
+    def _decoded(self, split: str, said: Rows) -> dict[int, windows.Decoded]:
+        """The answer to each question all windows of which were read."""
+        examples, task = self.examples(split), self.config.task
+        cuts = self._cuts(split)
+        of = self._split(split)["example"]
+        first = np.searchsorted(of, np.arange(len(examples)))
+        decoded = {}
+        for number, example in enumerate(examples):
+            mine = range(first[number], first[number] + len(cuts[number]))
+            if all(i in said for i in mine):
+                starts, ends = zip(*(said[i] for i in mine), strict=True)
+                decoded[number] = windows.decode(
+                    cuts[number], starts, ends, example.context,
+                    n_best=task.n_best, max_answer=task.max_answer, null_answers=task.null_answers,
+                )  # fmt: skip
+        return decoded
+
+    @lru_cache(maxsize=4)  # noqa: B019 - one task a run
+    def _cuts(self, split: str) -> list[list[windows.Window]]:
+        return self._windows(self.tokenizer, self.examples(split))
+
+    def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
+        """The answer of each question by its id, as SQuAD's scripts and servers read it; n best, odds of no answer."""
+        examples, decoded = self.examples(split), self._decoded(split, said)
+        by_id = {examples[i].id: d for i, d in decoded.items()}
+        n_best = {key: [{"text": t, "probability": round(p, 4)} for t, p in d.n_best] for key, d in by_id.items()}
+        texts: dict[str, Any] = {"json": {key: d.text for key, d in by_id.items()}, "nbest.json": n_best}
+        if self.config.task.null_answers:
+            odds = {key: d.null_score_difference for key, d in by_id.items()}
+            texts["null_odds.json"] = {key: odd if math.isfinite(odd) else 1e9 for key, odd in odds.items()}
+        return {suffix: json.dumps(tree, indent=1, ensure_ascii=False) + "\n" for suffix, tree in texts.items()}
+
+
+def _without_padding(logits: Tensor, batch: Batch) -> Tensor:
+    """No answer begins in the padding, of which another layout has another number."""
+    return logits.float().masked_fill(batch["attention_mask"] == 0, -torch.inf)

@@ -1,0 +1,79 @@
+"""A tag for each word: named entities. The label stands on the first sub-word, as in BERT's paper."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.nn.functional import cross_entropy
+
+from toolkit import metrics
+from toolkit.data.encoded import IGNORED, Sample
+from toolkit.tasks.finetune import Batch, Finetune, Rows
+
+
+class Tag(Finetune):
+    """Entities are judged whole, by seqeval."""
+
+    models = "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"
+    per_token = True
+
+    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+        for number, example in enumerate(examples):
+            found = tokenizer(
+                example.words,
+                is_split_into_words=True,
+                truncation=True,
+                max_length=self.config.data.max_length,
+                return_token_type_ids=True,
+            )
+            tags = example.tags or [0] * len(example.words)  # without tags too, a label marks where one is asked for
+            labels, before = [], None
+            for word in found.word_ids():
+                labels.append(IGNORED if word is None or word == before else tags[word])
+                before = word
+            yield Sample([(found["input_ids"], found["token_type_ids"])], labels, number)
+
+    def losses(self, outputs: Batch, batch: Batch) -> Batch:
+        logits = outputs["logits"].float()
+        labels = batch["labels"].flatten()
+        return {"loss": cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")}
+
+    def rows(self, outputs: Batch, batch: Batch) -> list[Any]:
+        """The tags that are asked for, of each sentence."""
+        decided = outputs["logits"].argmax(-1).cpu().numpy()
+        labels = batch["labels"].cpu().numpy()
+        return [d[asked != IGNORED] for d, asked in zip(decided, labels, strict=True)]
+
+    def scores(self, split: str, said: Rows) -> dict[str, float]:
+        gold = [[self.names[t] for t in self.examples(split)[i].tags] for i in said]
+        found = metrics.tagging(self._named(split, said), gold)
+        return {name: found[name] for name in self.config.task.metrics}
+
+    def _named(self, split: str, said: Rows) -> list[list[str]]:
+        """A tag for every word: those cut off at data.max_length, or of no token, are outside."""
+        named = []
+        for index, tags in said.items():
+            words = self._asked(split, index)
+            whole = ["O"] * len(self.examples(split)[index].words)
+            for word, tag in zip(words, tags.tolist(), strict=True):
+                whole[word] = self.names[tag]
+            named.append(whole)
+        return named
+
+    def _asked(self, split: str, index: int) -> list[int]:
+        """The words of an example that have a token within data.max_length."""
+        found = self.tokenizer(
+            self.examples(split)[index].words,
+            is_split_into_words=True,
+            truncation=True,
+            max_length=self.config.data.max_length,
+        )
+        return sorted({w for w in found.word_ids() if w is not None})
+
+    def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
+        """A word, its tag and the prediction a line, as conlleval reads them."""
+        lines = []
+        for index, tags in zip(said, self._named(split, said), strict=True):
+            example = self.examples(split)[index]
+            gold = [self.names[t] for t in example.tags] if labelled else [None] * len(tags)
+            lines += [" ".join(filter(None, row)) for row in zip(example.words, gold, tags, strict=True)] + [""]
+        return {"conll": "\n".join(lines) + "\n"}
