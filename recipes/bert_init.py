@@ -16,33 +16,22 @@ KEYS = ["eval_loss", "eval_bleu"]
 @recipe
 def main(config: RunConfig) -> None:
     import csv
-    import gc
     import io
 
     from toolkit import ranks
-    from toolkit.engine import Engine
     from toolkit.errors import ConfigError
-    from toolkit.models.build import build_model
     from toolkit.report import curves
     from toolkit.run import Run
-    from toolkit.tasks import build_task
-    from toolkit.train import fit
+    from toolkit.several import train
 
     if config.task.kind != "translate" or config.model.weights is None:
         raise ConfigError("This compares translators made of a BERT. Use task=translate and model.weights=<a BERT>.")
     whole = Run.open(config)
-    runs = {}
     for init, name in NAMES.items():
         whole.console.print(f"--- {name}")
         model = config.model.model_copy(update={"init": init})
-        run = Run.open(config.model_copy(update={"model": model, "output_dir": str(whole.dir), "name": init}))
-        task = build_task(run)
-        engine = Engine.start(build_model(run, task), task, run)
-        fit(engine, task, run)
-        engine.ds.destroy()
-        del engine
-        gc.collect()
-        runs[name] = run.dir
+        train(config.model_copy(update={"model": model, "output_dir": str(whole.dir), "name": init}))
+    runs = {name: whole.dir / init for init, name in NAMES.items()}
     if ranks.rank() == 0:
         table = curves.rows(runs, KEYS)
         text = io.StringIO()

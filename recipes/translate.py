@@ -1,6 +1,8 @@
 """Train an encoder-decoder Transformer to translate, or fine-tune one; BLEU by sacreBLEU.
 
 deepspeed recipes/translate.py experiment=multi30k data.path=/data/translation/multi30k
+deepspeed recipes/translate.py task=translate task.source=de task.target=en data.train=corpus/train data.eval=corpus/dev \
+    model=transformer_base seeds=[1,2,3]
 """
 
 from toolkit.config import RunConfig
@@ -9,16 +11,11 @@ from toolkit.launch import recipe
 
 @recipe
 def main(config: RunConfig) -> None:
-    from toolkit.engine import Engine
-    from toolkit.models.build import build_model
-    from toolkit.run import Run
-    from toolkit.tasks import build_task
-    from toolkit.train import fit
+    from hydra.core.hydra_config import HydraConfig
 
-    run = Run.open(config)
-    task = build_task(run)
-    engine = Engine.start(build_model(run, task), task, run)
-    fit(engine, task, run)
+    from toolkit.several import train_all
+
+    train_all(config, list(HydraConfig.get().overrides.task))
 
 
 if __name__ == "__main__":

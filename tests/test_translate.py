@@ -111,11 +111,12 @@ def test_stopping_and_resuming_gives_the_same_losses(tmp_path: Path, reversals: 
 def test_it_learns_to_reverse(tmp_path: Path, reversals: Path) -> None:
     options = common(
         reversals, "zero=stage2", "model.hidden_size=64", "model.num_attention_heads=4", "model.intermediate_size=128",
-        "batch.tokens=500", "batch.micro_size=8", "model.initializer_range=0.12", "train.steps=null", "train.epochs=14", "schedule=linear", "train.log_every=50",
-        "train.eval_every=null", "train.save_every=null", "schedule.warmup=100", "deepspeed.optimizer.params.lr=3e-3", "data.max_length=32",
+        "model.initializer_range=0.12", "batch.tokens=500", "batch.micro_size=8", "train.steps=null", "train.epochs=14",
+        "train.log_every=50", "train.eval_every=null", "train.save_every=null", "schedule=linear",
+        "schedule.warmup=100", "deepspeed.optimizer.params.lr=3e-3",
     )  # fmt: skip
     result = launch(tmp_path, *options, recipe="translate")
-    assert losses(result.dir, "test_bleu")[-1] > 95
+    assert losses(result.dir, "test_bleu")[-1] > 90
 
 
 # ---- pretrained models
@@ -240,6 +241,20 @@ def test_the_bert_baseline_has_the_same_shape_and_another_beginning(finetuned: P
     assert len(firsts) == 3
     shapes = {(finetuned / f"{name}-zero0" / "model" / "config.json").read_text() for name in ("bert", "bert_none")}
     assert len(shapes) == 1
+
+
+def test_an_exported_translator_is_weights_again(finetuned: Path) -> None:
+    """Even one made of two BERTs, whose poolers nothing has trained."""
+    from transformers import AutoConfig
+
+    from toolkit.export import export
+
+    for name in ("bert-zero3", "marian-zero0"):
+        folder = str(export(finetuned / name))
+        config = AutoConfig.from_pretrained(folder)
+        assert not seq2seq.made_of_bert(config, folder)
+        _, info = seq2seq.model_class(config).from_pretrained(folder, config=config, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 # ---- loss and FLOPs

@@ -16,9 +16,8 @@ from toolkit.data.parallel import Split
 from toolkit.data.tokenizer import vocab_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.models import seq2seq
-from toolkit.models.build import weights_folder
 from toolkit.plan import flops
-from toolkit.run import Run
+from toolkit.run import Run, weights_folder
 from toolkit.tasks.decoding import Decoding, translate
 
 Batch = dict[str, Tensor]
@@ -38,6 +37,7 @@ class Translate:
         from transformers import AutoTokenizer
 
         config = self.config = run.config
+        metrics.check(config.task)
         self.run, self.replica = run, run.replica
         self.prepared = ranks.in_turn(lambda: parallel.prepare(with_tokenizer_of_weights(config)))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
