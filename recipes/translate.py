@@ -1,8 +1,8 @@
 """Train an encoder-decoder Transformer to translate, or fine-tune one; BLEU by sacreBLEU.
 
 deepspeed recipes/translate.py experiment=multi30k data.path=/data/translation/multi30k
-deepspeed recipes/translate.py task=translate task.source=de task.target=en data.train=corpus/train data.eval=corpus/dev \
-    model=transformer_base seeds=[1,2,3]
+deepspeed recipes/translate.py task=translate data.train=corpus/train data.eval=corpus/dev task.source=de \
+    task.target=en model=transformer_base seeds=[1,2,3]
 """
 
 from toolkit.config import RunConfig

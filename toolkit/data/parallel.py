@@ -24,6 +24,7 @@ from toolkit.data.arrays import Spool, open_columns, seal
 from toolkit.data.cache import build, fingerprint
 from toolkit.data.draws import mix, uniform
 from toolkit.errors import DataError
+from toolkit.run import weights_folder
 
 Ids = NDArray[Any]
 SIDES = ("source", "target")
@@ -90,6 +91,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Read and tokenise all pairs, or find them in the cache. Raises DataError."""
+    config = _with_tokenizer(config)
     data = config.data
     places = _places(data)
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
@@ -101,6 +103,14 @@ def prepare(config: RunConfig) -> Prepared:
         [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
     )
     return Prepared(build(cache, f"parallel-{key}", lambda folder: _write(folder, config, places)))
+
+
+def _with_tokenizer(config: RunConfig) -> RunConfig:
+    """Weights come with their tokenizer unless another is named."""
+    if config.model.weights is None or config.tokenizer.path is not None:
+        return config
+    tokenizer = config.tokenizer.model_copy(update={"path": weights_folder(config.model.weights)})
+    return config.model_copy(update={"tokenizer": tokenizer})
 
 
 def _places(data: Data) -> dict[str, str]:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from toolkit import metrics, ranks
-from toolkit.config import RunConfig
 from toolkit.data import parallel, subwords
 from toolkit.data.pair_batches import IGNORED, PairBatches
 from toolkit.data.parallel import Split
@@ -17,7 +16,7 @@ from toolkit.data.tokenizer import vocab_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.models import seq2seq
 from toolkit.plan import flops
-from toolkit.run import Run, weights_folder
+from toolkit.run import Run
 from toolkit.tasks.decoding import Decoding, translate
 
 Batch = dict[str, Tensor]
@@ -39,7 +38,7 @@ class Translate:
         config = self.config = run.config
         metrics.check(config.task)
         self.run, self.replica = run, run.replica
-        self.prepared = ranks.in_turn(lambda: parallel.prepare(with_tokenizer_of_weights(config)))
+        self.prepared = ranks.in_turn(lambda: parallel.prepare(config))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         _refuse_two_vocabularies(subwords.digest(self.tokenizer))
         self.hf_config = seq2seq.seq2seq_config(config.model, self.tokenizer, vocab_size(self.tokenizer))
@@ -161,14 +160,6 @@ class Translate:
             watch=watch,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def with_tokenizer_of_weights(config: RunConfig) -> RunConfig:
-    """Weights come with their tokenizer unless another is named."""
-    if config.model.weights is None or config.tokenizer.path is not None:
-        return config
-    tokenizer = config.tokenizer.model_copy(update={"path": weights_folder(config.model.weights)})
-    return config.model_copy(update={"tokenizer": tokenizer})
 
 
 def summed_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
