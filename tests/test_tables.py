@@ -155,7 +155,7 @@ def test_a_hub_folder_of_json_is_as_good(tmp_path: Path) -> None:
     assert values(tmp_path / "set") == [{"a": "x"}, {"a": "y"}]
 
 
-def test_a_name_without_a_file_is_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_without_a_file_is_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(tables.hub, "load", lambda *arguments: asked.append(arguments) or Dataset.from_dict({"a": [1]}))
     assert wheres("nyu-mll/glue:mnli@validation_matched", streaming=False) == [
@@ -163,6 +163,9 @@ def test_a_name_without_a_file_is_of_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     ]
     rows("rajpurkar/squad_v2.0", split="validation")
     rows("squad.json", split="test", format="hub")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"set/train: the suffix '.' is unknown"):
+        rows(write(tmp_path / "set" / "train", "a").relative_to(tmp_path))
     assert asked == [
         ("nyu-mll/glue:mnli", "validation_matched", False, "data.train"),
         ("rajpurkar/squad_v2.0", "validation", True, "data.eval"),
@@ -196,6 +199,7 @@ BAD_ROWS: list[tuple[str, str | bytes, dict[str, Any], str]] = [
         {"columns": {"tokens": "0", "tags": "2"}},
         r"x.conll:1: has 2 columns \(a x\), so none for data.columns.tags=2",
     ),
+    ("x.conll", "a O\n\nb O y z\n", {"columns": {"tokens": "0", "tags": "-3"}}, r"1: .*none for data.columns.tags=-3"),
     ("x.conll", "a O\n\nb x O\n", {"columns": {"tokens": "2", "tags": "1"}}, r"1: .*none for data.columns.tokens=2"),
 ]  # fmt: skip
 

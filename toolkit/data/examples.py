@@ -77,32 +77,26 @@ def find_labels(rows: Iterable[tables.Row], data: Data, kind: str) -> Labels:
         return data.labels
     seen: set[str] = set()
     for where, values in rows:
+        row = _Row(where, 0, values, data, labelled=True)
         try:
-            row = _Row(where, 0, values, data, labelled=True)
             seen.update(_tag_names(row) or () if kind == "tag" else [_name(row.label("label"))])
         except _BadRow:
             continue
     if kind == "classify":
         return tuple(sorted(seen, key=_number if all(map(_is_number, seen)) else str))
     types = sorted({tag[2:] for tag in seen if tag != "O"})
-    return ("O", *(f"{begin}-{kind}" for kind in types for begin in "BI"))
+    return ("O", *(f"{begin}-{name}" for name in types for begin in "BI"))
 
 
 def read(
-    source: str,
-    data: Data,
-    task: Task,
-    split: str,
-    labels: Labels,
-    *,
-    labelled: bool,
-    problems: Problems | None = None,
+    source: str, data: Data, task: Task, split: str, labels: Labels, *, labelled: bool, problems: Problems | None = None
 ) -> list[Example]:
     """Every row of a source as an example of ``task.kind``; rows of a test file may lack their labels.
 
     Raises DataError on the first row that does not fit, or counts those in ``problems``.
     """
     problems = problems or Problems(data.on_error)
+    skipped = problems.skipped
     found: list[Example] = []
     ids: dict[str, str] = {}
     for number, (where, values) in enumerate(tables.rows(source, data, split, problems)):
@@ -117,7 +111,9 @@ def read(
             found.append(example)
             ids[example.id] = where
     if not found:
-        raise DataError(f"{source}: no row is left, {problems.skipped} are skipped: {problems.first[0]}.")
+        raise DataError(
+            f"{source}: all of its {problems.skipped - skipped} rows are skipped. See why with data.on_error=raise."
+        )
     return found
 
 
@@ -142,49 +138,38 @@ class _Row:
     def cell(self, key: str, column: str | None = None) -> Any:
         column = column or getattr(self.data.columns, key)
         if column not in self.values:
-            has = ", ".join(self.values)
-            raise _BadRow(
-                f"no column '{column}'.{nearest(column, self.values)} It has: {has}",
-                f"Set data.columns.{key}=<one of these>",
-            )
+            what = f"no column '{column}'.{nearest(column, self.values)} It has: {', '.join(self.values)}"
+            raise _BadRow(what, f"Set data.columns.{key}=<one of these>")
         return self.values[column]
 
     def text(self, key: str, column: str | None = None) -> str:
-        value, column = self.cell(key, column), column or getattr(self.data.columns, key)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise _BadRow(f"column '{column}' is empty, which is no text", "Fill it in or remove the row")
-        if not isinstance(value, str):
-            raise _BadRow(
-                f"column '{column}' holds {value!r:.40}, not a text", f"Set data.columns.{key}=<one of texts>"
-            )
+        value = self.cell(key, column)
+        if not isinstance(value, str) or not value.strip():
+            what = f"column '{column or getattr(self.data.columns, key)}' holds {value!r:.40}, which is no text"
+            raise _BadRow(what, f"Fill it in, or set data.columns.{key}=<a column of texts>")
         return value
 
     def texts(self, key: str) -> list[str]:
-        value, column = self.cell(key), getattr(self.data.columns, key)
+        value = self.cell(key)
         if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise _BadRow(
-                f"column '{column}' holds {value!r:.40}, not a list of texts",
-                f"Set data.columns.{key}=<one of lists>, in JSON, parquet, CoNLL or on the hub",
-            )
+            what = f"column '{getattr(self.data.columns, key)}' holds {value!r:.40}, which is no list of texts"
+            raise _BadRow(what, f"Set data.columns.{key}=<a column of lists>, of JSON, parquet, CoNLL or the hub")
         return value
 
-    def label(self, key: str, unlabelled: tuple[Any, ...] = (None, "", -1, "-1")) -> Any:
-        """The cell, which is None only where the row has no label and needs none."""
-        if not self.labelled and _blank(self.values.get(getattr(self.data.columns, key)), unlabelled):
+    def label(self, key: str, absent: tuple[Any, ...] = (None, "", -1, "-1")) -> Any:
+        """The cell; None only where the row has no label and needs none."""
+        column = getattr(self.data.columns, key)
+        if not self.labelled and _holds_only(absent, self.values.get(column)):
             return None
         value = self.cell(key)
         if value is None or value == "":
-            raise _BadRow(
-                f"column '{getattr(self.data.columns, key)}' is empty",
-                "Fill it in, or name rows without labels as data.test",
-            )
+            raise _BadRow(f"column '{column}' is empty", "Fill it in, or name rows without labels as data.test")
         return value
 
 
-def _blank(value: Any, unlabelled: tuple[Any, ...]) -> bool:
-    if isinstance(value, (list, dict)):
-        return all(_blank(item, unlabelled) for item in (value.values() if isinstance(value, dict) else value))
-    return value in unlabelled
+def _holds_only(absent: tuple[Any, ...], value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value
+    return all(_holds_only(absent, v) for v in values) if isinstance(value, (list, dict)) else value in absent
 
 
 def _classified(row: _Row, task: Task, labels: Labels) -> Text:
@@ -222,11 +207,9 @@ def _scored(row: _Row, task: Task, labels: Labels) -> Text:
     if label is None:
         return _text(row, None)
     if not _is_number(label):
-        raise _BadRow(
-            f"score {label!r:.40} is no finite number", "Correct it or set data.columns.label=<one of numbers>"
-        )
+        raise _BadRow(f"score {label!r:.40} is no finite number", "Correct it, or data.columns.label")
     if not low <= _number(label) <= high:
-        raise _BadRow(f"score {label} is outside {low:g} to {high:g}", "Correct the row or data.range")
+        raise _BadRow(f"score {label} is outside {low:g} to {high:g}", "Correct it, or data.range")
     return _text(row, _number(label))
 
 
@@ -243,7 +226,7 @@ def _is_number(value: Any) -> bool:
 
 def _tagged(row: _Row, task: Task, labels: Labels) -> Tagged:
     tags = _tag_names(row)
-    if tags is not None and task.scheme == "iob1":
+    if tags and task.scheme == "iob1":
         tags = _bio(tags)
     numbers = None if tags is None else [_index(tag, labels, row.data) for tag in tags]
     return Tagged(row.where, row.id, row.texts("tokens"), numbers)
@@ -282,13 +265,11 @@ def _question(row: _Row, task: Task, labels: Labels) -> Question:
     if value is not None and not answers and not task.null_answers:
         raise _BadRow("has no answer", "Let questions have none with task.null_answers=true (task=squad_v2)")
     for text, start in answers:
-        if not text or context[start : start + len(text)] != text:
+        stands = context[start : start + len(text)]
+        if not text or stands != text:
             elsewhere = f", but at {context.find(text)}" if text and text in context else ""
-            stands = context[start : start + len(text)]
-            raise _BadRow(
-                f"answer {text!r:.60} is not at answer_start={start}, where {stands!r:.60} stands{elsewhere}",
-                "Count answer_start in characters of the context, from 0",
-            )
+            what = f"answer {text!r:.60} is not at answer_start={start}, where {stands!r:.60} stands{elsewhere}"
+            raise _BadRow(what, "Count answer_start in characters of the context, from 0")
     impossible = None if value is None else not answers
     return Question(row.where, row.id, row.text("question"), context, answers, impossible)
 
@@ -303,10 +284,8 @@ def _answers(value: Any) -> tuple[tuple[str, int], ...]:
     except (KeyError, TypeError, ValueError):
         pairs = ((None, None),)
     if not all(isinstance(text, str) and isinstance(start, int) and start >= 0 for text, start in pairs):
-        raise _BadRow(
-            f"answers {value!r:.60} are no texts with their starts",
-            "Write {text: [text, …], answer_start: [number, …]}",
-        )
+        way_out = "Write {text: [text, …], answer_start: [number, …]}"
+        raise _BadRow(f"answers {value!r:.60} are no texts with their starts", way_out)
     return pairs
 
 

@@ -91,13 +91,9 @@ def _format(path: Path, data: Data) -> str:
     return chosen
 
 
-def _csv(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
-    return _table(path, _quoted(path, problems), data, problems)
-
-
-def _tsv(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
-    # Not by csv: GLUE's files are unquoted, a lone " is text.
-    return _table(path, ((n, text.split("\t")) for n, text in read_lines(path, problems)), data, problems)
+def _unquoted(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """Not by csv: a lone quote in GLUE's files is text."""
+    return ((number, text.split("\t")) for number, text in read_lines(path, problems))
 
 
 def _quoted(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
@@ -141,15 +137,7 @@ def _table(path: Path, records: Iterator[tuple[int, list[str]]], data: Data, pro
             )
 
 
-def _jsonl(path: Path, data: Data, problems: Problems) -> Iterator[tuple[str, Any]]:
-    return json_lines(path, problems)
-
-
-def _parquet(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
-    return parquet_rows(path, problems)
-
-
-def _json(path: Path, data: Data, problems: Problems) -> Iterator[tuple[str, Any]]:
+def _json(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
     text = "\n".join(line for _, line in read_lines(path, problems))
     try:
         content = json.loads(text if text.strip() else "[]")
@@ -183,14 +171,14 @@ def _questions(article: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for paragraph in article["paragraphs"]:
         for qa in paragraph["qas"]:
             answers = qa.get("answers")
+            if answers is not None:
+                answers = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
             yield {
                 "id": qa["id"],
                 "title": article.get("title"),
                 "question": qa["question"],
                 "context": paragraph["context"],
-                "answers": answers
-                if answers is None
-                else {k: [a[k] for a in answers] for k in ("text", "answer_start")},
+                "answers": answers,
                 "is_impossible": qa.get("is_impossible", False),
             }
 
@@ -198,23 +186,24 @@ def _questions(article: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
     """A row a sentence: the lists of its tokens and, unless every line is a token alone, of its tags."""
     columns = {key: _number(getattr(data.columns, key), key) for key in ("tokens", "tags")}
-    lines = read_lines(path, problems)
-    for apart, group in itertools.groupby(lines, lambda n: not n[1].strip() or n[1].startswith("-DOCSTART-")):
+    for apart, lines in itertools.groupby(read_lines(path, problems), _parts_sentences):
         if apart:
             continue
-        sentence = [(number, text.split("\t") if "\t" in text else text.split()) for number, text in group]
-        wanted = columns if any(len(cells) > 1 for _, cells in sentence) else {"tokens": columns["tokens"]}
-        bad = next(((n, cells, key) for n, cells in sentence for key in wanted if _missing(cells, columns, key)), None)
-        if bad is None:
-            values = {getattr(data.columns, key): [cells[at] for _, cells in sentence] for key, at in wanted.items()}
-            yield f"{path}:{sentence[0][0]}", values
-        else:
+        sentence = [(number, text.split("\t") if "\t" in text else text.split()) for number, text in lines]
+        keys = ("tokens", "tags") if any(len(cells) > 1 for _, cells in sentence) else ("tokens",)
+        short = ((number, cells, key) for number, cells in sentence for key in keys if _lacks(cells, key, columns))
+        if bad := next(short, None):
             number, cells, key = bad
-            problems.found(
-                f"{path}:{number}: has {len(cells)} columns ({' '.join(cells):.40}), "
-                f"so none for data.columns.{key}={columns[key]}",
-                f"Correct the line, or set data.columns.{key} to a number from 0, or from the end with -1",
-            )
+            has = f"{path}:{number}: has {len(cells)} columns ({' '.join(cells):.40})"
+            way_out = f"Correct the line, or set data.columns.{key} to a number from 0, or from the end with -1"
+            problems.found(f"{has}, so none for data.columns.{key}={columns[key]}", way_out)
+        else:
+            values = {getattr(data.columns, key): [cells[columns[key]] for _, cells in sentence] for key in keys}
+            yield f"{path}:{sentence[0][0]}", values
+
+
+def _parts_sentences(line: tuple[int, str]) -> bool:
+    return not line[1].strip() or line[1].startswith("-DOCSTART-")
 
 
 def _number(column: str, key: str) -> int:
@@ -227,18 +216,18 @@ def _number(column: str, key: str) -> int:
         ) from None
 
 
-def _missing(cells: list[str], columns: dict[str, int], key: str) -> bool:
-    """Whether a line lacks a column; its last one is no tag where that is the token."""
+def _lacks(cells: list[str], key: str, columns: dict[str, int]) -> bool:
+    """Whether a line has no such column; its last one is no tag where that is the token."""
     tokens, at = (c + len(cells) if c < 0 else c for c in (columns["tokens"], columns[key]))
     return not 0 <= at < len(cells) or (key == "tags" and at == tokens)
 
 
 _READ: dict[str, Callable[[Path, Data, Problems], Iterator[tuple[str, Any]]]] = {
-    "csv": _csv,
-    "tsv": _tsv,
-    "jsonl": _jsonl,
-    "json": _json,
-    "parquet": _parquet,
+    "csv": lambda path, data, problems: _table(path, _quoted(path, problems), data, problems),
+    "tsv": lambda path, data, problems: _table(path, _unquoted(path, problems), data, problems),
+    "jsonl": lambda path, data, problems: json_lines(path, problems),
+    "json": lambda path, data, problems: _json(path, problems),
+    "parquet": lambda path, data, problems: parquet_rows(path, problems),
     "conll": _conll,
 }
 

@@ -4,6 +4,7 @@ engine = Engine.start(model, task, run)          # a PipeEngine if pipeline.stag
 step = engine.train_batch(batches, trace=True)   # step.events: the timeline of this step
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from toolkit.engine.plain import Batch, Collect, Engine, Step
 from toolkit.pipe_events import Event, Kind
 from toolkit.pipe_schedule import GPipeSchedule
 
+KEPT = ("attention_mask",)  # of a micro-batch without anything to predict: the model still reads it
 PASSES: dict[Any, Kind] = {instructions.ForwardPass: "forward", instructions.BackwardPass: "backward"}
 
 
@@ -87,8 +89,9 @@ class PipeEngine(Engine):
         return tuple(batch[name] for name in self.task.inputs), tuple(batch[name] for name in self.task.labels)
 
     def _blank(self, batch: Batch) -> Batch:
-        """``batch`` without anything to predict."""
-        return batch | {name: torch.full_like(batch[name], -100) for name in self.task.labels}
+        """``batch`` without anything to predict: -100, or no number where labels are floats."""
+        nothing = {n: math.nan if batch[n].is_floating_point() else -100 for n in self.task.labels if n not in KEPT}
+        return batch | {name: torch.full_like(batch[name], value) for name, value in nothing.items()}
 
     def _timed(self, execute: Callable[..., None], kind: Kind) -> Callable[..., None]:
         """``execute`` that notes its times in a traced step."""

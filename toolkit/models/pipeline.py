@@ -4,7 +4,8 @@
     model.hf_name("3.attention.self.query.weight")   # bert.encoder.layer.1.attention.self.query.weight
 
 Between the layers travel hidden states (float) and what later layers need of the batch (int: no gradient is
-sent for those). Layers 0 and 1 embed, 2 to L+1 are the encoder's, L+2 and following are the heads.
+sent for those). Layers 0 and 1 embed, 2 to L+1 are the encoder's, L+2 and following are the heads: those of
+pretraining, or the one of a fine-tuning task.
 """
 
 import time
@@ -34,15 +35,17 @@ from toolkit.errors import ConfigError
 from toolkit.models.pretraining import at_positions
 
 Tensors = tuple[Tensor, ...]
-HEADS = 3  # the last layers, which are never cut apart: two float tensors between them would need two backward passes
 
 
 class Words(nn.Embedding):
-    """Ids, mask, types [batch, length], positions [batch, predictions] -> the ids looked up, the rest as it is."""
+    """Ids, mask, types [batch, length], positions [batch, predictions] -> the ids looked up, the rest as it is.
+
+    Of multiple choice [batch, choices, length] each choice becomes a sequence of its own.
+    """
 
     def forward(self, inputs: Tensors) -> Tensors:  # type: ignore[override]
-        ids, mask, types, positions = inputs
-        return super().forward(ids), mask, types, positions
+        ids, mask, types = (t.flatten(0, -2) for t in inputs[:3])
+        return super().forward(ids), mask, types, *inputs[3:]
 
 
 class Embeddings(BertEmbeddings):  # type: ignore[misc]
@@ -53,8 +56,8 @@ class Embeddings(BertEmbeddings):  # type: ignore[misc]
         del self.word_embeddings
 
     def forward(self, inputs: Tensors) -> Tensors:
-        words, mask, types, positions = inputs
-        return super().forward(inputs_embeds=words, token_type_ids=types), mask, positions
+        words, mask, types, *positions = inputs
+        return super().forward(inputs_embeds=words, token_type_ids=types), mask, *positions
 
 
 class Encoder(BertLayer):  # type: ignore[misc]
@@ -65,9 +68,9 @@ class Encoder(BertLayer):  # type: ignore[misc]
         self.config = config
 
     def forward(self, inputs: Tensors) -> Tensors:
-        hidden, mask, positions = inputs
+        hidden, mask, *positions = inputs
         attended = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=mask)
-        return super().forward(hidden, attended), mask, positions
+        return super().forward(hidden, attended), mask, *positions
 
 
 class Heads(nn.Module):
@@ -106,6 +109,32 @@ class Bias(nn.Module):
         return inputs[0] + self.cls["predictions"]["bias"], *inputs[1:]  # type: ignore[index]
 
 
+class TaskHead(nn.Module):
+    """The head of a fine-tuned BERT, made as Hugging Face makes it: hidden states -> its outputs, and the mask."""
+
+    def __init__(self, skeleton: Any, choices: int) -> None:
+        super().__init__()
+        self.choices = choices
+        config, body = skeleton.config, skeleton.base_model
+        if body.pooler is not None:
+            self.bert = nn.ModuleDict({"pooler": BertPooler(config)})
+        if hasattr(skeleton, "qa_outputs"):
+            self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        else:
+            self.dropout = nn.Dropout(skeleton.dropout.p)
+            self.classifier = nn.Linear(config.hidden_size, skeleton.classifier.out_features)
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        hidden, mask = inputs
+        if hasattr(self, "qa_outputs"):
+            start, end = self.qa_outputs(hidden).unbind(-1)
+            return start, end, mask
+        if hasattr(self, "bert"):
+            hidden = self.bert["pooler"](hidden)
+        logits = self.classifier(self.dropout(hidden))
+        return logits.view(-1, self.choices) if self.choices > 1 else logits, mask
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer of the pipeline and what Hugging Face puts before the names of its parameters."""
@@ -130,6 +159,18 @@ def pretraining_layers(config: BertConfig, *, pair: bool) -> list[Layer]:
         Layer(LayerSpec(Heads, config, pair), ""),
         Layer(decoder, "bert.embeddings.word_embeddings."),
         Layer(LayerSpec(Bias, config), ""),
+    ]
+
+
+def task_layers(skeleton: Any, *, choices: int) -> list[Layer]:
+    """BERT with the head of a task: ``skeleton`` is Hugging Face's model of it."""
+    config = skeleton.config
+    table = (config.vocab_size, config.hidden_size, config.pad_token_id)
+    return [
+        Layer(LayerSpec(Words, *table), "bert.embeddings.word_embeddings."),
+        Layer(LayerSpec(Embeddings, config), "bert.embeddings."),
+        *(Layer(LayerSpec(Encoder, config, i), f"bert.encoder.layer.{i}.") for i in range(config.num_hidden_layers)),
+        Layer(LayerSpec(TaskHead, skeleton, choices), ""),
     ]
 
 
@@ -170,7 +211,15 @@ def build_pipeline(run: Any, task: Any) -> Pipe:
     config = run.config.pipeline
     with torch.device("meta"), no_init_weights():
         skeleton = task.model_class(task.hf_config)
-    layers = pretraining_layers(task.hf_config, pair=hasattr(skeleton.cls, "seq_relationship"))
+    if type(task.hf_config) is not BertConfig:
+        raise ConfigError(
+            f"pipeline.stages={config.stages}: only a BERT is cut into stages, and "
+            f"model.weights={run.config.model.weights} is a {type(task.hf_config).__name__.removesuffix('Config')}. Use pipeline=none."
+        )
+    if hasattr(skeleton, "cls"):
+        layers = pretraining_layers(task.hf_config, pair=hasattr(skeleton.cls, "seq_relationship"))
+    else:
+        layers = task_layers(skeleton, choices=task.choices)
     chunks = config.stages * (2 if config.schedule == "dualpipev" else 1)
     parts = partition(layers, config.partition, chunks, run, task)
     with no_init_weights():
@@ -181,13 +230,13 @@ def build_pipeline(run: Any, task: Any) -> Pipe:
 
 def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: Any) -> list[int]:
     """The first layer of each stage, and the number of layers. Raises ConfigError for a stage without any."""
-    blocks = len(layers) - HEADS + 1
+    blocks = len(layers) - heads(layers) + 1
     if how == "uniform":
         parts = partition_uniform(num_items=blocks, num_parts=stages)
     elif how == "parameters":
-        parts = partition_balanced(_merged(parameters(layers)), num_parts=stages)
+        parts = partition_balanced(_merged(parameters(layers), blocks), num_parts=stages)
     elif how == "time":
-        parts = partition_balanced(_merged(times(layers, run, task)), num_parts=stages)
+        parts = partition_balanced(_merged(times(layers, run, task), blocks), num_parts=stages)
     else:
         parts = [0, *how, blocks]
     if len(parts) != stages + 1 or any(a >= b for a, b in pairwise(parts)):
@@ -199,8 +248,13 @@ def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: An
     return [*map(int, parts[:-1]), len(layers)]  # some are numpy's
 
 
-def _merged(weights: Sequence[int]) -> list[int]:
-    return [*weights[:-HEADS], sum(weights[-HEADS:])]
+def heads(layers: Sequence[Layer]) -> int:
+    """How many of the last layers are never cut apart: two float tensors between them would need two backwards."""
+    return next(i for i, layer in enumerate(reversed(layers)) if layer.spec.typename is Encoder)
+
+
+def _merged(weights: Sequence[int], blocks: int) -> list[int]:
+    return [*weights[: blocks - 1], sum(weights[blocks - 1 :])]
 
 
 def parameters(layers: Sequence[Layer]) -> list[int]:

@@ -66,7 +66,7 @@ class Classify(Sentences):
         }
 
     def decide(self, logits: NDArray[Any]) -> NDArray[Any]:
-        return logits.argmax(-1)
+        return np.asarray(logits.argmax(-1))
 
     def named(self, value: Any) -> str:
         return self.names[int(value)]

@@ -31,7 +31,7 @@ Rows = dict[int, Any]  # sample -> what the model said of it
 class Finetune:
     """The loss is a sum over what was predicted; the engine divides by the global batch's count."""
 
-    labels: tuple[str, ...] = ("labels", "index")
+    labels: tuple[str, ...] = ("labels", "index", "attention_mask")
     outputs: tuple[str, ...] = ("logits",)
     predicted, judged = ("loss",), ()
     new_head = True
@@ -60,7 +60,8 @@ class Finetune:
         size = config.batch.global_size
         self.order = Batches(self.train.lengths, config.seed, size=size, grouped=config.data.group_by_length)
         run.lasts(self.order.steps)
-        self.width = config.data.max_length if config.data.padding == "max_length" else None
+        fixed = config.data.padding == "max_length" or config.pipeline.stages > 1  # a pipeline needs one shape
+        self.width = config.data.max_length if fixed else None
         self.split = encoded.Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
         for line in self.prepared.notes:
@@ -151,7 +152,7 @@ class Finetune:
             self._split(name), self.split, limit=limit, pad_id=self.prepared.pad_id, width=self.width
         )
         means = engine.evaluate(watch(batches), collect)
-        said.pop(-1, None)
+        said = {index: row for index, row in said.items() if index >= 0}
         parts = ranks.gathered_on_rank0(said)
         if ranks.rank() == 0:
             self._said[name] = {index: row for part in parts for index, row in sorted(part.items())}

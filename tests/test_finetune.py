@@ -1,0 +1,375 @@
+"""Fine-tuning for real: every kind of task learns, in every layout alike; the best weights are kept and used."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from labelled_data import KINDS, table, write
+from launching import Result, launch, launch_many, read
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from toolkit.compose import compose
+from toolkit.data import encoded, labelled
+from toolkit.data.encoded import Encoded
+from toolkit.data.grouping import Batches
+from toolkit.models.build import decay_groups, initialise
+from toolkit.schedule import factor
+
+BEST = {"classify": "accuracy", "regress": "spearman", "tag": "f1", "span_qa": "f1", "choose": "accuracy"}
+FILE = dict.fromkeys(KINDS, "predictions.tsv") | {"tag": "predictions.conll", "span_qa": "predictions.json"}
+# layout -> (ranks, overrides)
+LAYOUTS: dict[str, tuple[int, Sequence[str]]] = {
+    "1 rank": (1, ("zero=stage0",)),
+    "ZeRO 0": (2, ("zero=stage0",)),
+    "ZeRO 2": (2, ("zero=stage2",)),
+    "ZeRO 3": (2, ("zero=stage3",)),
+    "ZeRO 3, small micro-batches": (2, ("zero=stage3", "batch.micro_size=2")),
+    "ZeRO 2, offload": (2, ("zero=stage2", "offload=cpu")),
+    "tensor parallel": (2, ("zero=stage1", "parallel=tensor")),
+    "padded to the full length": (2, ("zero=stage1", "data.padding=max_length")),
+    "recomputed": (2, ("zero=stage3", "activation=recompute")),
+}
+FEW = ("train.steps=20", "train.log_every=1", "train.eval_every=null")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of each kind, called by its name."""
+    folder = tmp_path_factory.mktemp("learned")
+    assert not launch_many(folder, {kind: table(folder, kind) for kind in KINDS}).errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    for ranks in {number for number, _ in LAYOUTS.values()}:
+        runs = {n: [*table(folder, "classify"), *FEW, *more] for n, (r, more) in LAYOUTS.items() if r == ranks}
+        assert not launch_many(folder, runs, ranks=ranks).errors
+    return folder
+
+
+def last_evaluation(run: Path) -> dict[str, Any]:
+    return [r for r in read(run / "metrics.jsonl") if "eval_loss" in r][-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_task_learns(kind: str, learned: Path) -> None:
+    result = last_evaluation(learned / kind)
+    assert result[f"eval_{BEST[kind]}"] > 0.85, result
+    assert (learned / kind / FILE[kind]).stat().st_size
+    steps = [r for r in read(learned / kind / "metrics.jsonl") if "loss" in r]
+    assert all(0 <= r["padding"] < 0.6 for r in steps if "padding" in r)
+
+
+def test_predictions_say_what_the_metric_counts(learned: Path) -> None:
+    rows = list(csv.DictReader((learned / "classify" / "predictions.tsv").open(), delimiter="\t"))
+    right = np.mean([row["prediction"] == row["label"] for row in rows])
+    assert len(rows) == 37 and right == pytest.approx(last_evaluation(learned / "classify")["eval_accuracy"])
+    assert all(row["label"] in row["text"].split() for row in rows)
+    answers = json.loads((learned / "span_qa" / "predictions.json").read_text())
+    exact = np.mean([answer == "gold" for answer in answers.values()])
+    assert len(answers) == 37 and exact == pytest.approx(last_evaluation(learned / "span_qa")["eval_exact_match"])
+    sentences = (learned / "tag" / "predictions.conll").read_text().strip().split("\n\n")
+    cells = [line.split(" ") for sentence in sentences for line in sentence.splitlines()]
+    assert len(sentences) == 37 and {len(c) for c in cells} == {3}
+    assert {c[1] for c in cells if c[0] == "paris"} == {"B-place"}
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "1 rank"])
+def test_the_losses_and_scores_are_those_of_one_rank(name: str, layouts: Path) -> None:
+    one, here = (read(layouts / n / "metrics.jsonl") for n in ("1 rank", name))
+    losses = [[r["loss"] for r in records if "loss" in r] for records in (one, here)]
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+    ours, theirs = last_evaluation(layouts / name), last_evaluation(layouts / "1 rank")
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=2e-5)
+    assert ours["eval_accuracy"] == theirs["eval_accuracy"], "each sample counts once"
+
+
+def test_the_losses_are_those_of_plain_pytorch(layouts: Path) -> None:
+    """Hugging Face's own model, loss and mean over the global batch, without DeepSpeed."""
+    from launching import TINY, data_cache
+
+    given = [*table(layouts, "classify"), *FEW]
+    names = {o.split("=")[0] for o in given}
+    tiny = [o for o in TINY if o.split("=")[0] not in names]
+    config = compose([*tiny, *given, f"data.cache_dir={data_cache()}"])
+    hf_config = AutoModelForSequenceClassification.from_pretrained
+    folder = layouts / "1 rank" / "model"
+    from transformers import AutoConfig, BertForSequenceClassification
+
+    model = BertForSequenceClassification(AutoConfig.from_pretrained(folder)).train()
+    assert hf_config and model.config.num_labels == 2
+    initialise(model, config.seed)
+    (path,) = [p for p in data_cache().glob("labelled-*") if (p / "audit.json").exists() and _is(p, 203)][:1]
+    data = Encoded(path / "train")
+    params = config.deepspeed["optimizer"]["params"]
+    optimizer = torch.optim.AdamW(
+        decay_groups(model, params["weight_decay"]), lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
+    )
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(config.schedule, step, 20))
+    stream = Batches(data.lengths, config.seed, size=config.batch.global_size).from_step(0)
+    losses = []
+    for _ in range(20):
+        batch = data.collate(next(stream)[1], pad_id=0)
+        batch.pop("index")
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    ours = [r["loss"] for r in read(layouts / "ZeRO 2" / "metrics.jsonl") if "loss" in r]
+    np.testing.assert_allclose(ours, losses, rtol=2e-5)
+
+
+def _is(path: Path, rows: int) -> bool:
+    audit = json.loads((path / "audit.json").read_text())
+    return audit["labels"] == ["bad", "good"] and audit["splits"]["train"]["rows"] == rows
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run that learns, and then forgets as its rate is far too high: the best step is an early one."""
+    folder = tmp_path_factory.mktemp("early")
+    return launch(folder, *EARLY, *table(folder, "classify"), *EARLY)
+
+
+EARLY = (
+    "train.steps=400", "train.eval_every=10", "train.patience=3", "train.keep_checkpoints=1", "schedule=constant",
+    "deepspeed.optimizer.params.lr=3e-3", "deepspeed.optimizer.params.weight_decay=0", "zero=stage2",
+)  # fmt: skip
+
+
+def test_training_ends_when_the_metric_has_not_improved(stopped_early: Result) -> None:
+    evaluations = {r["step"]: r["eval_accuracy"] for r in stopped_early.records if "eval_accuracy" in r}
+    best = json.loads((stopped_early.dir / "best.json").read_text())
+    assert best["value"] == max(evaluations.values()) == evaluations[best["step"]]
+    assert max(r["step"] for r in stopped_early.steps) == best["step"] + 30 < 400
+    kept = sorted(p.name for p in (stopped_early.dir / "checkpoints").iterdir())
+    assert f"step-{best['step']}" in kept and len(kept) <= 2
+    assert f"The best weights are those of step {best['step']}" in stopped_early.stdout
+
+
+def test_starting_again_after_an_early_end_evaluates_the_best_weights_again(stopped_early: Result) -> None:
+    folder = stopped_early.dir.parent
+    again = launch(folder, *table(folder, "classify"), *EARLY)
+    assert "ended early after step" in again.stdout
+    assert len(again.steps) == len(stopped_early.steps)
+    assert again.records[-1]["eval_accuracy"] == json.loads((folder / "x" / "best.json").read_text())["value"]
+
+
+def test_the_export_holds_the_best_weights_and_predicts_what_was_written(stopped_early: Result) -> None:
+    from toolkit.export import export
+
+    folder = export(stopped_early.dir)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    rows = list(csv.DictReader((stopped_early.dir / "predictions.tsv").open(), delimiter="\t"))
+    with torch.no_grad():
+        logits = model(**tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")).logits
+    assert [model.config.id2label[i] for i in logits.argmax(-1).tolist()] == [r["prediction"] for r in rows]
+    assert logits.softmax(-1).max(-1).values.tolist() == pytest.approx(
+        [float(r["probability"]) for r in rows], abs=6e-4
+    )
+
+
+def test_stopping_and_resuming_gives_the_same_losses(tmp_path: Path) -> None:
+    common = (*table(tmp_path, "classify"), *FEW, "model.dropout=0.1", "train.save_every=7", "train.steps=20")
+    runs = {"whole": common, "cut": (*common, "train.steps=7")}
+    assert not launch_many(tmp_path, runs).errors
+    assert not launch_many(tmp_path, {"cut": (*common, "schedule.decay_steps=20")}).errors
+    losses = [[r["loss"] for r in read(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("whole", "cut")]
+    assert losses[0][7:] != losses[1][:13]
+    assert len(losses[1]) == 20
+
+
+def test_from_pretraining_over_the_export_to_a_task(tmp_path: Path) -> None:
+    """The documented path: pretrain, toolkit export, fine-tune from the run; and the weights are those."""
+    launch(tmp_path, "name=bert", "train.steps=4", "data.max_length=64")
+    from toolkit.export import export
+
+    export(tmp_path / "bert")
+    given = [*table(tmp_path, "classify"), "train.steps=2", "deepspeed.optimizer.params.lr=0", "zero=stage3"]
+    result = launch(tmp_path, "name=tuned", f"model.weights={tmp_path / 'bert'}", *given, recipe="finetune")
+    tuned, started = (load_safetensors(export(tmp_path / n)) for n in ("tuned", "bert"))
+    body = [name for name in tuned if name.startswith("bert.")]
+    assert body and all(torch.equal(tuned[n], started[n]) for n in body), "lr=0: nothing moves"
+    assert "classifier.weight" in tuned and result.records[-1]["eval_accuracy"] >= 0
+    assert json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())["id2label"] == {
+        "0": "bad",
+        "1": "good",
+    }
+
+
+def load_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_seeds_differ_and_are_summed_up(tmp_path: Path) -> None:
+    given = [*table(tmp_path, "classify"), "train.steps=12", "seeds=[1,2]"]
+    result = launch(tmp_path, *given, recipe="finetune")
+    scores = json.loads((tmp_path / "x" / "scores.json").read_text())
+    assert [s["seed"] for s in scores] == [1, 2]
+    assert scores[0]["scores"]["eval_loss"] != scores[1]["scores"]["eval_loss"]
+    assert "±" in result.stdout and (tmp_path / "x-seed2" / "predictions.tsv").exists()
+
+
+GLUE_FILES: dict[str, tuple[str, str, str]] = {
+    "SST-2/train.tsv.gz": ("sentence\tlabel", "{a}\t{n}", "SST-2/dev.tsv"),
+}
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "another number of labels": (["model.weights={other}"], "classifier.weight is (3, 32) there and (2, 32) here"),
+    "another vocabulary": (["model.weights={small}"], "its vocabulary has 100 entries, the tokenizer"),
+    "longer than the model": (["model.weights={other}", "data.max_length=64"], "data.max_length=64: model.weights="),
+    "an unknown metric": (["task.metrics=[acuracy]"], "Did you mean 'accuracy'?"),
+    "no training data": (["data.train=null"], "data.train is not set"),
+    "no such file": (["data.train=nowhere.csv"], "nowhere.csv"),
+    "a label that is new": (["data.eval={odd}"], "unknown label 'ugly'"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("refused")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    places = {"odd": write(folder / "odd.jsonl", [{"text": "a b", "label": "ugly"}])}
+    launch_many(folder, {"base": [*table(folder, "classify"), "train.steps=1"]})
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base" / "model")
+    for name, size, labels in (("other", len(tokenizer), 3), ("small", 100, 2)):
+        config = BertConfig(vocab_size=size, num_labels=labels, max_position_embeddings=32, **shape)
+        BertForSequenceClassification(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        places[name] = folder / name
+    runs = {n: [*table(folder, "classify"), *(o.format(**places) for o in more)] for n, (more, _) in REFUSED.items()}
+    runs["new head"] = [*table(folder, "classify"), f"model.weights={places['other']}", "model.new_head=true"]
+    return folder, launch_many(folder, runs).errors
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_learnt_is_refused_before_training(
+    name: str, refused: tuple[Path, dict[str, list[str]]]
+) -> None:
+    folder, errors = refused
+    assert set(errors[name]) != {None} and all(REFUSED[name][1] in str(e) for e in errors[name]), errors[name]
+    assert not (folder / name / "metrics.jsonl").exists()
+
+
+def test_a_new_head_replaces_that_of_the_weights(refused: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, errors = refused
+    assert "new head" not in errors and last_evaluation(folder / "new head")["eval_loss"] > 0
+
+
+def test_glue_is_all_nine_tasks_and_the_papers_table(tmp_path: Path) -> None:
+    for file, lines in glue_files().items():
+        path = tmp_path / "glue" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(lines) + "\n"
+        if file.endswith(".gz"):
+            import gzip
+
+            path.write_bytes(gzip.compress(text.encode()))
+        else:
+            path.write_text(text)
+    small = ["train.steps=2", "train.eval_every=null", "train.save_every=null", "data.max_length=32"]
+    given = ["task=glue", "data=files/glue", f"data.path={tmp_path / 'glue'}", *small]
+    result = launch(tmp_path, *given, recipe="finetune", timeout=400)
+    scores = json.loads((tmp_path / "x" / "scores.json").read_text())
+    assert {s["task"] for s in scores} == {"sst2", "cola", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
+    assert "MNLI-m" in result.stdout and "Average" in result.stdout
+    best = {s["task"]: s["best"] for s in scores}
+    assert (best["cola"], best["stsb"], best["qqp"], best["rte"]) == (
+        "eval_matthews", "eval_spearman", "eval_f1", "eval_accuracy",
+    )  # fmt: skip
+
+
+def glue_files() -> dict[str, list[str]]:
+    """Twenty rows of each task in the layout of its files."""
+    text = ["the old man and the sea", "a new day of red water", "time and tide", "the road of stone"]
+    pick = lambda i: text[i % 4]  # noqa: E731
+    n = range(20)
+    pair = lambda labels: [  # noqa: E731
+        json.dumps({"text_a": pick(i), "text_b": pick(i + 1), "label": labels[i % len(labels)]}) for i in n
+    ]
+    indexed = lambda labels: [  # noqa: E731
+        "index\tsentence1\tsentence2\tlabel",
+        *(f"{i}\t{pick(i)}\t{pick(i + 1)}\t{labels[i % 2]}" for i in n),
+    ]
+    entails = ["entailment", "not_entailment"]
+    sts = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
+    files = {
+        "SST-2/{}.tsv": ["sentence\tlabel", *(f"{pick(i)}\t{i % 2}" for i in n)],
+        "CoLA/{}.tsv": [f"x\t{i % 2}\t\t{pick(i)}" for i in n],
+        "RTE/{}.tsv": indexed(entails),
+        "WNLI/{}.tsv": indexed(["0", "1"]),
+        "STS-B/{}.tsv": [sts, *(f"{i}\tg\tf\ty\to\ts\ts\t{pick(i)}\t{pick(i + 1)}\t{i % 6}" for i in n)],
+        "MNLI/{}.jsonl": pair(["entailment", "neutral", "contradiction"]),
+        "QQP/{}.jsonl": pair(["0", "1"]),
+        "QNLI/{}.jsonl": pair(entails),
+    }
+    names = {"SST-2/train.tsv": "SST-2/train.tsv.gz", "QNLI/dev.jsonl": "QNLI/dev_small.jsonl"}
+    names |= {f"{t}/train.jsonl": f"{t}/train.jsonl.gz" for t in ("MNLI", "QQP", "QNLI")}
+    found = {f.format(split): lines for f, lines in files.items() for split in ("train", "dev")}
+    mrpc = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *(f"{i % 2}\t1\t2\t{pick(i)}\t{pick(i + 1)}" for i in n)]
+    return {names.get(f, f): lines for f, lines in found.items()} | {"MRPC/msr_paraphrase_train.txt.gz": mrpc}
+
+
+def test_a_test_split_is_predicted_as_a_leaderboard_takes_it(tmp_path: Path) -> None:
+    unlabelled = write(tmp_path / "test.jsonl", [{"text": f"the good sea {i}"} for i in range(7)])
+    runs = {"x": [*table(tmp_path, "classify"), f"data.test={unlabelled}", "train.steps=2"]}
+    assert not launch_many(tmp_path, runs).errors
+    lines = (tmp_path / "x" / "predictions.test.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [x.split("\t")[0] for x in lines[1:]] == [str(i) for i in range(7)]
+    assert {x.split("\t")[1] for x in lines[1:]} <= {"good", "bad"}
+
+
+def test_a_second_held_out_split_is_recorded_under_its_name(tmp_path: Path) -> None:
+    given = list(table(tmp_path, "classify"))
+    held = next(o for o in given if o.startswith("data.eval=")).split("=")[1]
+    given = [o for o in given if not o.startswith("data.eval=")]
+    other = write(tmp_path / "other.jsonl", [{"text": "a good day", "label": "good"}] * 5)
+    both = [f"data.eval.matched={held}", f"data.eval.mismatched={other}", "train.steps=2"]
+    assert not launch_many(tmp_path, {"x": [*given, *both]}).errors
+    result = last_evaluation(tmp_path / "x")
+    assert {"eval_accuracy", "eval_loss", "eval_mismatched_accuracy", "eval_mismatched_loss"} <= set(result)
+    assert result["eval_mismatched_accuracy"] in (0.0, 1.0)
+    assert (tmp_path / "x" / "predictions.eval.mismatched.tsv").exists()
+
+
+def test_prepared_data_is_found_again(tmp_path: Path) -> None:
+    config = compose([*table(tmp_path, "classify"), f"data.cache_dir={tmp_path / 'cache'}", "tokenizer.vocab_size=200"])
+    calls: list[int] = []
+
+    def encode(tokenizer: Any, examples: list[Any]) -> Any:
+        calls.append(len(examples))
+        return (encoded.Sample([([1], [0])], [0], i) for i in range(len(examples)))
+
+    first = labelled.prepare(config, encode)
+    assert labelled.prepare(config, encode).path == first.path and calls == [203, 37]
+    assert [*first.audit["splits"]] == ["train", "eval"]
+
+
+def test_without_held_out_data_a_share_of_the_rows_is_held_out_whatever_the_seed(tmp_path: Path) -> None:
+    given = [o for o in table(tmp_path, "classify") if not o.startswith("data.eval=")]
+    common = [*given, f"data.cache_dir={tmp_path / 'cache'}", "data.holdout=0.1", "tokenizer.vocab_size=200"]
+    rows = []
+    for seed in (1, 2):
+        prepared = labelled.prepare(
+            compose([*common, f"seed={seed}"]), lambda t, e: (encoded.Sample([([1], [0])], [0], 0) for _ in e)
+        )
+        train, held = ({e.where for e in prepared.examples(s)} for s in ("train", "eval"))
+        assert len(held) == 20 and len(train) == 183 and not train & held
+        rows.append(held)
+    assert rows[0] == rows[1]
