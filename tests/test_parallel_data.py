@@ -121,6 +121,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "train.de").unlink()
     (tmp_path / "train.de.gz").write_bytes(b"no gzip")
     assert "train.de.gz: cannot be read" in refused(tmp_path)
+    assert "data.path is not set" in refused(tmp_path, "experiment=multi30k", "data.train=${data.path}/train")
     assert "data.train is not set" in refused(tmp_path, "data.train=null")
 
 
@@ -144,6 +145,14 @@ def test_pairs_come_from_tables_too(tmp_path: Path) -> None:
     assert "train.tsv:2: has no column 'translation.de', only 'source', 'target'" in refused(
         tmp_path, f"data.train={tmp_path / 'train.tsv'}", *columns
     )
+
+
+def test_another_seed_finds_the_same_data(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    one, two = (parallel.prepare(config(tmp_path, f"seed={seed}")) for seed in (1, 2))
+    assert one.path == two.path
+    three, four = (parallel.prepare(config(tmp_path, f"seed={seed}", "data.holdout=0.4")) for seed in (1, 2))
+    assert three.path != four.path  # which pairs are held out is drawn from it
 
 
 # ---- batches

@@ -56,6 +56,8 @@ def _cell(row: dict[str, Any], column: str, where: str) -> str:
 
 def _sides(place: str, split: str, task: Task) -> list[Path] | None:
     """The files of the two languages that begin with ``place``; None if it names a table."""
+    if place.startswith("None/"):  # what ${data.path}/… of an experiment is without data.path
+        raise DataError(f"data.path is not set, and data.{split}={place} begins with it. Name the folder of the files.")
     found: list[Path] = []
     missing: list[str] = []
     for language in (task.source, task.target):
@@ -104,13 +106,13 @@ def _lines(path: Path) -> Iterator[str]:
         raise DataError(f"{path}: cannot be read: {error}.") from error
 
 
-def identity(place: str, data: Data, task: Task) -> list[Any]:
+def identity(place: str, split: str, data: Data, task: Task) -> list[Any]:
     """What stands for the content of ``place`` in the cache: names, sizes and times of its files."""
-    sides = _sides(place, "train", task)
+    sides = _sides(place, split, task)
     if sides is not None:
         files = sides
     elif data.format == "hub" or (data.format is None and tables._is_hub(place)):
         return [place, *hub.identity(place.partition("@")[0], data)]
     else:
-        files = matching(place, "data.train")
+        files = matching(place, f"data.{split}")
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -96,9 +96,9 @@ def prepare(config: RunConfig) -> Prepared:
     places = _places(data)
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
     key = fingerprint(
-        {name: [place, aligned.identity(place, data, config.task)] for name, place in places.items()},
+        {name: [place, aligned.identity(place, _kind(name), data, config.task)] for name, place in places.items()},
         data.columns.model_dump(include=set(SIDES)),
-        [data.header, data.max_length, data.holdout, config.seed],
+        [data.header, data.max_length, [data.holdout, config.seed] if _holds_out(places, data) else None],
         [config.task.source, config.task.target, config.task.prefix],
         [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
     )
@@ -127,6 +127,16 @@ def _places(data: Data) -> dict[str, str]:
     return {name: place for name, place in places.items() if place}
 
 
+def _kind(split: str) -> str:
+    """``eval`` of eval_<name>."""
+    return split.partition("_")[0]
+
+
+def _holds_out(places: dict[str, str], data: Data) -> bool:
+    """Without data.eval a share of the training pairs is kept apart."""
+    return data.holdout > 0 and "eval" not in map(_kind, places)
+
+
 def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
     data, task = config.data, config.task
 
@@ -139,11 +149,12 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts
     splits = [name for name in places if name != "train"]
-    hold = "eval" not in {name.partition("_")[0] for name in splits} and data.holdout > 0
+    hold = _holds_out(places, data)
     writers = {name: _Writer(folder / name, tokenizer, config, name) for name in ["train", *(["eval"] * hold), *splits]}
     for name, place in places.items():
-        for number, pair in enumerate(aligned.pairs(place, name.partition("_")[0], data, task)):
-            held = hold and name == "train" and uniform(mix(config.seed, HELD_OUT, number))[0] < data.holdout
+        for number, pair in enumerate(aligned.pairs(place, _kind(name), data, task)):
+            whole = pair.source and pair.target  # else it is dropped, and training counts what is
+            held = hold and name == "train" and whole and uniform(mix(config.seed, HELD_OUT, number))[0] < data.holdout
             writers["eval" if held else name].add(pair)
     audit = {name: writer.close() for name, writer in writers.items()}
     if not audit["train"]["kept"]:
