@@ -28,11 +28,13 @@ LAYOUTS: dict[str, tuple[int, Sequence[str]]] = {
     "ZeRO 0": (2, ("zero=stage0",)),
     "ZeRO 2": (2, ("zero=stage2",)),
     "ZeRO 3": (2, ("zero=stage3",)),
-    "ZeRO 3, small micro-batches": (2, ("zero=stage3", "batch.micro_size=2")),
-    "ZeRO 2, offload": (2, ("zero=stage2", "offload=cpu")),
+    "ZeRO 3 with small micro-batches": (2, ("zero=stage3", "batch.micro_size=2")),
+    "ZeRO 2 with offload": (2, ("zero=stage2", "offload=cpu")),
     "tensor parallel": (2, ("zero=stage1", "parallel=tensor")),
     "padded to the full length": (2, ("zero=stage1", "data.padding=max_length")),
     "recomputed": (2, ("zero=stage3", "activation=recompute")),
+    "two pipe stages": (2, ("zero=stage1", "pipeline=two")),
+    "two pipe stages of GPipe": (2, ("zero=stage0", "pipeline=two", "pipeline.schedule=gpipe")),
 }
 FEW = ("train.steps=20", "train.log_every=1", "train.eval_every=null")
 
@@ -163,7 +165,7 @@ def test_starting_again_after_an_early_end_evaluates_the_best_weights_again(stop
     again = launch(folder, *table(folder, "classify"), *EARLY)
     assert "ended early after step" in again.stdout
     assert len(again.steps) == len(stopped_early.steps)
-    assert again.records[-1]["eval_accuracy"] == json.loads((folder / "x" / "best.json").read_text())["value"]
+    assert last_evaluation(again.dir)["eval_accuracy"] == json.loads((folder / "x" / "best.json").read_text())["value"]
 
 
 def test_the_export_holds_the_best_weights_and_predicts_what_was_written(stopped_early: Result) -> None:
@@ -203,7 +205,7 @@ def test_from_pretraining_over_the_export_to_a_task(tmp_path: Path) -> None:
     tuned, started = (load_safetensors(export(tmp_path / n)) for n in ("tuned", "bert"))
     body = [name for name in tuned if name.startswith("bert.")]
     assert body and all(torch.equal(tuned[n], started[n]) for n in body), "lr=0: nothing moves"
-    assert "classifier.weight" in tuned and result.records[-1]["eval_accuracy"] >= 0
+    assert "classifier.weight" in tuned and last_evaluation(result.dir)["eval_accuracy"] >= 0
     assert json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())["id2label"] == {
         "0": "bad",
         "1": "good",
@@ -246,7 +248,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     folder = tmp_path_factory.mktemp("refused")
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     places = {"odd": write(folder / "odd.jsonl", [{"text": "a b", "label": "ugly"}])}
-    launch_many(folder, {"base": [*table(folder, "classify"), "train.steps=1"]})
+    launch_many(folder, {"base": [*table(folder, "classify"), "train.steps=2"]})
     tokenizer = AutoTokenizer.from_pretrained(folder / "base" / "model")
     for name, size, labels in (("other", len(tokenizer), 3), ("small", 100, 2)):
         config = BertConfig(vocab_size=size, num_labels=labels, max_position_embeddings=32, **shape)

@@ -124,7 +124,10 @@ class Run:
         """Settle how many steps the run has: a task says how many optimizer steps so many epochs are."""
         train = self.config.train
         self.epoch_steps = steps_of(1)
-        self.steps = min(n for n in (train.steps, train.epochs and steps_of(train.epochs)) if n)
+        by_epochs = train.epochs and steps_of(train.epochs)
+        self.steps = min(n for n in (train.steps, by_epochs) if n)
+        reason = f"train.epochs={train.epochs:g}" if self.steps == by_epochs else f"train.steps={train.steps}"
+        self.console.print(f"{self.steps:,} steps ({reason}), {self.epoch_steps:,} an epoch.", highlight=False)
 
     @property
     def eval_every(self) -> int | None:

@@ -177,8 +177,8 @@ def _examples(config: RunConfig, split: str, labels: tuple[str, ...]) -> list[An
 def _texts(rows: list[Any]) -> Iterator[str]:
     """Every text of the examples, for a tokenizer to be trained on."""
     for row in rows:
-        for value in vars(row).values():
-            if isinstance(value, str):
+        for name, value in vars(row).items():
+            if isinstance(value, str) and name not in ("where", "id"):
                 yield value
-            elif isinstance(value, (list, tuple)):
-                yield " ".join(v for v in value if isinstance(v, str))
+            elif name in ("words", "endings"):
+                yield " ".join(value)
