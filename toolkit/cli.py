@@ -73,8 +73,14 @@ def _prepare(overrides: list[str]) -> None:
     from toolkit import data
     from toolkit.compose import compose
 
-    console = Console()
-    prepared = data.prepare(compose(overrides), console=console, progress=True)
+    console, config = Console(), compose(overrides)
+    if config.task.kind == "translate":
+        from toolkit.data import parallel
+
+        pairs = parallel.prepare(config)
+        console.print("\n".join(parallel.told(pairs.audit)), f"Prepared pairs: {pairs.path}", sep="\n", highlight=False)
+        return
+    prepared = data.prepare(config, console=console, progress=True)
     console.print(data.format_audit(prepared.audit))
     console.print(f"Prepared corpus: {prepared.path}")
 

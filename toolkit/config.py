@@ -62,9 +62,10 @@ class Batch(Strict):
 class Model(Strict):
     """The Hugging Face BertConfig in its own key names; ``dropout`` sets hidden and attention."""
 
-    type: Literal["bert"] = "bert"
+    type: Literal["bert", "marian"] = "bert"  # marian: the encoder-decoder of Vaswani et al. 2017
     hidden_size: Positive = 768
     num_hidden_layers: Positive = 12
+    decoder_layers: Positive | None = None  # marian; None: as many as the encoder has
     num_attention_heads: Positive = 12
     intermediate_size: Positive = 3072
     max_position_embeddings: Positive = 512
@@ -74,6 +75,8 @@ class Model(Strict):
     dropout: float = Field(0.1, ge=0, lt=1)
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     weights: str | None = None  # a hub name, a Hugging Face folder, or a run directory
+    # A translator made of two BERTs: which of its halves begin as model.weights, the others are drawn
+    init: Literal["none", "encoder", "both"] = "both"
     new_head: bool = False  # leave out the task's head that the weights have, for other labels
     vocab_size: Positive | None = None  # None: the tokenizer's; another number than its is refused
 
@@ -82,6 +85,7 @@ class Tokenizer(Strict):
     """A pretrained tokenizer (``path``: hub name, folder or vocab.txt), or one trained on the corpus."""
 
     path: str | None = None
+    model: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"  # bpe, unigram: of both languages of translation pairs
     vocab_size: Positive = 30522
     lowercase: bool = True
     min_frequency: Positive = 2
@@ -154,6 +158,17 @@ class Task(Strict):
     max_answer: Positive = 30  # tokens
     n_best: Positive = 20
     null_answers: bool = False  # questions may have no answer (SQuAD v2.0)
+    # translate: files <prefix>.<source>[.gz] and <prefix>.<target>[.gz] are aligned line by line
+    source: str = "source"
+    target: str = "target"
+    prefix: str = ""  # before each source sentence, as T5 wants it: "translate English to German: "
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # in training; evaluation is the plain cross-entropy
+    beams: Positive = 4  # of the translations at the end
+    eval_beams: Positive = 1  # of those during training
+    # A translation's score is its log-likelihood divided by length ** length_penalty: Hugging Face's rule, where
+    # Wu et al. 2016 divide by ((5 + length) / 6) ** alpha. Above 0 it favours longer ones.
+    length_penalty: float = 0.6
+    max_target: Positive = 128  # tokens of a translation
 
 
 class Schedule(Strict):

@@ -516,7 +516,7 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "other.",
     ),
     "max_predictions": (
-        lambda c, f: c.data.max_predictions > c.data.max_length,
+        lambda c, f: c.task.kind == "pretrain" and c.data.max_predictions > c.data.max_length,
         "data.max_predictions={c.data.max_predictions} is above data.max_length={c.data.max_length}: "
         "there are not "
         "so many tokens to predict. Lower data.max_predictions.",
@@ -525,6 +525,36 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         lambda c, f: c.task.kind == "pretrain" and c.seeds,
         "seeds={c.seeds} with task.kind=pretrain: several trainings in one launch are for fine-tuning. Use seed, or "
         "--multirun seed=1,2.",
+    ),
+    "translator": (
+        lambda c, f: c.task.kind == "translate" and c.model.type == "bert" and c.model.weights is None,
+        "task.kind=translate with model.type=bert: it needs an encoder and a decoder. Use model=transformer_tiny, "
+        "transformer_base or transformer_big, or model.weights of a T5, BART, Marian or BERT.",
+    ),
+    "translator_only": (
+        lambda c, f: c.task.kind != "translate" and c.model.type == "marian",
+        "model.type=marian with task.kind={c.task.kind}: an encoder-decoder translates. Use a model of type bert, or "
+        "task=translate.",
+    ),
+    "tokens_only_translate": (
+        lambda c, f: c.task.kind != "translate" and c.batch.tokens,
+        "batch.tokens={c.batch.tokens} with task.kind={c.task.kind}: it counts the tokens of sentence pairs. Use "
+        "batch.global_size alone.",
+    ),
+    "decoder_without_effect": (
+        lambda c, f: c.model.type != "marian" and c.model.decoder_layers,
+        "model.decoder_layers={c.model.decoder_layers} with model.type={c.model.type}: it has no decoder of its own. "
+        "Drop it.",
+    ),
+    "translate_pipeline": (
+        lambda c, f: c.task.kind == "translate" and c.pipeline.stages > 1,
+        "pipeline.stages={c.pipeline.stages} with task.kind=translate: an encoder-decoder is not cut into stages. Use "
+        "pipeline=none.",
+    ),
+    "translate_tensor": (
+        lambda c, f: c.task.kind == "translate" and c.tensor_size > 1,
+        "deepspeed.tensor_parallel.autotp_size={c.tensor_size} with task.kind=translate is not supported. Use "
+        "parallel=none.",
     ),
     "flash_on_cpu": (
         lambda c, f: c.model.attention == "flash_attention_2" and f.device != "cuda",

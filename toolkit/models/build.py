@@ -176,6 +176,12 @@ def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:
                 parameter.copy_(state[name])
             if not hasattr(parameter, "ds_id"):
                 torch.distributed.broadcast(parameter.data, src=0, group=ranks._control)
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():  # such as the bias that Marian and BART add to their logits
+        if name in saved:
+            if state is not None and name in state:
+                buffer.copy_(state[name])
+            torch.distributed.broadcast(buffer, src=0, group=ranks._control)
 
 
 def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
-"""Floating-point operations of a BERT with its pretraining heads, counted as matrix products.
+"""Floating-point operations of a BERT with its pretraining heads, or of an encoder-decoder, as matrix products.
 
     bert(config.model, vocab_size=30522, length=512).step(sequences=8, predictions=600)
+    seq2seq(shape).step({"source": 900, "target": 850, …})
 
 A multiply-add is two operations; the backward pass costs twice the forward pass. With
 ``intermediate = 4h`` this is, per token, the well-known ``72 h² L + 12 h s L + r·6 (h V + h²)``,
@@ -8,7 +9,8 @@ r being the share of predicted positions. Softmax, LayerNorm and other element-w
 in Narayanan et al. 2021 (arXiv 2104.04473, appendix).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 
@@ -51,4 +53,51 @@ def bert(model: Shape, *, vocab_size: int, length: int) -> Flops:
         sequence=6 * length * layers * (projections + attention),
         prediction=6 * (h * h + h * vocab_size),
         pair=6 * (h * h + 2 * h),
+    )
+
+
+@dataclass(frozen=True)
+class Seq2SeqShape:
+    """An encoder-decoder: ``width`` of all heads together; ``matrices`` 2, or 3 where the feed-forward is gated."""
+
+    hidden: int
+    width: int
+    intermediate: int
+    encoder_layers: int
+    decoder_layers: int
+    vocab_size: int
+    matrices: int = 2
+    transform: bool = False  # BERT's dense layer before the vocabulary
+
+
+@dataclass(frozen=True)
+class Seq2SeqFlops:
+    """Forward plus backward: per token of each side, and per pair of tokens of which one looks at the other."""
+
+    source: float
+    target: float
+    source_source: float
+    target_target: float
+    target_source: float
+
+    def step(self, counts: Mapping[str, float]) -> float:
+        """``counts`` has the names above, each summed over sentences: source_source is the sum of their length²."""
+        return sum(float(getattr(self, field.name)) * counts[field.name] for field in fields(self))
+
+
+def seq2seq(shape: Seq2SeqShape) -> Seq2SeqFlops:
+    """A Transformer as in Vaswani et al. 2017; causal attention counts in full, as the kernels compute it.
+
+    A decoder layer projects its queries and outputs twice per target token, for itself and for the source;
+    keys and values of the source are made per source token.
+    """
+    square, feed_forward = shape.hidden * shape.width, shape.matrices * shape.hidden * shape.intermediate
+    head = shape.hidden * shape.vocab_size + (shape.hidden**2 if shape.transform else 0)
+    attention = 2 * shape.width  # scores and weighted values
+    return Seq2SeqFlops(
+        source=6 * (shape.encoder_layers * (4 * square + feed_forward) + shape.decoder_layers * 2 * square),
+        target=6 * (shape.decoder_layers * (6 * square + feed_forward) + head),
+        source_source=6 * shape.encoder_layers * attention,
+        target_target=6 * shape.decoder_layers * attention,
+        target_source=6 * shape.decoder_layers * attention,
     )

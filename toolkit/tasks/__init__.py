@@ -10,6 +10,7 @@ KINDS = {
     "tag": ("tag", "Tag"),
     "span_qa": ("span_qa", "SpanQA"),
     "choose": ("choose", "Choose"),
+    "translate": ("translate", "Translate"),
 }
 
 

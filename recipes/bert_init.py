@@ -1,0 +1,48 @@
+"""What a BERT is worth to a translator made of two: all of it random, its encoder from BERT, or both halves.
+
+deepspeed recipes/bert_init.py experiment=multi30k_bert data.path=/data/translation/multi30k model.weights=runs/bert
+
+The same seed, data and shape each time (Clinchant et al. 2019, arXiv 1909.12744). The run directory gets a run for
+each, and bert_init.md, .csv, .png and .svg: loss and BLEU on held-out pairs by optimizer step.
+"""
+
+from toolkit.config import RunConfig
+from toolkit.launch import recipe
+
+NAMES = {"none": "random", "encoder": "BERT encoder", "both": "BERT encoder and decoder"}
+KEYS = ["eval_loss", "eval_bleu"]
+
+
+@recipe("translate")
+def main(config: RunConfig) -> None:
+    import csv
+    import io
+
+    from toolkit import ranks
+    from toolkit.errors import ConfigError
+    from toolkit.report import curves
+    from toolkit.run import Run
+    from toolkit.several import train
+
+    if config.task.kind != "translate" or config.model.weights is None:
+        raise ConfigError("This compares translators made of a BERT. Use task=translate and model.weights=<a BERT>.")
+    whole = Run.open(config)
+    for init, name in NAMES.items():
+        whole.console.print(f"--- {name}")
+        model = config.model.model_copy(update={"init": init})
+        train(config.model_copy(update={"model": model, "output_dir": str(whole.dir), "name": init}))
+    runs = {name: whole.dir / init for init, name in NAMES.items()}
+    if ranks.rank() == 0:
+        table = curves.rows(runs, KEYS)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["run", "step", *KEYS])
+        writer.writeheader()
+        writer.writerows(table)
+        whole.write_text("bert_init.csv", text.getvalue())
+        whole.write_text("bert_init.md", curves.markdown(table))
+        curves.plot(runs, KEYS, whole.dir / "bert_init", "Translators made of two BERTs, by what they begin with")
+    whole.console.print(f"Run directory: {whole.dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Train an encoder-decoder Transformer to translate, or fine-tune one; BLEU by sacreBLEU.
+
+deepspeed recipes/translate.py experiment=multi30k data.path=/data/translation/multi30k
+deepspeed recipes/translate.py task=translate data.train=corpus/train data.eval=corpus/dev task.source=de \
+    task.target=en model=transformer_base seeds=[1,2,3]
+"""
+
+from toolkit.config import RunConfig
+from toolkit.launch import recipe
+
+
+@recipe("translate")
+def main(config: RunConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from toolkit.several import train_all
+
+    train_all(config, list(HydraConfig.get().overrides.task))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Sentence pairs: what is read, dropped, cut and refused, and how they become batches."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composing import compose
+
+from toolkit.config import RunConfig
+from toolkit.data import aligned, parallel, subwords
+from toolkit.data.pair_batches import IGNORED, PairBatches
+from toolkit.errors import DataError
+from toolkit.ranks import Replica
+
+MULTI30K = Path(__file__).parents[2] / "shared" / "data" / "translation" / "multi30k"
+SPECIAL = SimpleNamespace(pad=0, eos=1, start=0)
+DE = ["ein Hund läuft", "eine Katze schläft im Haus", "zwei Hunde", "", "die Katze und der Hund", ""]
+EN = ["a dog runs", "a cat sleeps in the house", "two dogs", "an answer to nothing", "", ""]
+
+
+def write(path: Path, lines: list[str]) -> None:
+    text = "".join(f"{line}\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def corpus(folder: Path, source: list[str] = DE, target: list[str] = EN, name: str = "train", suffix: str = "") -> str:
+    write(folder / f"{name}.de{suffix}", source)
+    write(folder / f"{name}.en{suffix}", target)
+    return str(folder / name)
+
+
+def config(tmp_path: Path, *overrides: str) -> RunConfig:
+    common = [
+        "task=translate",
+        "model=transformer_tiny",
+        "task.source=de",
+        "task.target=en",
+        "tokenizer.vocab_size=120",
+    ]
+    common += [f"data.cache_dir={tmp_path / 'cache'}", f"data.train={tmp_path / 'train'}", "data.holdout=0"]
+    given = {o.split("=")[0] for o in overrides}
+    return compose(*(o for o in common if o.split("=")[0] not in given), *overrides)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_pairs_without_a_side_are_counted_and_left_out(tmp_path: Path, suffix: str) -> None:
+    corpus(tmp_path, suffix=suffix)
+    prepared = parallel.prepare(config(tmp_path))
+    counts = prepared.audit["splits"]["train"]
+    assert (counts["read"], counts["kept"], len(prepared.splits["train"])) == (6, 3, 3)
+    assert (counts["empty_source"], counts["empty_target"], counts["empty_both"]) == (1, 1, 1)
+    assert parallel.told(prepared.audit) == [
+        "train: 3 of 6 pairs, 1 with an empty source, 1 with an empty target, 1 empty on both sides"
+    ]
+
+
+def test_ids_decode_to_the_text_and_end_with_eos(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    corpus(tmp_path)
+    for model in ("bpe", "unigram"):
+        prepared = parallel.prepare(config(tmp_path, f"tokenizer.model={model}", "tokenizer.vocab_size=60"))
+        tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer)
+        split = prepared.splits["train"]
+        assert tokenizer.decode(split.source(1), skip_special_tokens=True) == DE[1]
+        assert tokenizer.decode(split.target(1), skip_special_tokens=True) == EN[1]
+        assert split.source(1)[-1] == split.target(1)[-1] == tokenizer.eos_token_id == 1
+        assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (0, 2)
+
+
+def test_too_long_is_dropped_in_training_and_cut_in_evaluation(tmp_path: Path) -> None:
+    long = " ".join(["Hund"] * 40)
+    corpus(tmp_path, [*DE, long], [*EN, "dog"])
+    corpus(tmp_path, [DE[0], long, ""], [EN[0], "dog", "dog"], name="val")
+    prepared = parallel.prepare(config(tmp_path, f"data.eval={tmp_path / 'val'}", "data.max_length=24"))
+    train, held = (prepared.audit["splits"][name] for name in ("train", "eval"))
+    assert (train["too_long"], train["kept"]) == (1, 3)
+    assert (held["cut_source"], held["empty_source"], held["kept"], held["read"]) == (1, 1, 3, 3)
+    assert len(prepared.splits["eval"].source(1)) == 24 and prepared.splits["eval"].source(1)[-1] == 1
+    assert prepared.splits["eval"].texts[1] == (long, "dog")  # BLEU is of the whole
+
+
+def test_a_share_of_the_pairs_is_held_out_without_data_eval(tmp_path: Path) -> None:
+    corpus(tmp_path, DE[:3] * 100, EN[:3] * 100)
+    prepared = parallel.prepare(config(tmp_path, "data.holdout=0.2"))
+    assert 30 < len(prepared.splits["eval"]) < 90
+    assert len(prepared.splits["eval"]) + len(prepared.splits["train"]) == 300
+
+
+def refused(tmp_path: Path, *overrides: str) -> str:
+    with pytest.raises(DataError) as error:
+        parallel.prepare(config(tmp_path, *overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert "there is no" in refused(tmp_path) and "train.de[.gz] and no" in refused(tmp_path)
+    corpus(tmp_path)
+    (tmp_path / "train.en").unlink()
+    assert "train.en[.gz]. The two files are data.train, a dot and task.source=de" in refused(tmp_path)
+    corpus(tmp_path, DE, [*EN, "one more", "and another"])
+    assert "train.de has 6 lines" in refused(tmp_path) and "train.en 8" in refused(tmp_path)
+    corpus(tmp_path, ["", ""], ["", ""])
+    assert "hold no word to train on" in refused(tmp_path)
+    corpus(tmp_path, ["Hund"] * 3, ["dog"] * 3)
+    assert "no pair is left to train on: 0 of 3 pairs, 3 above data.max_length" in refused(
+        tmp_path, "data.max_length=1", "data.max_predictions=1"
+    )
+    corpus(tmp_path, ["Hund", "Haus"], ["dog", ""], name="val")
+    assert "val.de:2: an empty reference in data.eval" in refused(tmp_path, f"data.eval={tmp_path / 'val'}")
+    (tmp_path / "train.de").write_bytes(b"gut\n\xff\n")
+    assert "train.de:2: is not UTF-8" in refused(tmp_path)
+    (tmp_path / "train.de").unlink()
+    (tmp_path / "train.de.gz").write_bytes(b"no gzip")
+    assert "train.de.gz: cannot be read" in refused(tmp_path)
+    assert "data.path is not set" in refused(tmp_path, "experiment=multi30k", "data.train=${data.path}/train")
+    assert "data.train is not set" in refused(tmp_path, "data.train=null")
+
+
+def test_a_line_ends_with_a_newline_only(tmp_path: Path) -> None:
+    corpus(tmp_path, ["ein\u2028Hund\x0c da", "zwei"], ["a dog", "two"])
+    pairs = list(aligned.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
+    assert [p.target for p in pairs] == ["a dog", "two"] and pairs[0].source == "ein\u2028Hund\x0c da"
+
+
+def test_pairs_come_from_tables_too(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text(
+        "source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in zip(DE[:3], EN[:3], strict=True))
+    )
+    nested = [json.dumps({"translation": {"de": a, "en": b}}) for a, b in zip(DE[:3], EN[:3], strict=True)]
+    (tmp_path / "val.jsonl").write_text("\n".join(nested))
+    tsv = config(tmp_path, f"data.train={tmp_path / 'train.tsv'}")
+    assert parallel.prepare(tsv).audit["splits"]["train"]["kept"] == 3
+    columns = ["data.columns.source=translation.de", "data.columns.target=translation.en"]
+    rows = config(tmp_path, f"data.train={tmp_path / 'val.jsonl'}", *columns)
+    assert [p.target for p in aligned.pairs(rows.data.train, "train", rows.data, rows.task)] == EN[:3]
+    assert "train.tsv:2: has no column 'translation.de', only 'source', 'target'" in refused(
+        tmp_path, f"data.train={tmp_path / 'train.tsv'}", *columns
+    )
+
+
+def test_another_seed_finds_the_same_data(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    one, two = (parallel.prepare(config(tmp_path, f"seed={seed}")) for seed in (1, 2))
+    assert one.path == two.path
+    three, four = (parallel.prepare(config(tmp_path, f"seed={seed}", "data.holdout=0.4")) for seed in (1, 2))
+    assert three.path != four.path  # which pairs are held out is drawn from it
+
+
+# ---- batches
+
+
+def many(tmp_path: Path, *overrides: str) -> tuple[RunConfig, parallel.Split]:
+    rng = np.random.default_rng(0)
+    source = [" ".join(rng.choice(DE[1].split(), rng.integers(1, 12))) for _ in range(300)]
+    target = [" ".join(rng.choice(EN[1].split(), rng.integers(1, 12))) for _ in range(300)]
+    corpus(tmp_path, source, target)
+    built = config(tmp_path, "batch.global_size=32", "batch.micro_size=8", *overrides)
+    return built, parallel.prepare(built).splits["train"]
+
+
+def steps(built: RunConfig, split: parallel.Split, world: int, number: int, step: int = 0) -> list[list[Any]]:
+    """The micro-batches of each step, over all ranks."""
+    accumulation = built.batch.global_size // built.batch.micro_size // world
+    streams = [PairBatches(built, SPECIAL, Replica(r, world, 1)).train(split, step) for r in range(world)]
+    return [[next(s) for _ in range(accumulation) for s in streams] for _ in range(number)]
+
+
+def rows(batches: list[Any]) -> list[tuple[Any, ...]]:
+    found = []
+    for batch in batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            found.append((tuple(ids[mask > 0].tolist()), tuple(labels[labels != IGNORED].tolist())))
+    return sorted(row for row in found if row[1])
+
+
+@pytest.mark.parametrize("tokens", ["null", "200"])
+def test_every_layout_takes_the_same_global_batches(tmp_path: Path, tokens: str) -> None:
+    built, split = many(tmp_path, f"batch.tokens={tokens}")
+    expected = [rows(step) for step in steps(built, split, 1, 20)]
+    assert [rows(step) for step in steps(built, split, 2, 20)] == expected
+    assert [rows(step) for step in steps(built, split, 4, 20)] == expected
+    assert [rows(step) for step in steps(built, split, 2, 8, step=12)] == expected[12:]
+
+
+def test_batches_by_tokens_hold_as_many_as_fit(tmp_path: Path) -> None:
+    built, split = many(tmp_path, "batch.tokens=200")
+    order = PairBatches(built, SPECIAL, Replica(0, 1, 1)).order(split)
+    sizes = [split.lengths[i].max() * len(i) for i in order.epoch(0)]
+    assert max(sizes) <= 200 and np.mean(sizes) > 150
+    assert sorted(np.concatenate(order.epoch(0))) == list(range(300))
+
+
+def test_decoder_reads_the_labels_shifted_right(tmp_path: Path) -> None:
+    built, split = many(tmp_path)
+    for step in steps(built, split, 2, 12):
+        for batch in step:
+            labels = batch["labels"].masked_fill(batch["labels"] == IGNORED, 0)
+            assert torch.equal(batch["decoder_input_ids"][:, 1:], labels[:, :-1])
+            assert (batch["decoder_input_ids"][:, 0] == SPECIAL.start).all()
+
+
+def test_held_out_pairs_come_once_and_equally_often_on_each_rank(tmp_path: Path) -> None:
+    built, split = many(tmp_path)
+    for world in (1, 2, 3):
+        streams = [list(PairBatches(built, SPECIAL, Replica(r, world, 1)).held_out(split, 45)) for r in range(world)]
+        assert len({len(s) for s in streams}) == 1
+        expected = sorted((tuple(split.source(i)), tuple(split.target(i))) for i in range(45))
+        assert rows([b for s in streams for b in s]) == expected
+
+
+# ---- real text
+
+
+needs_multi30k = pytest.mark.skipif(not MULTI30K.is_dir(), reason=f"{MULTI30K} is not there")
+
+
+@needs_multi30k
+def test_multi30k_is_read_whole(tmp_path: Path) -> None:
+    place = [f"data.{split}={MULTI30K / name}" for split, name in (("train", "train"), ("eval", "val"))]
+    prepared = parallel.prepare(config(tmp_path, *place, "data.max_length=64", "tokenizer.vocab_size=4000"))
+    train, held = (prepared.audit["splits"][name] for name in ("train", "eval"))
+    assert (train["read"], train["kept"], held["kept"]) == (29_000, 29_000, 1_014)
+    assert train["source_unknown"] + train["target_unknown"] <= 1
+    assert prepared.audit["vocabulary"] == {"model": "bpe", "size": 4000}
+
+
+@needs_multi30k
+def test_training_bpe_twice_gives_the_same_ids() -> None:
+    code = (
+        "import gzip, sys; from toolkit.config import Tokenizer; from toolkit.data import subwords;"
+        "texts = lambda: (line.strip() for line in gzip.open(sys.argv[1], 'rt'));"
+        "print(subwords.digest(subwords.create(Tokenizer(model='bpe', vocab_size=2000), texts)))"
+    )
+    file = str(MULTI30K / "val.de.gz")
+    runs = [subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout != ""
+
+
+def test_a_unigram_vocabulary_holds_the_same_entries_each_time() -> None:
+    from toolkit.config import Tokenizer
+
+    texts = [f"{a} {b}" for a in DE[1].split() for b in EN[1].split()]
+    one, two = (subwords.create(Tokenizer(model="unigram", vocab_size=60), lambda: iter(texts)) for _ in range(2))
+    assert one.get_vocab().keys() == two.get_vocab().keys()

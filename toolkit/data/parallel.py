@@ -1,0 +1,253 @@
+"""Sentence pairs for translation: read, counted, tokenised once, then mapped into memory.
+
+prepared = prepare(config)                    # the second time it finds everything in the cache
+prepared.splits["train"].source(7)            # token ids, special tokens included
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.config import Data, RunConfig, cache_dir
+from toolkit.data import aligned, subwords
+from toolkit.data import tokenizer as tokenizers
+from toolkit.data.aligned import Pair
+from toolkit.data.arrays import Spool, open_columns, seal
+from toolkit.data.cache import build, fingerprint
+from toolkit.data.draws import mix, uniform
+from toolkit.errors import DataError
+from toolkit.run import weights_folder
+
+Ids = NDArray[Any]
+SIDES = ("source", "target")
+HELD_OUT = 0x7061  # salt of the choice of held-out pairs
+
+
+@dataclass(frozen=True)
+class Split:
+    """The pairs of train, eval or test as token ids on disk."""
+
+    path: Path
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[Ids, NDArray[np.int64]]]:
+        def column(name: str, of: str) -> Ids:
+            return open_columns(self.path / f"{name}_{of}.arrow")[of]
+
+        return {name: (column(name, "id"), column(name, "end")) for name in SIDES}
+
+    def __len__(self) -> int:
+        return len(self._columns["source"][1]) - 1
+
+    def source(self, index: int) -> Ids:
+        return self._sentence("source", index)
+
+    def target(self, index: int) -> Ids:
+        return self._sentence("target", index)
+
+    def _sentence(self, side: str, index: int) -> Ids:
+        tokens, ends = self._columns[side]
+        return tokens[ends[index] : ends[index + 1]]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each pair's longer side."""
+        return np.maximum(*(np.diff(self._columns[side][1]) for side in SIDES))
+
+    @cached_property
+    def texts(self) -> list[tuple[str, str]]:
+        """Sources and references as they were read; not kept for training pairs."""
+        return [tuple(pair) for pair in json.loads((self.path / "texts.json").read_text())]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised pairs: ``splits`` is train, eval and test, or ``eval_<name>`` where data.eval names several."""
+
+    path: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        """A folder for ``AutoTokenizer.from_pretrained``."""
+        return self.path / "tokenizer"
+
+    @cached_property
+    def audit(self) -> dict[str, Any]:
+        """Per split what was read, dropped, cut and kept."""
+        return dict(json.loads((self.path / "audit.json").read_text()))
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        return {name: Split(self.path / name) for name in self.audit["splits"]}
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read and tokenise all pairs, or find them in the cache. Raises DataError."""
+    config = _with_tokenizer(config)
+    data = config.data
+    places = _places(data)
+    cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
+    key = fingerprint(
+        {name: [place, aligned.identity(place, _kind(name), data, config.task)] for name, place in places.items()},
+        data.columns.model_dump(include=set(SIDES)),
+        [data.header, data.max_length, [data.holdout, config.seed] if _holds_out(places, data) else None],
+        [config.task.source, config.task.target, config.task.prefix],
+        [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
+    )
+    return Prepared(build(cache, f"parallel-{key}", lambda folder: _write(folder, config, places)))
+
+
+def _with_tokenizer(config: RunConfig) -> RunConfig:
+    """Weights come with their tokenizer unless another is named."""
+    if config.model.weights is None or config.tokenizer.path is not None:
+        return config
+    tokenizer = config.tokenizer.model_copy(update={"path": weights_folder(config.model.weights)})
+    return config.model_copy(update={"tokenizer": tokenizer})
+
+
+def _places(data: Data) -> dict[str, str]:
+    """Where each split is: train, eval, test, or eval_<name> and test_<name>."""
+    if data.train is None:
+        raise DataError(
+            "data.train is not set. Name the files of both languages by what they have in common: "
+            "data.train=corpus/train for corpus/train.de.gz and corpus/train.en.gz; or a table."
+        )
+    places = {"train": data.train}
+    for split in ("eval", "test"):
+        named = getattr(data, split)
+        places |= {f"{split}_{k}": v for k, v in named.items()} if isinstance(named, dict) else {split: named}
+    return {name: place for name, place in places.items() if place}
+
+
+def _kind(split: str) -> str:
+    """``eval`` of eval_<name>."""
+    return split.partition("_")[0]
+
+
+def _holds_out(places: dict[str, str], data: Data) -> bool:
+    """Without data.eval a share of the training pairs is kept apart."""
+    return data.holdout > 0 and "eval" not in map(_kind, places)
+
+
+def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
+    data, task = config.data, config.task
+
+    def texts() -> Iterator[str]:
+        for pair in aligned.pairs(places["train"], "train", data, task):
+            yield pair.source
+            yield pair.target
+
+    tokenizer = subwords.create(config.tokenizer, texts)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts
+    splits = [name for name in places if name != "train"]
+    hold = _holds_out(places, data)
+    writers = {name: _Writer(folder / name, tokenizer, config, name) for name in ["train", *(["eval"] * hold), *splits]}
+    for name, place in places.items():
+        for number, pair in enumerate(aligned.pairs(place, _kind(name), data, task)):
+            whole = pair.source and pair.target  # else it is dropped, and training counts what is
+            held = hold and name == "train" and whole and uniform(mix(config.seed, HELD_OUT, number))[0] < data.holdout
+            writers["eval" if held else name].add(pair)
+    audit = {name: writer.close() for name, writer in writers.items()}
+    if not audit["train"]["kept"]:
+        raise DataError(f"data.train={places['train']}: no pair is left to train on: {_told(audit['train'])}.")
+    vocabulary = {"model": config.tokenizer.model, "size": tokenizers.vocab_size(tokenizer)}
+    (folder / "audit.json").write_text(json.dumps({"splits": audit, "vocabulary": vocabulary}, indent=1))
+
+
+class _Writer:
+    """One split: pairs in, token ids and counts out."""
+
+    def __init__(self, folder: Path, tokenizer: Any, config: RunConfig, name: str) -> None:
+        folder.mkdir()
+        self.folder, self.tokenizer, self.name = folder, tokenizer, name
+        self.training, self.task, self.longest = name == "train", config.task, config.data.max_length
+        dtype = np.uint16 if tokenizers.vocab_size(tokenizer) <= 2**16 else np.uint32
+        self.ids = {side: Spool(folder / f"{side}_id", dtype) for side in SIDES}
+        self.ends = {side: Spool(folder / f"{side}_end", np.int64) for side in SIDES}
+        for spool in self.ends.values():
+            spool.append([0])
+        self.counts: Counter[str] = Counter()
+        self.ratios: list[float] = []
+        self.texts: list[tuple[str, str]] = []
+        self.waiting: list[Pair] = []
+
+    def add(self, pair: Pair) -> None:
+        self.counts["read"] += 1
+        empty = [side for side in SIDES if not getattr(pair, side)]
+        if empty:
+            self.counts["empty_" + ("both" if len(empty) == 2 else empty[0])] += 1
+            if self.training:
+                return
+            if "target" in empty:
+                raise DataError(
+                    f"{pair.where}: an empty reference in data.{self.name}. Correct it, or take the pair out."
+                )
+        self.waiting.append(pair)
+        if len(self.waiting) == 1000:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.waiting:
+            return
+        sources = self.tokenizer([self.task.prefix + pair.source for pair in self.waiting])["input_ids"]
+        targets = self.tokenizer(text_target=[pair.target for pair in self.waiting])["input_ids"]
+        for pair, *both in zip(self.waiting, sources, targets, strict=True):
+            long = [side for side, ids in zip(SIDES, both, strict=True) if len(ids) > self.longest]
+            if self.training and long:
+                self.counts["too_long"] += 1
+                continue
+            for side in long:
+                self.counts[f"cut_{side}"] += 1
+            self._keep(pair, dict(zip(SIDES, both, strict=True)))
+        self.waiting = []
+
+    def _keep(self, pair: Pair, ids: dict[str, list[int]]) -> None:
+        self.counts["kept"] += 1
+        unknown = self.tokenizer.unk_token_id
+        for side, whole in ids.items():
+            some = whole if len(whole) <= self.longest else [*whole[: self.longest - 1], whole[-1]]  # the last is </s>
+            self.ids[side].append(some)
+            self.ends[side].append([self.ids[side].length])
+            self.counts[f"{side}_tokens"] += len(some)
+            self.counts[f"{side}_unknown"] += some.count(unknown)
+        self.ratios.append(len(ids["source"]) / len(ids["target"]))
+        if not self.training:
+            self.texts.append((pair.source, pair.target))
+
+    def close(self) -> dict[str, Any]:
+        """Seal the arrays. Returns the split's part of the audit."""
+        self._flush()
+        for side in SIDES:
+            seal(self.folder / f"{side}_id.arrow", {"id": self.ids[side]})
+            seal(self.folder / f"{side}_end.arrow", {"end": self.ends[side]})
+        (self.folder / "texts.json").write_text(json.dumps(self.texts, ensure_ascii=False))
+        names = ("read", "kept", "empty_source", "empty_target", "empty_both", "too_long", "cut_source", "cut_target")
+        tokens = (f"{side}_{what}" for side in SIDES for what in ("tokens", "unknown"))
+        ratios = np.quantile(self.ratios, [0.01, 0.5, 0.99]).tolist() if self.ratios else []
+        ratio = dict(zip(("percentile_1", "median", "percentile_99"), ratios, strict=False))
+        return {name: self.counts[name] for name in (*names, *tokens)} | {"source_to_target_length": ratio}
+
+
+def told(audit: dict[str, Any]) -> list[str]:
+    """A line for the console about each split."""
+    return [f"{name}: {_told(counts)}" for name, counts in audit["splits"].items()]
+
+
+def _told(counts: dict[str, Any]) -> str:
+    words = {
+        "empty_source": "with an empty source", "empty_target": "with an empty target",
+        "empty_both": "empty on both sides",
+        "too_long": "above data.max_length", "cut_source": "sources cut to data.max_length",
+        "cut_target": "references cut for the loss",
+    }  # fmt: skip
+    rest = [f"{counts[name]:,} {text}" for name, text in words.items() if counts[name]]
+    return ", ".join([f"{counts['kept']:,} of {counts['read']:,} pairs", *rest])

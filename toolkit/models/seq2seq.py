@@ -1,0 +1,199 @@
+"""Encoder-decoder models: from scratch as in Vaswani et al. 2017, pretrained, or made of two BERTs.
+
+    hf_config = seq2seq_config(config.model, special, vocab_size=6000)
+    model_class(hf_config)             # MarianMTModel, T5ForConditionalGeneration, …, or Bert2Bert
+
+From scratch it is Hugging Face's Marian: sinusoidal positions, LayerNorm after each residual sum, one embedding
+for source, target and output, scaled by sqrt(hidden_size). Its bias on the output stays zero.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    MarianConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+from toolkit.config import Model
+from toolkit.errors import ConfigError
+from toolkit.models.build import read_config
+from toolkit.plan.flops import Seq2SeqShape
+
+
+@dataclass(frozen=True)
+class Special:
+    """Token ids: padding, end of a sentence, and what the decoder reads first."""
+
+    pad: int
+    eos: int
+    start: int
+
+
+class Bert2Bert(EncoderDecoderModel):  # type: ignore[misc]
+    """Two BERTs, the second with attention to the first's states (Rothe et al. 2020, arXiv 1907.12461)."""
+
+    saved_as = "EncoderDecoderModel"
+    halves: tuple[str, ...] = ("encoder", "decoder")  # those that begin as the BERT that is loaded
+
+    def __init__(self, config: Any = None, encoder: Any = None, decoder: Any = None) -> None:
+        super().__init__(config, encoder, decoder)
+        self.encoder.pooler = None  # nothing reads it
+
+    @classmethod
+    def from_pretrained(cls, folder: str, *, config: Any, **options: Any) -> Any:
+        """(model, loading info) of a BERT for ``halves``, or of a model that was made of two."""
+        if AutoConfig.from_pretrained(folder).model_type != "bert":
+            return super().from_pretrained(folder, config=config, **options)
+        bert, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
+        found = {name: t for name, t in bert.state_dict().items() if name not in info["missing_keys"]}
+        state = {f"decoder.{name}": tensor for name, tensor in found.items()}
+        state |= {f"encoder.{n.removeprefix('bert.')}": t for n, t in found.items() if n.startswith("bert.")}
+        model = cls(config)
+        state = {n: t for n, t in state.items() if n.split(".")[0] in cls.halves and n in model.state_dict()}
+        model.load_state_dict(state, strict=False)
+        return model, {"missing_keys": set(model.state_dict()) - set(state), "mismatched_keys": set()}
+
+
+class HalfBert2Bert(Bert2Bert):
+    halves = ("encoder",)
+
+
+class NewBert2Bert(Bert2Bert):
+    halves = ()
+
+
+BERT_INIT = {"both": Bert2Bert, "encoder": HalfBert2Bert, "none": NewBert2Bert}
+
+
+def seq2seq_config(model: Model, tokenizer: Any, vocab_size: int) -> Any:
+    """The Hugging Face configuration: of ``model.weights`` where given, else from the keys. Raises ConfigError."""
+    if model.weights is None:
+        return marian_config(model, Special(*_ids(tokenizer)), vocab_size)
+    config = read_config(model.weights, AutoConfig)
+    if isinstance(config, BertConfig):
+        config = bert2bert_config(config, Special(*_ids(tokenizer)))
+    elif type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"model.weights={model.weights}: a {config.model_type} model does not translate. Use an encoder-decoder "
+            "(Marian, T5, BART), or a BERT to make one of."
+        )
+    found = shape(config).vocab_size
+    if found < vocab_size:
+        raise ConfigError(
+            f"model.weights={model.weights}: its vocabulary has {found} entries, the tokenizer {vocab_size}. "
+            f"Use the tokenizer of these weights: tokenizer.path={model.weights}."
+        )
+    _set_dropout(config, model.dropout)
+    return config
+
+
+def _ids(tokenizer: Any) -> tuple[int, int, int]:
+    """Ours ends with </s> and the decoder starts with <pad>, as in Marian; BERT's are [SEP] and [CLS]."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if eos is None:
+        return pad, tokenizer.sep_token_id, tokenizer.cls_token_id
+    return pad, eos, pad
+
+
+def marian_config(model: Model, special: Special, vocab_size: int) -> MarianConfig:
+    """The keys of ``model`` under Marian's names."""
+    sides = {
+        "ffn_dim": model.intermediate_size,
+        "attention_heads": model.num_attention_heads,
+    }
+    return MarianConfig(
+        vocab_size=vocab_size,
+        d_model=model.hidden_size,
+        encoder_layers=model.num_hidden_layers,
+        decoder_layers=model.decoder_layers or model.num_hidden_layers,
+        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()},
+        max_position_embeddings=model.max_position_embeddings,
+        activation_function=model.hidden_act,
+        dropout=model.dropout,
+        init_std=model.initializer_range,
+        scale_embedding=True,
+        pad_token_id=special.pad,
+        eos_token_id=special.eos,
+        forced_eos_token_id=special.eos,
+        decoder_start_token_id=special.start,
+    )
+
+
+def bert2bert_config(bert: BertConfig, special: Special) -> EncoderDecoderConfig:
+    """Encoder and decoder of the same shape."""
+    plain = {k: v for k, v in bert.to_dict().items() if k != "architectures"}
+    decoder = BertConfig(**(plain | {"is_decoder": True, "add_cross_attention": True}))
+    return EncoderDecoderConfig.from_encoder_decoder_configs(
+        BertConfig(**plain),
+        decoder,
+        pad_token_id=special.pad,
+        eos_token_id=special.eos,
+        decoder_start_token_id=special.start,
+        tie_word_embeddings=False,
+    )
+
+
+def _set_dropout(config: Any, dropout: float) -> None:
+    """Under whichever names this kind of model has for what Vaswani et al. call residual dropout."""
+    for part in (config, getattr(config, "encoder", None), getattr(config, "decoder", None)):
+        for name in ("dropout", "dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if part is not None and hasattr(part, name):
+                setattr(part, name, dropout)
+
+
+def special(hf_config: Any, tokenizer: Any) -> Special:
+    """The ids that a model's configuration names, or else its tokenizer."""
+    pad, eos, start = _ids(tokenizer)
+    given = hf_config.decoder_start_token_id
+    return Special(pad, eos, start if given is None else given)
+
+
+def without_cache(hf_config: Any) -> None:
+    """Training keeps no keys and values; call it before the model is made."""
+    for part in (hf_config, getattr(hf_config, "encoder", None), getattr(hf_config, "decoder", None)):
+        if part is not None:
+            part.use_cache = False
+
+
+def model_class(hf_config: Any, init: str = "both") -> Any:
+    """The class that computes logits from input_ids, attention_mask and decoder_input_ids."""
+    if isinstance(hf_config, EncoderDecoderConfig):
+        return BERT_INIT[init]
+    return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(hf_config)]
+
+
+def made_of_bert(hf_config: Any, weights: str | None) -> bool:
+    """Whether ``weights`` are a BERT's, which lack the decoder's attention to the source."""
+    return isinstance(hf_config, EncoderDecoderConfig) and isinstance(read_config(str(weights), AutoConfig), BertConfig)
+
+
+def positions(hf_config: Any) -> int | None:
+    """How many tokens a side may have; None: any number (T5)."""
+    part = getattr(hf_config, "encoder", hf_config)
+    return getattr(part, "max_position_embeddings", None)
+
+
+def shape(hf_config: Any) -> Seq2SeqShape:
+    """What the count of FLOPs needs, from any of the supported models' configurations."""
+    c = hf_config
+    if isinstance(c, EncoderDecoderConfig):
+        e, d = c.encoder, c.decoder
+        return Seq2SeqShape(
+            hidden=e.hidden_size, width=e.hidden_size, intermediate=e.intermediate_size, transform=True,
+            encoder_layers=e.num_hidden_layers, decoder_layers=d.num_hidden_layers, vocab_size=d.vocab_size,
+        )  # fmt: skip
+    if c.model_type in ("t5", "mt5"):
+        return Seq2SeqShape(
+            hidden=c.d_model, width=c.num_heads * c.d_kv, intermediate=c.d_ff, matrices=3 if c.is_gated_act else 2,
+            encoder_layers=c.num_layers, decoder_layers=c.num_decoder_layers, vocab_size=c.vocab_size,
+        )  # fmt: skip
+    return Seq2SeqShape(
+        hidden=c.d_model, width=c.d_model, intermediate=c.encoder_ffn_dim,
+        encoder_layers=c.encoder_layers, decoder_layers=c.decoder_layers, vocab_size=c.vocab_size,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""How several runs learned, side by side: a picture and a table of their held-out results.
+
+plot({"random": Path("runs/a"), "from BERT": Path("runs/b")}, ["eval_loss", "eval_bleu"], Path("runs/init"))
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.run import read_metrics
+
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
+
+
+def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
+    """(step, value) of each record with ``key``, in the order of steps; of a step that comes twice the last."""
+    found = {r["step"]: r[key] for r in read_metrics(run_dir / "metrics.jsonl") if r.get(key) is not None}
+    return sorted(found.items())
+
+
+def rows(runs: Mapping[str, Path], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a run and step: ``{"run": "random", "step": 100, "eval_loss": 3.1, …}``."""
+    table = []
+    for name, run_dir in runs.items():
+        curves = {key: dict(curve(run_dir, key)) for key in keys}
+        steps = sorted({step for values in curves.values() for step in values})
+        table += [{"run": name, "step": step} | {k: v.get(step) for k, v in curves.items()} for step in steps]
+    return table
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Runs of equal steps as columns, a line a step."""
+    names = list(dict.fromkeys(row["run"] for row in table))
+    keys = [key for key in table[0] if key not in ("run", "step")] if table else []
+    heads = [f"{name}: {key.removeprefix('eval_')}" for key in keys for name in names]
+    lines = [f"| step | {' | '.join(heads)} |", f"|---:|{'---:|' * len(heads)}"]
+    for step in sorted({row["step"] for row in table}):
+        here = {row["run"]: row for row in table if row["step"] == step}
+        cells = [here.get(name, {}).get(key) for key in keys for name in names]
+        lines.append(f"| {step} | {' | '.join('' if c is None else f'{c:.3f}' for c in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs: Mapping[str, Path], keys: Sequence[str], stem: Path, title: str = "") -> None:
+    """``stem``.png and .svg: a panel for each key, a line for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(keys), 3.4), layout="constrained")
+    for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for colour, (name, run_dir) in zip(COLOURS * len(runs), runs.items(), strict=False):
+            steps = curve(run_dir, key)
+            panel.plot([s for s, _ in steps], [v for _, v in steps], marker=".", color=colour, label=name)
+        panel.set_xlabel("optimizer step")
+        panel.set_title(key.removeprefix("eval_").replace("_", " "), loc="left", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    for kind in ("png", "svg"):
+        figure.savefig(stem.with_suffix(f".{kind}"), dpi=150)
