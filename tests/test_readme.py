@@ -34,7 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pairs = [f"{i}\t{DOCUMENT[:30]}\t{DOCUMENT[30:60]}\t{'not_' * (i % 2)}entailment" for i in range(40)]
         text = "\n".join(["index\tsentence1\tsentence2\tlabel", *pairs])
         (path / "glue" / "RTE" / f"{split}.tsv").write_text(text + "\n")
+    for file in ("corpus/train", "corpus/dev", "multi30k/train", "multi30k/val", "multi30k/test_2016_flickr"):
+        for language in ("de", "en"):
+            lines = [f"{DOCUMENT[i % 30 : i % 30 + 40]} {i}" for i in range(60)]
+            (path / file).parent.mkdir(exist_ok=True)
+            (path / f"{file}.{language}").write_text("\n".join(lines) + "\n")
     run(path, "python recipes/pretrain.py experiment=smoke name=first")
+    run(path, "toolkit export runs/first")
     return path
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 from toolkit.config import Data, Task
 from toolkit.data import hub, tables
+from toolkit.data.labelled import READING_AS
 from toolkit.data.sources import matching
 from toolkit.errors import DataError
-
-TABLE_SPLITS = {"train": "train", "eval": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def pairs(place: str, split: str, data: Data, task: Task) -> Iterator[Pair]:
     if sides:
         yield from _aligned(sides[0], sides[1], split)
         return
-    for where, row in tables.rows(place, data, TABLE_SPLITS[split]):
+    for where, row in tables.rows(place, data, READING_AS[split]):
         source, target = (_cell(row, column, where) for column in (data.columns.source, data.columns.target))
         yield Pair(source, target, where)
 

@@ -26,6 +26,7 @@ from toolkit.run import weights_folder
 
 Encode = Callable[[Any, list[Any]], Iterator[encoded.Sample]]
 READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length"}
+READING_AS = {"train": "train", "eval": "validation", "test": "test"}  # what the hub calls splits
 SPLIT_SEED = 0  # seeds of a run share what is held out, or their scores could not be compared
 TASK = {"kind", "scheme", "stride", "max_question", "null_answers"}
 
@@ -64,9 +65,9 @@ class Prepared:
     def pad_id(self) -> int:
         return int(self.audit["pad_id"])
 
-    def names(self, role: str) -> list[str]:
+    def names(self, of: str) -> list[str]:
         """The splits of a role, ``eval`` or ``test``: ``eval``, or ``eval.matched`` and so on; the first counts."""
-        return [name for name in self.audit["splits"] if name.partition(".")[0] == role]
+        return [name for name in self.audit["splits"] if role(name) == of]
 
     def examples(self, split: str) -> list[Any]:
         """The examples of a split, read again from where they come: once in a process that asks."""
@@ -90,9 +91,9 @@ def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) ->
     """Read, check and tokenise all splits, or find them in the cache. Raises DataError naming file and row."""
     data = config.data
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
-    sources = {name: tables.identity(source, data, _reading(name)) for name, source in _sources(data).items()}
+    sources = {name: tables.identity(source, data, READING_AS[role(name)]) for name, source in _sources(data).items()}
     chosen = data.model_dump(mode="json", include=READING), config.task.model_dump(mode="json", include=TASK)
-    tokenizer = _tokenizer(config)
+    tokenizer = with_weights(config)
     key = fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
     return Prepared(
         build(cache, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels)), config
@@ -100,27 +101,30 @@ def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) ->
 
 
 def _sources(data: Data) -> dict[str, str]:
-    """train, eval or eval.<name>, test or test.<name>: where each split comes from."""
+    return splits(
+        data, "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
+    )
+
+
+def splits(data: Data, way_out: str) -> dict[str, str]:
+    """Where each split comes from: train, eval and test, or eval.<name> and test.<name> of several."""
     if not data.train:
-        raise DataError(
-            "data.train is not set: there is nothing to learn from. Set data.train=<file or hub name>, or use a "
-            "preset: task=sst2, or data=files/sst2 data.path=<folder>."
-        )
+        raise DataError(f"data.train is not set: there is nothing to learn from. Set {way_out}.")
     found = {"train": data.train}
-    for role, given in (("eval", data.eval), ("test", data.test)):
+    for name, given in (("eval", data.eval), ("test", data.test)):
         if isinstance(given, str):
-            found[role] = given
+            found[name] = given
         elif given:
-            found |= {f"{role}.{name}": source for name, source in given.items()}
+            found |= {f"{name}.{part}": source for part, source in given.items()}
     return found
 
 
-def _reading(split: str) -> str:
-    """What the splits of a data set on the hub are called."""
-    return {"train": "train", "eval": "validation", "test": "test"}[split.partition(".")[0]]
+def role(split: str) -> str:
+    """``eval`` of ``eval.matched``."""
+    return split.partition(".")[0]
 
 
-def _tokenizer(config: RunConfig) -> Tokenizer:
+def with_weights(config: RunConfig) -> Tokenizer:
     """The one that is named, else that of the weights, else one to be trained on the texts."""
     if config.tokenizer.path or not config.model.weights:
         return config.tokenizer
@@ -161,17 +165,16 @@ def _counts(folder: Path, rows: int, max_length: int) -> dict[str, int]:
 def _examples(config: RunConfig, split: str, labels: tuple[str, ...]) -> list[Any]:
     """The examples of a split; without data.eval a share of the training rows is held out."""
     data = config.data
-    role, _, _ = split.partition(".")
     source = _sources(data).get(split)
-    reading = _reading(split) if source else "train"
+    reading = READING_AS[role(split)] if source else "train"
     problems = Problems(data.on_error)
     found: list[Any] = examples.read(
-        source or str(data.train), data, config.task, reading, labels, labelled=role != "test", problems=problems
+        source or str(data.train), data, config.task, reading, labels, labelled=role(split) != "test", problems=problems
     )
-    if data.eval or role == "test" or not data.holdout:
+    if data.eval or role(split) == "test" or not data.holdout:
         return found
     held = held_out(len(found), data.holdout, SPLIT_SEED, "mlm")
-    return [example for example, out in zip(found, held, strict=True) if out == (role == "eval")]
+    return [example for example, out in zip(found, held, strict=True) if out == (split == "eval")]
 
 
 def _texts(rows: list[Any]) -> Iterator[str]:

@@ -23,8 +23,8 @@ from toolkit.data.aligned import Pair
 from toolkit.data.arrays import Spool, open_columns, seal
 from toolkit.data.cache import build, fingerprint
 from toolkit.data.draws import mix, uniform
+from toolkit.data.labelled import SPLIT_SEED, role, splits, with_weights
 from toolkit.errors import DataError
-from toolkit.run import weights_folder
 
 Ids = NDArray[Any]
 SIDES = ("source", "target")
@@ -70,7 +70,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised pairs: ``splits`` is train, eval and test, or ``eval_<name>`` where data.eval names several."""
+    """Tokenised pairs: ``splits`` is train, eval and test, or ``eval.<name>`` where data.eval names several."""
 
     path: Path
 
@@ -91,50 +91,30 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Read and tokenise all pairs, or find them in the cache. Raises DataError."""
-    config = _with_tokenizer(config)
+    config = config.model_copy(update={"tokenizer": with_weights(config)})
     data = config.data
     places = _places(data)
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
     key = fingerprint(
-        {name: [place, aligned.identity(place, _kind(name), data, config.task)] for name, place in places.items()},
+        {name: [place, aligned.identity(place, role(name), data, config.task)] for name, place in places.items()},
         data.columns.model_dump(include=set(SIDES)),
-        [data.header, data.max_length, [data.holdout, config.seed] if _holds_out(places, data) else None],
+        [data.header, data.max_length, data.holdout if _holds_out(places, data) else None],
         [config.task.source, config.task.target, config.task.prefix],
         [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
     )
     return Prepared(build(cache, f"parallel-{key}", lambda folder: _write(folder, config, places)))
 
 
-def _with_tokenizer(config: RunConfig) -> RunConfig:
-    """Weights come with their tokenizer unless another is named."""
-    if config.model.weights is None or config.tokenizer.path is not None:
-        return config
-    tokenizer = config.tokenizer.model_copy(update={"path": weights_folder(config.model.weights)})
-    return config.model_copy(update={"tokenizer": tokenizer})
-
-
 def _places(data: Data) -> dict[str, str]:
-    """Where each split is: train, eval, test, or eval_<name> and test_<name>."""
-    if data.train is None:
-        raise DataError(
-            "data.train is not set. Name the files of both languages by what they have in common: "
-            "data.train=corpus/train for corpus/train.de.gz and corpus/train.en.gz; or a table."
-        )
-    places = {"train": data.train}
-    for split in ("eval", "test"):
-        named = getattr(data, split)
-        places |= {f"{split}_{k}": v for k, v in named.items()} if isinstance(named, dict) else {split: named}
-    return {name: place for name, place in places.items() if place}
-
-
-def _kind(split: str) -> str:
-    """``eval`` of eval_<name>."""
-    return split.partition("_")[0]
+    """Where each split is."""
+    return splits(
+        data, "data.train=corpus/train for corpus/train.de.gz and corpus/train.en.gz, or name a table of sentence pairs"
+    )
 
 
 def _holds_out(places: dict[str, str], data: Data) -> bool:
     """Without data.eval a share of the training pairs is kept apart."""
-    return data.holdout > 0 and "eval" not in map(_kind, places)
+    return data.holdout > 0 and "eval" not in map(role, places)
 
 
 def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
@@ -152,9 +132,9 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
     hold = _holds_out(places, data)
     writers = {name: _Writer(folder / name, tokenizer, config, name) for name in ["train", *(["eval"] * hold), *splits]}
     for name, place in places.items():
-        for number, pair in enumerate(aligned.pairs(place, _kind(name), data, task)):
+        for number, pair in enumerate(aligned.pairs(place, role(name), data, task)):
             whole = pair.source and pair.target  # else it is dropped, and training counts what is
-            held = hold and name == "train" and whole and uniform(mix(config.seed, HELD_OUT, number))[0] < data.holdout
+            held = hold and name == "train" and whole and uniform(mix(SPLIT_SEED, HELD_OUT, number))[0] < data.holdout
             writers["eval" if held else name].add(pair)
     audit = {name: writer.close() for name, writer in writers.items()}
     if not audit["train"]["kept"]:

@@ -133,9 +133,10 @@ class Finetune:
         """Write what the model says of the held-out splits, and of the test splits."""
         for name in self.prepared.names("test"):
             self._run(engine, watch, name)
+        held_out = self.prepared.names("eval")
         for name, said in self._said.items():
-            files = self.files(name, said, name in self.prepared.names("eval"))
-            stem = ".".join(["predictions", *([] if name == self.prepared.names("eval")[0] else [name])])
+            files = self.files(name, said, name in held_out)
+            stem = "predictions" if [name] == held_out[:1] else f"predictions.{name}"
             for suffix, text in files.items():
                 self.run.write_text(f"{stem}.{suffix}", text)
 

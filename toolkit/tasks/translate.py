@@ -143,6 +143,7 @@ class Translate:
 
     def _key(self, split: str) -> str:
         """``test_bleu``; a held-out set has a BLEU of ``task.eval_beams`` already: ``eval_bleu_4_beams``."""
+        split = split.replace(".", "_")
         return f"{split}_bleu" if split.startswith("test") else f"{split}_bleu_{self.config.task.beams}_beams"
 
     def _translated(self, engine: Any, split: Split, limit: int | None, beams: int, watch: Watch) -> list[str]:
@@ -173,8 +174,8 @@ def summed_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 
 def _prefix(split: str) -> str:
-    """``eval_flickr`` has records named flickr_bleu, plain ``eval`` bleu."""
-    name = split.removeprefix("eval").removeprefix("_")
+    """``eval.flickr`` has records named flickr_bleu, plain ``eval`` bleu."""
+    name = split.partition(".")[2]
     return f"{name}_" if name else ""
 
 
