@@ -80,6 +80,12 @@ def _prepare(overrides: list[str]) -> None:
         pairs = parallel.prepare(config)
         console.print("\n".join(parallel.told(pairs.audit)), f"Prepared pairs: {pairs.path}", sep="\n", highlight=False)
         return
+    if config.task.kind != "pretrain":
+        from toolkit.tasks import kind
+
+        labelled = kind(config).prepare(config)
+        console.print(*labelled.notes, f"Prepared rows: {labelled.path}", sep="\n", highlight=False)
+        return
     prepared = data.prepare(config, console=console, progress=True)
     console.print(data.format_audit(prepared.audit))
     console.print(f"Prepared corpus: {prepared.path}")

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from toolkit.config import RunConfig
+
 KINDS = {
     "pretrain": ("pretrain", "Pretrain"),
     "classify": ("classify", "Classify"),
@@ -14,7 +16,12 @@ KINDS = {
 }
 
 
+def kind(config: RunConfig) -> Any:
+    """The class that ``task.kind`` names."""
+    module, name = KINDS[config.task.kind]
+    return getattr(import_module(f"toolkit.tasks.{module}"), name)
+
+
 def build_task(run: Any) -> Any:
-    """The task that ``task.kind`` names, its data prepared."""
-    module, name = KINDS[run.config.task.kind]
-    return getattr(import_module(f"toolkit.tasks.{module}"), name)(run)
+    """The run's task, its data prepared."""
+    return kind(run.config)(run)

@@ -7,6 +7,7 @@ import numpy as np
 from torch.nn.functional import cross_entropy
 
 from toolkit import metrics
+from toolkit.config import RunConfig
 from toolkit.data.encoded import IGNORED, Sample
 from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
 
@@ -21,13 +22,14 @@ class Choose(Finetune):
     def choices(self) -> int:  # type: ignore[override]
         return len(self.config.data.columns.endings)
 
-    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+    @classmethod
+    def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         for number, example in enumerate(examples):
             found = tokenizer(
-                [example.prompt] * self.choices,
+                [example.prompt] * len(example.endings),
                 list(example.endings),
                 truncation=True,
-                max_length=self.config.data.max_length,
+                max_length=config.data.max_length,
                 return_token_type_ids=True,
             )
             sequences = list(zip(found["input_ids"], found["token_type_ids"], strict=True))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, mse_loss
 
 from toolkit import metrics
+from toolkit.config import RunConfig
 from toolkit.data.encoded import IGNORED, Sample
 from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
 
@@ -18,15 +19,16 @@ class Sentences(Finetune):
 
     models = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"
 
-    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+    @classmethod
+    def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         """[CLS] text [SEP] pair [SEP]; what is too long loses the end of its longer part."""
         pairs = bool(examples) and examples[0].text_pair is not None
         texts = ([e.text for e in examples], [e.text_pair for e in examples] if pairs else None)
-        found = tokenizer(*texts, truncation=True, max_length=self.config.data.max_length, return_token_type_ids=True)
+        found = tokenizer(*texts, truncation=True, max_length=config.data.max_length, return_token_type_ids=True)
         for number, (example, ids, types) in enumerate(
             zip(examples, found["input_ids"], found["token_type_ids"], strict=True)
         ):
-            nothing = math.nan if self.float_labels else IGNORED
+            nothing = math.nan if cls.float_labels else IGNORED
             label = nothing if example.label is None else example.label
             yield Sample([(ids, types)], [label], number)
 
@@ -45,16 +47,15 @@ class Sentences(Finetune):
     def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
         """``index`` and ``prediction`` as GLUE's server takes them; beside known labels, these and the texts."""
         logits = np.stack(list(said.values()))
-        decided, examples = self.decide(logits), self.examples(split)
-        sure = softmax(logits).max(-1)
-        if not labelled:
-            rows = [(examples[i].id, self.named(d)) for i, d in zip(said, decided, strict=True)]
-            return {"tsv": tsv(["index", "prediction"], rows)}
-        full = [
-            (e.id, self.named(d), self.named(e.label), f"{p:.3f}", e.text, e.text_pair or "")
-            for e, d, p in zip((examples[i] for i in said), decided, sure, strict=True)
-        ]
-        return {"tsv": tsv(["index", "prediction", "label", "probability", "text", "text_pair"], full)}
+        rows = [self.examples(split)[i] for i in said]
+        decided = [self.named(d) for d in self.decide(logits)]
+        columns = {"index": [e.id for e in rows], "prediction": decided}
+        if labelled:
+            columns["label"] = [self.named(e.label) for e in rows]
+            if logits.shape[-1] > 1:
+                columns["probability"] = [f"{p:.3f}" for p in softmax(logits).max(-1)]
+            columns |= {"text": [e.text for e in rows], "text_pair": [e.text_pair or "" for e in rows]}
+        return {"tsv": tsv(list(columns), zip(*columns.values(), strict=True))}
 
 
 class Classify(Sentences):

@@ -4,6 +4,7 @@ A kind of task (classify.py, tag.py, span_qa.py, choose.py) says how its example
 and how the model's outputs become predictions.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from toolkit import metrics, ranks
+from toolkit.config import RunConfig
 from toolkit.data import encoded, labelled
 from toolkit.data.encoded import IGNORED, Encoded, Sample
 from toolkit.data.grouping import Batches
@@ -46,7 +48,7 @@ class Finetune:
         metrics.check(config.task)
         self.best = config.task.best or config.task.metrics[0]
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
-        self.prepared = ranks.in_turn(lambda: labelled.prepare(config, self.encode, float_labels=self.float_labels))
+        self.prepared = ranks.in_turn(lambda: self.prepare(config))
         self.tokenizer = self.prepared.tokenizer
         self.vocab_size = self.prepared.vocab_size
         self.names = self.prepared.labels or self.label_names
@@ -67,9 +69,15 @@ class Finetune:
         for line in self.prepared.notes:
             run.console.print(line)
 
+    @classmethod
+    def prepare(cls, config: RunConfig) -> labelled.Prepared:
+        """The data of all splits, read, checked and tokenised; found in the cache the next time."""
+        return labelled.prepare(config, functools.partial(cls.encode, config), float_labels=cls.float_labels)
+
     # What a kind of task says of itself ------------------------------------------------------------------------------
 
-    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+    @classmethod
+    def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         """The samples that examples become."""
         raise NotImplementedError
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from toolkit import metrics
+from toolkit.config import RunConfig
 from toolkit.data import windows
 from toolkit.data.encoded import Sample
 from toolkit.tasks.finetune import Batch, Finetune, Rows
@@ -25,22 +26,13 @@ class SpanQA(Finetune):
     label_names = ("start", "end")
     outputs = ("start_logits", "end_logits")
 
-    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+    @classmethod
+    def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         """A window a sample; its label is the first and the last token of the answer, or twice [CLS]."""
-        for number, (example, cuts) in enumerate(zip(examples, self._windows(tokenizer, examples), strict=True)):
+        for number, (example, cuts) in enumerate(zip(examples, _windows(config, tokenizer, examples), strict=True)):
             answers = [(start, text) for text, start in example.answers]
             for cut in cuts:
                 yield Sample([(cut.input_ids, cut.token_type_ids)], windows.answer_span(cut, answers), number)
-
-    def _windows(self, tokenizer: Any, examples: list[Any]) -> list[list[windows.Window]]:
-        return windows.windows(
-            tokenizer,
-            [e.question for e in examples],
-            [e.context for e in examples],
-            max_length=self.config.data.max_length,
-            max_question=self.config.task.max_question,
-            stride=self.config.task.stride,
-        )
 
     def count(self, batch: Batch) -> int:
         return int((batch["index"] >= 0).sum())
@@ -95,7 +87,7 @@ class SpanQA(Finetune):
 
     @lru_cache(maxsize=4)  # noqa: B019 - one task a run
     def _cuts(self, split: str) -> list[list[windows.Window]]:
-        return self._windows(self.tokenizer, self.examples(split))
+        return _windows(self.config, self.tokenizer, self.examples(split))
 
     def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
         """The answer of each question by its id, as SQuAD's scripts and servers read it; n best, odds of no answer."""
@@ -107,6 +99,17 @@ class SpanQA(Finetune):
             odds = {key: d.null_score_difference for key, d in by_id.items()}
             texts["null_odds.json"] = {key: odd if math.isfinite(odd) else 1e9 for key, odd in odds.items()}
         return {suffix: json.dumps(tree, indent=1, ensure_ascii=False) + "\n" for suffix, tree in texts.items()}
+
+
+def _windows(config: RunConfig, tokenizer: Any, examples: list[Any]) -> list[list[windows.Window]]:
+    return windows.windows(
+        tokenizer,
+        [e.question for e in examples],
+        [e.context for e in examples],
+        max_length=config.data.max_length,
+        max_question=config.task.max_question,
+        stride=config.task.stride,
+    )
 
 
 def _without_padding(logits: Tensor, batch: Batch) -> Tensor:

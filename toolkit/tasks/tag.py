@@ -6,6 +6,7 @@ from typing import Any
 from torch.nn.functional import cross_entropy
 
 from toolkit import metrics
+from toolkit.config import RunConfig
 from toolkit.data.encoded import IGNORED, Sample
 from toolkit.tasks.finetune import Batch, Finetune, Rows
 
@@ -16,13 +17,14 @@ class Tag(Finetune):
     models = "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"
     per_token = True
 
-    def encode(self, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+    @classmethod
+    def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         for number, example in enumerate(examples):
             found = tokenizer(
                 example.words,
                 is_split_into_words=True,
                 truncation=True,
-                max_length=self.config.data.max_length,
+                max_length=config.data.max_length,
                 return_token_type_ids=True,
             )
             tags = example.tags or [0] * len(example.words)  # without tags too, a label marks where one is asked for
