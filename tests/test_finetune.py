@@ -1,6 +1,7 @@
 """Fine-tuning for real: every kind of task learns, in every layout alike; the best weights are kept and used."""
 
 import csv
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,24 @@ import numpy as np
 import pytest
 import torch
 from labelled_data import KINDS, table, write
-from launching import Result, launch, launch_many, read
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from launching import TINY, Result, data_cache, launch, launch_many, read
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from toolkit.compose import compose
 from toolkit.data import encoded, labelled
 from toolkit.data.encoded import Encoded
 from toolkit.data.grouping import Batches
+from toolkit.export import export
 from toolkit.models.build import decay_groups, initialise
 from toolkit.schedule import factor
+from toolkit.tasks.classify import Classify
 
 BEST = {"classify": "accuracy", "regress": "spearman", "tag": "f1", "span_qa": "f1", "choose": "accuracy"}
 FILE = dict.fromkeys(KINDS, "predictions.tsv") | {"tag": "predictions.conll", "span_qa": "predictions.json"}
@@ -96,21 +106,14 @@ def test_the_losses_and_scores_are_those_of_one_rank(name: str, layouts: Path) -
 
 def test_the_losses_are_those_of_plain_pytorch(layouts: Path) -> None:
     """Hugging Face's own model, loss and mean over the global batch, without DeepSpeed."""
-    from launching import TINY, data_cache
-
     given = [*table(layouts, "classify"), *FEW]
     names = {o.split("=")[0] for o in given}
     tiny = [o for o in TINY if o.split("=")[0] not in names]
     config = compose([*tiny, *given, f"data.cache_dir={data_cache()}"])
-    hf_config = AutoModelForSequenceClassification.from_pretrained
-    folder = layouts / "1 rank" / "model"
-    from transformers import AutoConfig, BertForSequenceClassification
-
-    model = BertForSequenceClassification(AutoConfig.from_pretrained(folder)).train()
-    assert hf_config and model.config.num_labels == 2
+    model = BertForSequenceClassification(AutoConfig.from_pretrained(layouts / "1 rank" / "model")).train()
+    assert model.config.num_labels == 2
     initialise(model, config.seed)
-    (path,) = [p for p in data_cache().glob("labelled-*") if (p / "audit.json").exists() and _is(p, 203)][:1]
-    data = Encoded(path / "train")
+    data = Encoded(Classify.prepare(config).path / "train")
     params = config.deepspeed["optimizer"]["params"]
     optimizer = torch.optim.AdamW(
         decay_groups(model, params["weight_decay"]), lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
@@ -130,11 +133,6 @@ def test_the_losses_are_those_of_plain_pytorch(layouts: Path) -> None:
         losses.append(loss.item())
     ours = [r["loss"] for r in read(layouts / "ZeRO 2" / "metrics.jsonl") if "loss" in r]
     np.testing.assert_allclose(ours, losses, rtol=2e-5)
-
-
-def _is(path: Path, rows: int) -> bool:
-    audit = json.loads((path / "audit.json").read_text())
-    return audit["labels"] == ["bad", "good"] and audit["splits"]["train"]["rows"] == rows
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +167,6 @@ def test_starting_again_after_an_early_end_evaluates_the_best_weights_again(stop
 
 
 def test_the_export_holds_the_best_weights_and_predicts_what_was_written(stopped_early: Result) -> None:
-    from toolkit.export import export
-
     folder = export(stopped_early.dir)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -185,24 +181,21 @@ def test_the_export_holds_the_best_weights_and_predicts_what_was_written(stopped
 
 
 def test_stopping_and_resuming_gives_the_same_losses(tmp_path: Path) -> None:
-    common = (*table(tmp_path, "classify"), *FEW, "model.dropout=0.1", "train.save_every=7", "train.steps=20")
-    runs = {"whole": common, "cut": (*common, "train.steps=7")}
-    assert not launch_many(tmp_path, runs).errors
-    assert not launch_many(tmp_path, {"cut": (*common, "schedule.decay_steps=20")}).errors
-    losses = [[r["loss"] for r in read(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("whole", "cut")]
-    assert losses[0][7:] != losses[1][:13]
-    assert len(losses[1]) == 20
+    """Over the end of an epoch of 13 steps, the rate constant, dropout on."""
+    common = (*table(tmp_path, "classify"), *FEW, "model.dropout=0.1", "schedule=constant", "train.save_every=7")
+    assert not launch_many(tmp_path, {"whole": common, "cut": (*common, "train.steps=7")}).errors
+    assert not launch_many(tmp_path, {"cut": common}).errors
+    whole, cut = ([r["loss"] for r in read(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("whole", "cut"))
+    assert len(whole) == 20 and cut == whole
 
 
 def test_from_pretraining_over_the_export_to_a_task(tmp_path: Path) -> None:
     """The documented path: pretrain, toolkit export, fine-tune from the run; and the weights are those."""
     launch(tmp_path, "name=bert", "train.steps=4", "data.max_length=64")
-    from toolkit.export import export
-
     export(tmp_path / "bert")
     given = [*table(tmp_path, "classify"), "train.steps=2", "deepspeed.optimizer.params.lr=0", "zero=stage3"]
     result = launch(tmp_path, "name=tuned", f"model.weights={tmp_path / 'bert'}", *given, recipe="finetune")
-    tuned, started = (load_safetensors(export(tmp_path / n)) for n in ("tuned", "bert"))
+    tuned, started = (load_file(export(tmp_path / n) / "model.safetensors") for n in ("tuned", "bert"))
     body = [name for name in tuned if name.startswith("bert.")]
     assert body and all(torch.equal(tuned[n], started[n]) for n in body), "lr=0: nothing moves"
     assert "classifier.weight" in tuned and last_evaluation(result.dir)["eval_accuracy"] >= 0
@@ -210,12 +203,6 @@ def test_from_pretraining_over_the_export_to_a_task(tmp_path: Path) -> None:
         "0": "bad",
         "1": "good",
     }
-
-
-def load_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
 
 
 def test_seeds_differ_and_are_summed_up(tmp_path: Path) -> None:
@@ -227,9 +214,6 @@ def test_seeds_differ_and_are_summed_up(tmp_path: Path) -> None:
     assert "±" in result.stdout and (tmp_path / "x-seed2" / "predictions.tsv").exists()
 
 
-GLUE_FILES: dict[str, tuple[str, str, str]] = {
-    "SST-2/train.tsv.gz": ("sentence\tlabel", "{a}\t{n}", "SST-2/dev.tsv"),
-}
 REFUSED: dict[str, tuple[list[str], str]] = {
     "another number of labels": (["model.weights={other}"], "classifier.bias is (3,) there and (2,) here"),
     "another vocabulary": (["model.weights={small}"], "its vocabulary has 20 entries, the tokenizer"),
@@ -243,8 +227,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    from transformers import BertConfig, BertForSequenceClassification
-
     folder = tmp_path_factory.mktemp("refused")
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     places = {"odd": write(folder / "odd.jsonl", [{"text": "a b", "label": "ugly"}])}
@@ -280,8 +262,6 @@ def test_glue_is_all_nine_tasks_and_the_papers_table(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "\n".join(lines) + "\n"
         if file.endswith(".gz"):
-            import gzip
-
             path.write_bytes(gzip.compress(text.encode()))
         else:
             path.write_text(text)
@@ -328,26 +308,40 @@ def glue_files() -> dict[str, list[str]]:
     return {names.get(f, f): lines for f, lines in found.items()} | {"MRPC/msr_paraphrase_train.txt.gz": mrpc}
 
 
-def test_a_test_split_is_predicted_as_a_leaderboard_takes_it(tmp_path: Path) -> None:
-    unlabelled = write(tmp_path / "test.jsonl", [{"text": f"the good sea {i}"} for i in range(7)])
-    runs = {"x": [*table(tmp_path, "classify"), f"data.test={unlabelled}", "train.steps=2"]}
-    assert not launch_many(tmp_path, runs).errors
-    lines = (tmp_path / "x" / "predictions.test.tsv").read_text().splitlines()
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a test split, one with two held-out ones, one with none."""
+    folder = tmp_path_factory.mktemp("splits")
+    given = list(table(folder, "classify"))
+    held = next(o for o in given if o.startswith("data.eval=")).split("=")[1]
+    alone = [o for o in given if not o.startswith("data.eval=")]
+    unlabelled = write(folder / "test.jsonl", [{"text": f"the good sea {i}"} for i in range(7)])
+    other = write(folder / "other.jsonl", [{"text": "a good day", "label": "good"}] * 5)
+    runs = {
+        "test": [*given, f"data.test={unlabelled}", "train.steps=2"],
+        "two": [*alone, f"data.eval.matched={held}", f"data.eval.mismatched={other}", "train.steps=2"],
+        "none": [*alone, "data.holdout=0", "train.steps=2"],
+    }
+    assert not launch_many(folder, runs).errors
+    return folder
+
+
+def test_a_test_split_is_predicted_as_a_leaderboard_takes_it(splits: Path) -> None:
+    lines = (splits / "test" / "predictions.test.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction" and [x.split("\t")[0] for x in lines[1:]] == [str(i) for i in range(7)]
     assert {x.split("\t")[1] for x in lines[1:]} <= {"good", "bad"}
 
 
-def test_a_second_held_out_split_is_recorded_under_its_name(tmp_path: Path) -> None:
-    given = list(table(tmp_path, "classify"))
-    held = next(o for o in given if o.startswith("data.eval=")).split("=")[1]
-    given = [o for o in given if not o.startswith("data.eval=")]
-    other = write(tmp_path / "other.jsonl", [{"text": "a good day", "label": "good"}] * 5)
-    both = [f"data.eval.matched={held}", f"data.eval.mismatched={other}", "train.steps=2"]
-    assert not launch_many(tmp_path, {"x": [*given, *both]}).errors
-    result = last_evaluation(tmp_path / "x")
+def test_a_second_held_out_split_is_recorded_under_its_name(splits: Path) -> None:
+    result = last_evaluation(splits / "two")
     assert {"eval_accuracy", "eval_loss", "eval_mismatched_accuracy", "eval_mismatched_loss"} <= set(result)
     assert result["eval_mismatched_accuracy"] in (0.0, 1.0)
-    assert (tmp_path / "x" / "predictions.eval.mismatched.tsv").exists()
+    assert (splits / "two" / "predictions.eval.mismatched.tsv").exists()
+
+
+def test_without_anything_held_out_the_last_weights_are_kept(splits: Path) -> None:
+    records = read(splits / "none" / "metrics.jsonl")
+    assert not any("eval_loss" in r for r in records) and records[-1]["checkpoint"] == "step-2"
 
 
 def test_prepared_data_is_found_again(tmp_path: Path) -> None:
