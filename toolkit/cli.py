@@ -3,6 +3,7 @@
 toolkit prepare data=text data.path='docs/*.txt'    # corpus -> token ids, with an audit
 toolkit export runs/bert                            # checkpoint -> Hugging Face folder
 toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead of the first run
+toolkit curves runs/multi30k                        # loss and metrics by step, as .png and .svg
 toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
 """
 
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.errors import ConfigError, ToolkitError, nearest
 
 TIMELINES = """Draw pipeline schedules as stages over time, as .png and .svg:
 
@@ -58,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     timeline.add_argument("--out", type=Path, help="where to, without suffix (default: <run>/timeline or ./timeline)")
     timeline.set_defaults(call=lambda a: _timeline(a.run, a.schedule, a.stages, a.micro_batches, a.out))
 
+    curves = commands.add_parser("curves", help="draw how runs learned: loss and metrics by step")
+    curves.add_argument("runs", type=Path, nargs="+", help="run directories, e.g. runs/multi30k")
+    curves.add_argument(
+        "--key", action="append", help="of metrics.jsonl, may be repeated (default: all of loss, eval_*)"
+    )
+    curves.add_argument("--out", type=Path, help="where to, without suffix (default: <first run>/curves)")
+    curves.set_defaults(call=lambda a: _curves(a.runs, a.key, a.out))
+
     chosen = parser.parse_args(arguments)
     try:
         chosen.call(chosen)
@@ -95,6 +104,23 @@ def _export(run: Path, out: Path | None) -> None:
     from toolkit.export import export
 
     print(f"Exported to {export(run, out)}")
+
+
+def _curves(runs: list[Path], keys: list[str] | None, out: Path | None) -> None:
+    from toolkit.report import curves
+
+    found = curves.keys(runs)
+    if missing := [key for key in keys or [] if key not in found]:
+        raise ConfigError(
+            f"--key {missing[0]}: no record has it.{nearest(missing[0], found)} Known: {', '.join(found)}."
+        )
+    drawn = [k for k in found if k == "loss" or (k.startswith("eval_") and k != "eval_seconds")]
+    chosen = keys or [k for k in drawn if any(len(curves.curve(run, k)) > 1 for run in runs)]
+    if not chosen:
+        raise ConfigError(f"{runs[0]}: no run with records (metrics.jsonl). Name a run directory.")
+    stem = out or runs[0] / "curves"
+    curves.plot({run.name: run for run in runs}, chosen, stem)
+    print(f"Drawn: {stem}.png, {stem}.svg")
 
 
 def _build_ops(overrides: list[str], world: int) -> None:

@@ -18,6 +18,12 @@ def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
     return sorted(found.items())
 
 
+def keys(runs: Sequence[Path]) -> list[str]:
+    """The keys of numbers in the records of the runs, in the order in which they come."""
+    records = [record for run in runs for record in read_metrics(run / "metrics.jsonl")]
+    return list(dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, int | float) and k != "step"))
+
+
 def rows(runs: Mapping[str, Path], keys: Sequence[str]) -> list[dict[str, Any]]:
     """One row a run and step: ``{"run": "random", "step": 100, "eval_loss": 3.1, …}``."""
     table = []
@@ -45,16 +51,22 @@ def plot(runs: Mapping[str, Path], keys: Sequence[str], stem: Path, title: str =
     """``stem``.png and .svg: a panel for each key, a line for each run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(keys), 3.4), layout="constrained")
-    for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+    across = min(len(keys), 3)
+    down = -(-len(keys) // across)
+    figure = Figure(figsize=(4.2 * across, 3.4 * down), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for panel in panels[len(keys) :]:
+        panel.set_axis_off()
+    for panel, key in zip(panels, keys, strict=False):
         for colour, (name, run_dir) in zip(COLOURS * len(runs), runs.items(), strict=False):
             steps = curve(run_dir, key)
             panel.plot([s for s, _ in steps], [v for _, v in steps], marker=".", color=colour, label=name)
         panel.set_xlabel("optimizer step")
-        panel.set_title(key.removeprefix("eval_").replace("_", " "), loc="left", fontsize=10)
+        panel.set_title(key.replace("_", " ").replace("eval", "held-out"), loc="left", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    if len(runs) > 1:
+        figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     for kind in ("png", "svg"):
         figure.savefig(stem.with_suffix(f".{kind}"), dpi=150)
