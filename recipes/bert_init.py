@@ -24,8 +24,8 @@ def main(config: RunConfig) -> None:
     from toolkit.run import Run
     from toolkit.several import train
 
-    if config.task.kind != "translate" or config.model.weights is None:
-        raise ConfigError("This compares translators made of a BERT. Use task=translate and model.weights=<a BERT>.")
+    if config.model.weights is None:
+        raise ConfigError("model.weights is not set: this compares translators made of a BERT. Set it to that BERT.")
     whole = Run.open(config)
     for init, name in NAMES.items():
         whole.console.print(f"--- {name}")

@@ -238,6 +238,9 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
         tokenizer.save_pretrained(folder / name)
         places[name] = folder / name
     runs = {n: [*table(folder, "classify"), *(o.format(**places) for o in more)] for n, (more, _) in REFUSED.items()}
+    own = [*table(folder, "classify"), f"model.weights={places['other']}", "model.new_head=true", "train.steps=2"]
+    runs["weights"] = [*own, "zero=stage1"]
+    runs["weights in stages"] = [*own, "zero=stage1", "pipeline=two"]
     runs["new head"] = [*table(folder, "classify"), f"model.weights={places['other']}", "model.new_head=true"]
     return folder, launch_many(folder, runs).errors
 
@@ -249,6 +252,13 @@ def test_what_cannot_be_learnt_is_refused_before_training(
     folder, errors = refused
     assert set(errors[name]) != {None} and all(REFUSED[name][1] in str(e) for e in errors[name]), errors[name]
     assert not (folder / name / "metrics.jsonl").exists()
+
+
+def test_weights_and_a_new_head_go_into_the_stages_of_a_pipeline(refused: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, errors = refused
+    assert "weights" not in errors and "weights in stages" not in errors
+    losses = [last_evaluation(folder / n)["eval_loss"] for n in ("weights", "weights in stages")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_new_head_replaces_that_of_the_weights(refused: tuple[Path, dict[str, list[str]]]) -> None:

@@ -111,7 +111,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     corpus(tmp_path, ["", ""], ["", ""])
     assert "hold no word to train on" in refused(tmp_path)
     corpus(tmp_path, ["Hund"] * 3, ["dog"] * 3)
-    assert "no pair is left to train on: 0 of 3 pairs, 3 above data.max_length" in refused(
+    assert "train: 0 of 3 pairs, 3 above data.max_length" in refused(
         tmp_path, "data.max_length=1", "data.max_predictions=1"
     )
     corpus(tmp_path, ["Hund", "Haus"], ["dog", ""], name="val")

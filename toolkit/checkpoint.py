@@ -81,7 +81,9 @@ def load_best(run: Run, engine: Engine, step: int) -> None:
     """Load the weights of the step that evaluated best. Raises CheckpointError."""
     path = run.dir / "checkpoints" / f"step-{step}"
     if (problem := _problem(path)) is not None:
-        raise CheckpointError(f"{path}: this was the best step, and {problem}. Evaluate another: resume=<checkpoint>.")
+        raise CheckpointError(
+            f"{path}: this was the best step, and {problem}. Restore it, or train again under another name."
+        )
     ds_state.read(engine.ds, path)
     run.console.print(f"The best weights are those of step {step}.")
 

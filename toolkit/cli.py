@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. data.max_length=512")
     prepare.set_defaults(call=lambda a: _prepare(a.overrides))
 
-    export = commands.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
+    export = commands.add_parser("export", help="write a run's best or newest checkpoint as a Hugging Face folder")
     export.add_argument("run", type=Path, help="the run directory, e.g. runs/bert")
     export.add_argument("--out", type=Path, help="where to (default: <run>/export)")
     export.set_defaults(call=lambda a: _export(a.run, a.out))

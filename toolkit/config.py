@@ -134,7 +134,7 @@ class Data(Strict):
     cache_dir: str | None = None  # None: <the user's cache>/deepspeed-toolkit/data
     # Tables of labelled rows: files, or hub names as owner/name[:config][@split]
     train: str | None = None
-    eval: str | dict[str, str] | None = None  # several by name: the first decides, records say eval_<name>_<metric>
+    eval: str | dict[str, str] | None = None  # several by name: the first decides
     test: str | dict[str, str] | None = None
     columns: Columns = Columns()
     header: bool = True  # csv and tsv: the first line names the columns

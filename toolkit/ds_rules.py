@@ -556,6 +556,25 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "deepspeed.tensor_parallel.autotp_size={c.tensor_size} with task.kind=translate is not supported. Use "
         "parallel=none.",
     ),
+    "new_head": (
+        lambda c, f: c.model.new_head and (c.task.kind in ("pretrain", "translate") or c.model.weights is None),
+        "model.new_head=true without effect: it is for model.weights of another fine-tuning task. Drop it.",
+    ),
+    "subwords_only_translate": (
+        lambda c, f: c.task.kind != "translate" and c.tokenizer.model != "wordpiece",
+        "tokenizer.model={c.tokenizer.model} with task.kind={c.task.kind}: a BERT's tokenizer is trained as wordpiece. "
+        "Drop it, or name one by tokenizer.path.",
+    ),
+    "vocab_size": (
+        lambda c, f: c.task.kind != "pretrain" and c.model.vocab_size,
+        "model.vocab_size={c.model.vocab_size} without effect with task.kind={c.task.kind}: the tokenizer or "
+        "model.weights decides. Drop it.",
+    ),
+    "no_metric": (
+        lambda c, f: c.task.kind not in ("pretrain", "translate") and not c.task.metrics,
+        "task.metrics is empty with task.kind={c.task.kind}: nothing would choose the best weights. Use a preset "
+        "(task={c.task.kind}), or name one.",
+    ),
     "flash_on_cpu": (
         lambda c, f: c.model.attention == "flash_attention_2" and f.device != "cuda",
         "model.attention=flash_attention_2 on {f.device}: it is for CUDA devices. Use model.attention=sdpa.",

@@ -20,7 +20,10 @@ MODEL = "model.safetensors"
 
 
 def export(run_dir: Path, out: Path | None = None) -> Path:
-    """Export the newest whole checkpoint of a run in fp32; replaces an earlier export, and nothing else."""
+    """Export the best checkpoint of a run in fp32, or the newest whole one.
+
+    It replaces an earlier export, and nothing else.
+    """
     out = (out or run_dir / "export").absolute()
     if not (run_dir / "model" / "config.json").exists():
         raise CheckpointError(f"{run_dir}: not the directory of a run that has begun (no model/config.json).")

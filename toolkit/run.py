@@ -126,13 +126,18 @@ class Run:
         self.epoch_steps = steps_of(1)
         by_epochs = train.epochs and steps_of(train.epochs)
         self.steps = min(n for n in (train.steps, by_epochs) if n)
+        if self.config.schedule.name != "none" and self.config.schedule.warmup > self.steps:
+            raise ConfigError(
+                f"schedule.warmup={self.config.schedule.warmup:g} steps is above the {self.steps} steps of this "
+                "run: the rate would never be reached. Lower it; below 1 it is a share of the steps."
+            )
         reason = f"train.epochs={train.epochs:g}" if self.steps == by_epochs else f"train.steps={train.steps}"
         self.console.print(f"{self.steps:,} steps ({reason}), {self.epoch_steps:,} an epoch.", highlight=False)
 
     @property
     def eval_every(self) -> int | None:
         every = self.config.train.eval_every
-        return self.epoch_steps if every == "epoch" else every
+        return self.epoch_steps if every == "epoch" else every  # with batch.tokens later epochs differ by a step or so
 
     def deepspeed(self, vocab_size: int) -> dict[str, Any]:
         """Exactly what DeepSpeed gets."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from rich.table import Table
 
 from toolkit import nvme, ranks
@@ -66,6 +67,8 @@ def train(config: RunConfig) -> Outcome:
     start = time.perf_counter()
     run = Run.open(config)
     task = build_task(run)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of the training before
     engine = Engine.start(build_model(run, task), task, run)
     result = fit(engine, task, run)
     engine.close()
@@ -99,7 +102,10 @@ def _each(config: RunConfig, overrides: list[str], name: str) -> Iterator[RunCon
 
 def _of_task(override: str, task: str) -> str:
     """``task=glue`` and ``data=files/glue`` as those of one task."""
-    return {"task=glue": f"task={task}", "data=files/glue": f"data=files/{task}"}.get(override, override)
+    of_one = {"task=glue": f"task={task}"} | {
+        f"data={place}/glue": f"data={place}/{task}" for place in ("files", "hub")
+    }
+    return of_one.get(override, override)
 
 
 def table(outcomes: list[Outcome]) -> Table:

@@ -30,7 +30,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     state = checkpoint.resume(run, engine)
     step, samples = state.step, state.samples
     run.rewind(step)
-    best = find_best(run, task)
+    best = find_best(run, task, step)
     if step >= total:
         run.console.print(f"{run.dir} has its {step} steps already (train.steps={total}): evaluating only.")
     elif best.ended:
@@ -50,9 +50,10 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
                 log(run, engine, meter, step, done)
             with meter.paused():
                 result = {}
-                if (run.eval_every and step % run.eval_every == 0) or (step == total and task.best):
+                wanted = (run.eval_every and step % run.eval_every == 0) or (step == total and task.best)
+                if wanted and not done.stop:  # launchers give the ranks 30 s to save
                     result = evaluate(engine, task, run, step, watch)
-                    best = find_best(run, task)
+                    best = find_best(run, task, step)
                 if due(step, config.train.save_every, total) or done.stop or step == best.step or best.ended:
                     refuse_nan(run, step, sum(global_losses(done).values()))  # never saved
                     checkpoint.save(run, engine, checkpoint.State(step, samples), keep=best.step)
@@ -76,19 +77,24 @@ class Best:
     ended: bool = False
 
 
-def find_best(run: Run, task: Any) -> Best:
-    """From the records of the run: the first of the best evaluations, and ``train.patience`` evaluations since."""
+def find_best(run: Run, task: Any, now: int) -> Best:
+    """The first of the best evaluations whose weights are kept, or are those of step ``now``; and whether
+    ``train.patience`` evaluations have come since."""
     if task.best is None:
         return Best()
     key, patience = f"eval_{task.best}", run.config.train.patience
     scores = {r["step"]: r[key] for r in run.records() if r.get(key) is not None}  # each step's latest
+    there = {now, *(int(p.name.partition("-")[2]) for p in checkpoint.list_checkpoints(run.dir / "checkpoints"))}
+    candidates = there & set(scores)
     mine = Best()
-    if scores:
+    if candidates:
         sign = -1 if task.best in metrics.LOWER_IS_BETTER else 1
-        step = max(scores, key=lambda s: (sign * scores[s], -s))
+        step = max(candidates, key=lambda s: (sign * scores[s], -s))
         mine = Best(step, patience is not None and sum(s > step for s in scores) >= patience)
     found: Best = ranks.from_rank0(mine)
-    if found.step is not None:
+    if found.step is None and ranks.rank() == 0:
+        (run.dir / "best.json").unlink(missing_ok=True)
+    elif found.step is not None:
         run.write_json("best.json", {"step": found.step, "metric": task.best, "value": scores.get(found.step)})
     return found
 

@@ -8,15 +8,15 @@ the beginning of such names is a table, and data.columns.source and .target are 
 """
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.config import Data, Task
-from toolkit.data import hub, tables
+from toolkit.data import tables
 from toolkit.data.labelled import READING_AS
-from toolkit.data.sources import matching
 from toolkit.errors import DataError
 
 
@@ -66,8 +66,9 @@ def _sides(place: str, split: str, task: Task) -> list[Path] | None:
         missing += [] if file else [f"{names[0]}[.gz]"]
     if not missing:
         return found
-    if not found and (Path(place).expanduser().exists() or place[0] not in "~./"):
-        return None  # a table, or a name of the hub
+    path = Path(place).expanduser()
+    if not found and (path.exists() or path.suffix or place[0] not in "~./"):
+        return None  # a table, a glob of them, or a name of the hub
     raise DataError(
         f"data.{split}={place}: there is no {' and no '.join(missing)}. The two files are data.{split}, a dot and "
         f"task.source={task.source} or task.target={task.target}."
@@ -101,17 +102,13 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: is not UTF-8 ({error.reason}). Convert the file.") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
 
 
 def identity(place: str, split: str, data: Data, task: Task) -> list[Any]:
     """What stands for the content of ``place`` in the cache: names, sizes and times of its files."""
-    sides = _sides(place, split, task)
-    if sides is not None:
-        files = sides
-    elif data.format == "hub" or (data.format is None and tables._is_hub(place)):
-        return [place, *hub.identity(place.partition("@")[0], data)]
-    else:
-        files = matching(place, f"data.{split}")
+    files = _sides(place, split, task)
+    if files is None:
+        return tables.identity(place, data, READING_AS[split])
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -34,7 +34,7 @@ class Batches:
         order = Shuffle(n, self.seed, epoch)(np.arange(n))
         if not self.grouped:
             return self._cut(order)
-        pool = POOL * (self.size or max(1, self.tokens // max(1, int(self.lengths.mean()))))  # type: ignore[operator]
+        pool = POOL * (self.size if self.tokens is None else max(1, self.tokens // max(1, int(self.lengths.mean()))))
         batches: list[Indices] = []
         for start in range(0, n, pool):
             some = order[start : start + pool]

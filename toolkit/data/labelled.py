@@ -83,8 +83,10 @@ class Prepared:
     def notes(self) -> Iterator[str]:
         """One line for each split."""
         for name, counts in self.audit["splits"].items():
-            text = "  ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in counts.items())
+            text = "  ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in counts.items() if value)
             yield f"{name}: {text}"
+        for name, messages in self.audit["first_skipped"].items():
+            yield from (f"{name}: skipped {message}" for message in messages)
 
 
 def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) -> Prepared:
@@ -94,7 +96,7 @@ def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) ->
     sources = {name: tables.identity(source, data, READING_AS[role(name)]) for name, source in _sources(data).items()}
     chosen = data.model_dump(mode="json", include=READING), config.task.model_dump(mode="json", include=TASK)
     tokenizer = with_weights(config)
-    key = fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
+    key = fingerprint("labelled", list(sources.items()), *chosen, tokenizers.identity(tokenizer))
     return Prepared(
         build(cache, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels)), config
     )
@@ -134,19 +136,26 @@ def with_weights(config: RunConfig) -> Tokenizer:
 def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, float_labels: bool) -> None:
     data, kind = config.data, config.task.kind
     labels = examples.find_labels(tables.rows(str(data.train), data, "train"), data, kind)
-    splits = [*_sources(data)] + ([] if data.eval or not data.holdout else ["eval"])
+    splits_ = [*_sources(data)] + ([] if data.eval or not data.holdout else ["eval"])
     tokenizer = tokenizers.create(chosen, lambda: _texts(_examples(config, "train", labels)))
     tokenizer.save_pretrained(folder / "tokenizer")
-    counts = {}
-    for name in splits:
-        rows = _examples(config, name, labels)
+    counts: dict[str, dict[str, int]] = {}
+    first: dict[str, list[str]] = {}
+    for name in splits_:
+        problems = Problems(data.on_error)
+        rows = _examples(config, name, labels, problems)
+        if not rows:
+            place = _sources(data).get(name, data.train)
+            raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
         encoded.write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
-        counts[name] = _counts(folder / name, len(rows), data.max_length)
+        counts[name] = _counts(folder / name, len(rows), data.max_length) | {"skipped": problems.skipped}
+        first |= {name: problems.first} if problems.first else {}
     audit = {
         "labels": labels,
         "splits": counts,
         "vocab_size": tokenizers.vocab_size(tokenizer),
         "pad_id": tokenizer.pad_token_id,
+        "first_skipped": first,
     }
     (folder / "audit.json").write_text(json.dumps(audit, indent=2))
 
@@ -162,12 +171,12 @@ def _counts(folder: Path, rows: int, max_length: int) -> dict[str, int]:
     }
 
 
-def _examples(config: RunConfig, split: str, labels: tuple[str, ...]) -> list[Any]:
+def _examples(config: RunConfig, split: str, labels: tuple[str, ...], problems: Problems | None = None) -> list[Any]:
     """The examples of a split; without data.eval a share of the training rows is held out."""
     data = config.data
     source = _sources(data).get(split)
     reading = READING_AS[role(split)] if source else "train"
-    problems = Problems(data.on_error)
+    problems = problems or Problems(data.on_error)
     found: list[Any] = examples.read(
         source or str(data.train), data, config.task, reading, labels, labelled=role(split) != "test", problems=problems
     )

@@ -96,9 +96,9 @@ def prepare(config: RunConfig) -> Prepared:
     places = _places(data)
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
     key = fingerprint(
-        {name: [place, aligned.identity(place, role(name), data, config.task)] for name, place in places.items()},
+        [[name, place, aligned.identity(place, role(name), data, config.task)] for name, place in places.items()],
         data.columns.model_dump(include=set(SIDES)),
-        [data.header, data.max_length, data.holdout if _holds_out(places, data) else None],
+        [data.header, data.format, data.on_error, data.max_length, data.holdout if _holds_out(places, data) else None],
         [config.task.source, config.task.target, config.task.prefix],
         [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
     )
@@ -137,8 +137,12 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
             held = hold and name == "train" and whole and uniform(mix(SPLIT_SEED, HELD_OUT, number))[0] < data.holdout
             writers["eval" if held else name].add(pair)
     audit = {name: writer.close() for name, writer in writers.items()}
-    if not audit["train"]["kept"]:
-        raise DataError(f"data.train={places['train']}: no pair is left to train on: {_told(audit['train'])}.")
+    for name, counts in audit.items():
+        if not counts["kept"]:
+            way_out = "" if name in places else " Raise data.holdout, or name data.eval."
+            raise DataError(
+                f"{name}: no pair is left of {places.get(name, places['train'])}: {_told(counts)}.{way_out}"
+            )
     vocabulary = {"model": config.tokenizer.model, "size": tokenizers.vocab_size(tokenizer)}
     (folder / "audit.json").write_text(json.dumps({"splits": audit, "vocabulary": vocabulary}, indent=1))
 

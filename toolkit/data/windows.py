@@ -103,7 +103,8 @@ def answer_span(window: Window, answers: Sequence[tuple[int, str]]) -> tuple[int
         end = begin + len(text.strip())
         if begin < end and window.spans and window.spans[0][0] <= begin and end <= window.spans[-1][1]:
             inside = [n for n, (left, right) in enumerate(window.spans) if left < end and right > begin]
-            return window.offset + inside[0], window.offset + inside[-1]
+            if inside:  # nothing is of an answer whose characters give no token
+                return window.offset + inside[0], window.offset + inside[-1]
     return 0, 0
 
 

@@ -82,13 +82,14 @@ def _build_stage(run: Any, task: Any) -> nn.Module:
     from toolkit.models.pipeline import build_pipeline
 
     config, model = run.config, build_pipeline(run, task)
+    if not config.model.weights or task.new_head:
+        initialise(model, config.seed)
     if config.model.weights:
         state = ranks.agreed(lambda: _read(task, config.model))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(state[model.hf_name(name)])
-    else:
-        initialise(model, config.seed)
+                if (found := state.get(model.hf_name(name))) is not None:
+                    parameter.copy_(found)
     _apply_activation(model, config)
     return model
 
@@ -206,5 +207,5 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _exempt(model: nn.Module) -> Iterator[str]:
     for prefix, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            if name.endswith("bias") or isinstance(module, nn.LayerNorm):
+            if name.endswith("bias") or "LayerNorm" in type(module).__name__:  # T5 has one of its own
                 yield f"{prefix}.{name}" if prefix else name

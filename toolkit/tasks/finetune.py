@@ -187,7 +187,9 @@ class Finetune:
             for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
                 if hasattr(hf_config, key):
                     setattr(hf_config, key, config.model.dropout)
-        positions = hf_config.max_position_embeddings
+        positions = getattr(hf_config, "max_position_embeddings", config.data.max_length)
+        if "roberta" in hf_config.model_type:
+            positions -= pad_id + 1  # its positions are numbered from there
         if config.data.max_length > positions:
             raise ConfigError(
                 f"data.max_length={config.data.max_length}: model.weights={config.model.weights} has only {positions} "

@@ -49,7 +49,7 @@ class SpanQA(Finetune):
 
     def rows(self, outputs: Batch, batch: Batch) -> NDArray[Any]:
         """[samples, 2, length]: logits of the first and of the last token."""
-        return torch.stack([outputs[name].float() for name in self.outputs], 1).cpu().numpy()
+        return torch.stack([_without_padding(outputs[name], batch) for name in self.outputs], 1).cpu().numpy()
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
         examples = self.examples(split)
