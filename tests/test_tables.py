@@ -283,7 +283,8 @@ def test_a_wrong_name_is_named(
 
 
 def every(group: str) -> list[str]:
-    return sorted(file.stem for file in (conf_dir() / "data" / group).glob("*.yaml"))
+    files = (conf_dir() / "data" / group).glob("*.yaml")
+    return sorted(file.stem for file in files if file.stem != "glue")  # which is made of the others
 
 
 @pytest.mark.parametrize("preset", [*(f"files/{n}" for n in every("files")), *(f"hub/{n}" for n in every("hub"))])
