@@ -190,9 +190,8 @@ def test_stopping_and_resuming_gives_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_from_pretraining_over_the_export_to_a_task(tmp_path: Path) -> None:
-    """The documented path: pretrain, toolkit export, fine-tune from the run; and the weights are those."""
+    """Pretrain, fine-tune from the run, which is exported on the way; and the weights are those."""
     launch(tmp_path, "name=bert", "train.steps=4", "data.max_length=64")
-    export(tmp_path / "bert")
     given = [*table(tmp_path, "classify"), "train.steps=2", "deepspeed.optimizer.params.lr=0", "zero=stage3"]
     result = launch(tmp_path, "name=tuned", f"model.weights={tmp_path / 'bert'}", *given, recipe="finetune")
     tuned, started = (load_file(export(tmp_path / n) / "model.safetensors") for n in ("tuned", "bert"))

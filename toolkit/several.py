@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -18,6 +19,7 @@ from toolkit import nvme, ranks
 from toolkit.compose import compose
 from toolkit.config import RunConfig
 from toolkit.engine import Engine
+from toolkit.export import export
 from toolkit.models.build import build_model
 from toolkit.run import Run
 from toolkit.tasks import build_task
@@ -66,6 +68,7 @@ def train(config: RunConfig) -> Outcome:
     """One training from its run directory to its last evaluation."""
     start = time.perf_counter()
     run = Run.open(config)
+    _export(config.model.weights)
     task = build_task(run)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # of the training before
@@ -88,6 +91,17 @@ def train(config: RunConfig) -> Outcome:
             padding=statistics.mean(padding) if padding else None,
         )
     )
+
+
+def _export(weights: str | None) -> None:
+    """Where ``model.weights`` is a run that was not exported yet, export it."""
+
+    def missing() -> None:
+        place = Path(weights or "")
+        if weights and ranks.rank() == 0 and (place / "metrics.jsonl").exists() and not (place / "export").exists():
+            export(place)
+
+    ranks.agreed(missing)
 
 
 def _each(config: RunConfig, overrides: list[str], name: str) -> Iterator[RunConfig]:
