@@ -139,7 +139,7 @@ def test_the_losses_are_those_of_plain_pytorch(layouts: Path) -> None:
 def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A run that learns, and then forgets as its rate is far too high: the best step is an early one."""
     folder = tmp_path_factory.mktemp("early")
-    return launch(folder, *EARLY, *table(folder, "classify"), *EARLY)
+    return launch(folder, *table(folder, "classify"), *EARLY, recipe="finetune")
 
 
 EARLY = (
@@ -160,7 +160,7 @@ def test_training_ends_when_the_metric_has_not_improved(stopped_early: Result) -
 
 def test_starting_again_after_an_early_end_evaluates_the_best_weights_again(stopped_early: Result) -> None:
     folder = stopped_early.dir.parent
-    again = launch(folder, *table(folder, "classify"), *EARLY)
+    again = launch(folder, *table(folder, "classify"), *EARLY, recipe="finetune")
     assert "ended early after step" in again.stdout
     assert len(again.steps) == len(stopped_early.steps)
     assert last_evaluation(again.dir)["eval_accuracy"] == json.loads((folder / "x" / "best.json").read_text())["value"]
