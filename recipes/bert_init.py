@@ -15,9 +15,6 @@ KEYS = ["eval_loss", "eval_bleu"]
 
 @recipe("translate")
 def main(config: RunConfig) -> None:
-    import csv
-    import io
-
     from toolkit import ranks
     from toolkit.errors import ConfigError
     from toolkit.report import curves
@@ -34,11 +31,7 @@ def main(config: RunConfig) -> None:
     runs = {name: whole.dir / init for init, name in NAMES.items()}
     if ranks.rank() == 0:
         table = curves.rows(runs, KEYS)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["run", "step", *KEYS])
-        writer.writeheader()
-        writer.writerows(table)
-        whole.write_text("bert_init.csv", text.getvalue())
+        whole.write_csv("bert_init.csv", table)
         whole.write_text("bert_init.md", curves.markdown(table))
         curves.plot(runs, KEYS, whole.dir / "bert_init", "Translators made of two BERTs, by what they begin with")
     whole.console.print(f"Run directory: {whole.dir}")

@@ -6,9 +6,7 @@ deepspeed --num_gpus 2 recipes/memory.py model=bert_mini zero=stage3    # one la
 The run directory gets memory.csv, memory.png and memory.svg.
 """
 
-import csv
 import gc
-import io
 
 from toolkit.config import RunConfig
 from toolkit.launch import recipe
@@ -46,17 +44,13 @@ def main(config: RunConfig) -> None:
             rows.append({**name, **dict(zip(found, ranks.largest(list(found.values())), strict=True))})
             run.console.print(f"{name['layout']:22} {name['activation']:18} {rows[-1]['peak_mib']:10,.1f} MiB  "
                               f"{rows[-1]['step_seconds']:.3f} s", highlight=False)  # fmt: skip
-            engine.ds.destroy()
+            engine.close()
             del engine
             gc.collect()
     nvme.release()
     if not rows:
         raise ConfigError("no combination of zero, offload and activation is left to measure, see above.")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    run.write_text("memory.csv", text.getvalue())
+    run.write_csv("memory.csv", rows)
     run.console.print(memory.table(rows))
     if ranks.rank() == 0:
         title = f"{config.model.num_hidden_layers} layers of {config.model.hidden_size}, {ranks.world()} ranks"

@@ -13,7 +13,6 @@ from pathlib import Path
 
 
 def main() -> None:
-    from deepspeed.utils import groups
     from rich.console import Console
 
     from toolkit import ops, ranks
@@ -54,8 +53,7 @@ def main() -> None:
                 if any(errors) and ranks.rank() == 0:
                     (output_dir / f"{name}.error.json").write_text(json.dumps(errors))
                 if engine is not None:
-                    engine.ds.destroy()
-                    groups.mpu = None  # of split layers or stages, which the next engine would take for its own
+                    engine.close()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ run.log({"step": 1, "loss": 9})  # one flat line in metrics.jsonl
 runs/<name>/  config.yaml  ds_config.json  env.json  metrics.jsonl  log.rank0.txt  checkpoints/  export/
 """
 
+import csv
+import io
 import json
 import logging
 import math
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -174,6 +176,14 @@ class Run:
 
     def write_json(self, name: str, tree: Any) -> None:
         self.write_text(name, json.dumps(tree, indent=2, sort_keys=True) + "\n")
+
+    def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """``rows`` of the same keys, which become the header."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write_text(name, text.getvalue())
 
     def write_yaml(self, name: str, tree: Any) -> None:
         from omegaconf import OmegaConf
