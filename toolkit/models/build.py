@@ -157,7 +157,7 @@ def _read(task: Any, options: Model) -> dict[str, torch.Tensor]:
     may_be_new = {n for n in model.state_dict() if task.new_head and (not n.startswith(body) or ".pooler." in n)}
     if missing := sorted(set(info["missing_keys"]) - may_be_new):
         raise CheckpointError(f"model.weights={weights}: lacks {', '.join(missing)}.")
-    for name, there, here in info["mismatched_keys"]:
+    for name, there, here in sorted(info["mismatched_keys"]):  # a set: the same one first in every run
         if not (options.new_head and name in may_be_new):
             way = "model.new_head=true leaves it out" if name in may_be_new else "Use weights of this shape"
             raise CheckpointError(
