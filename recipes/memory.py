@@ -17,13 +17,14 @@ def main(config: RunConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from rich.progress import Progress
 
-    from toolkit import memory, nvme, ops, ranks
+    from toolkit import nvme, ops, ranks
     from toolkit.compose import compose
     from toolkit.ds_config import required_ops
     from toolkit.engine import Engine
     from toolkit.errors import ConfigError, ToolkitError
     from toolkit.models.build import build_model
     from toolkit.run import Run
+    from toolkit.studies import memory
     from toolkit.tasks import build_task
 
     run = Run.open(config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})}))

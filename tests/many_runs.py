@@ -20,9 +20,9 @@ def main() -> None:
     from toolkit.ds_config import complete, required_ops
     from toolkit.engine import Engine
     from toolkit.errors import ToolkitError
-    from toolkit.memory import Tracker
     from toolkit.models.build import build_model
     from toolkit.run import Run, Terminal
+    from toolkit.studies.memory import Tracker
     from toolkit.tasks import build_task
     from toolkit.train import fit
 

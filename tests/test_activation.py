@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertLayer
 
 from toolkit.config import Model
-from toolkit.memory import Tracker
 from toolkit.models import activation
 from toolkit.models.build import bert_config, initialise
 from toolkit.models.pretraining import PairBert
+from toolkit.studies.memory import Tracker
 
 WAYS = [(True, False), (False, True), (True, True)]
 ROWS, LENGTH, HIDDEN = 4, 32, 64

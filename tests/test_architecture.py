@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
     "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "workers", "pipe_events", "schedule",
-    "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine", "meter", "memory",
-    "ds_state", "checkpoint", "export", "train", "several", "launch", "report", "cli",
+    "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine", "meter",
+    "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "launch", "cli",
 ]  # fmt: skip
 
 

@@ -10,8 +10,8 @@ import torch
 from launching import launch
 from torch import nn
 
-from toolkit import memory
-from toolkit.memory import MIB, Tracker, combinations, label
+from toolkit.studies import memory
+from toolkit.studies.memory import MIB, Tracker, combinations, label
 
 
 def test_weights_gradients_and_states_are_counted_once_each() -> None:

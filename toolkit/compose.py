@@ -26,11 +26,11 @@ def compose(overrides: list[str]) -> RunConfig:
             raise ConfigError(str(error)) from error
 
 
-def register_schema() -> None:
-    """Give Hydra the defaults of toolkit/config.py as the base of the composition."""
+def register_schema(model: type[RunConfig] = RunConfig) -> None:
+    """Give Hydra the defaults of toolkit/config.py (and of a recipe's own node) as the base of the composition."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store("schema", schema())
+    ConfigStore.instance().store("schema", schema(model))
 
 
 def permissive(arguments: list[str]) -> list[str]:

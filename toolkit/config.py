@@ -140,6 +140,7 @@ class Data(Strict):
     header: bool = True  # csv and tsv: the first line names the columns
     labels: tuple[str, ...] | None = None  # in the order of their numbers; None: those of data.train, sorted
     range: tuple[float, float] | None = None  # regression: the least and the largest score
+    target: str | None = None  # linear: the column to predict, by name or by number from 0; None: the last
     padding: Literal["longest", "max_length"] = "longest"  # of the micro-batch, or always to data.max_length
     group_by_length: bool = True  # a step's samples are of like length, which saves padding
 
@@ -148,7 +149,9 @@ class Task(Strict):
     """What the model learns."""
 
     name: str = "pretrain"
-    kind: Literal["pretrain", "classify", "regress", "tag", "span_qa", "choose", "translate"] = "pretrain"
+    kind: Literal["pretrain", "classify", "regress", "tag", "span_qa", "choose", "translate", "linear", "denoise"] = (
+        "pretrain"
+    )
     objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
     metrics: tuple[str, ...] = ()
     best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics
@@ -169,6 +172,8 @@ class Task(Strict):
     # Wu et al. 2016 divide by ((5 + length) / 6) ** alpha. Above 0 it favours longer ones.
     length_penalty: float = 0.6
     max_target: Positive = 128  # tokens of a translation
+    loss: Literal["mae", "mse", "huber"] = "mse"  # linear
+    huber_delta: float = Field(1.35, gt=0)  # where Huber's loss turns linear, in standard deviations of the target
 
 
 class Schedule(Strict):
@@ -256,9 +261,9 @@ class RunConfig(Strict):
         return value
 
 
-def schema() -> dict[str, Any]:
+def schema(model: type[RunConfig] = RunConfig) -> dict[str, Any]:
     """The defaults as a plain dict: what Hydra composes the groups upon."""
-    return RunConfig().model_dump(mode="json")
+    return model().model_dump(mode="json")
 
 
 def conf_dir() -> Path:
@@ -273,8 +278,8 @@ def cache_dir(kind: str) -> Path:
     return Path(base) / "deepspeed-toolkit" / kind
 
 
-def load(cfg: Any) -> RunConfig:
-    """Check a composed config (DictConfig or dict). Raises ConfigError naming every bad key."""
+def load(cfg: Any, model: type[RunConfig] = RunConfig) -> RunConfig:
+    """Check a composed config (DictConfig or dict) against ``model``. Raises ConfigError naming every bad key."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -283,9 +288,9 @@ def load(cfg: Any) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {error.msg}") from error
     try:
-        return RunConfig.model_validate(plain)
+        return model.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, RunConfig) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explain(e, model) for e in error.errors())) from error
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:

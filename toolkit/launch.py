@@ -3,6 +3,9 @@
     @recipe("pretrain")                          # the kinds of task that it is for; none: all
     def main(config: RunConfig) -> None: ...
 
+The annotation of ``config`` is the class of the configuration: RunConfig, or one of the recipe's own that adds a node.
+A recipe for one kind of task starts from that kind's preset, so that its bare command works.
+
 The decorated function reads Hydra overrides from the command line, refuses a wrong configuration
 before any process group exists, builds DeepSpeed's ops, joins the ranks, and turns errors into one
 line and an exit code: 0 done, 1 a bug, 2 refused, 75 stopped by a signal after saving.
@@ -24,8 +27,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from toolkit.compose import permissive, register_schema
 from toolkit.config import RunConfig, conf_dir, load
@@ -44,30 +48,47 @@ HYDRA = [
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
 
 
-Main = Callable[[RunConfig], None]
+Main = Callable[[Any], None]
 
 
-def recipe(*kinds: str) -> Callable[[Main], Callable[[], None]]:
-    """Make a function a command; see the module's docstring."""
-    return lambda main: _command(main, kinds)
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe's function, the kinds of task it is for, and whether it trains with a DeepSpeed engine."""
+
+    main: Main
+    kinds: tuple[str, ...]
+    engine: bool
+
+    @property
+    def config(self) -> type[RunConfig]:
+        """The class that the function asks for."""
+        return get_type_hints(self.main).get("config", RunConfig)
 
 
-def _command(main: Main, kinds: tuple[str, ...]) -> Callable[[], None]:
-    @functools.wraps(main)
+def recipe(*kinds: str, engine: bool = True) -> Callable[[Main], Callable[[], None]]:
+    """Make a function a command; see the module's docstring. Without ``engine`` the node deepspeed is not looked at."""
+    return lambda main: _command(Recipe(main, kinds, engine))
+
+
+def _command(recipe: Recipe) -> Callable[[], None]:
+    @functools.wraps(recipe.main)
     def command() -> None:
         import hydra
 
-        register_schema()
+        register_schema(recipe.config)
         debug = "--debug" in sys.argv
         # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
         arguments = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
+        chosen = any(a.startswith(("task=", "experiment=", "--config")) for a in arguments)
+        if len(recipe.kinds) == 1 and not chosen:
+            arguments.append(f"task={recipe.kinds[0]}")
         try:
             sys.argv[1:] = _flags_first(permissive(arguments) + HYDRA)
         except ConfigError as error:
             refuse(error)
         debug = debug or os.environ.get("HYDRA_FULL_ERROR") == "1"
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-        decorate(functools.partial(_job, main, kinds, debug))()
+        decorate(functools.partial(_job, recipe, debug))()
 
     return command
 
@@ -87,7 +108,7 @@ def refuse(error: ToolkitError) -> None:
     sys.exit(REFUSED)
 
 
-def _job(main: Main, kinds: tuple[str, ...], debug: bool, cfg: Any) -> None:
+def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -95,9 +116,9 @@ def _job(main: Main, kinds: tuple[str, ...], debug: bool, cfg: Any) -> None:
         _sweep_job(list(HydraConfig.get().overrides.task))
         return
     try:
-        config = load(cfg)
-        _refuse_task(config, kinds)
-        _run(main, config, debug)
+        config = load(cfg, recipe.config)
+        _refuse_task(config, recipe.kinds)
+        _run(recipe, config, debug)
     except ToolkitError as error:
         if debug:
             raise
@@ -119,14 +140,14 @@ def _refuse_task(config: RunConfig, kinds: tuple[str, ...]) -> None:
         raise ConfigError(f"task={config.task.name}: {sys.argv[0]} is not for it. It takes task={', '.join(known)}.")
 
 
-def _run(main: Main, config: RunConfig, debug: bool) -> None:
+def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
     from toolkit import ds_config, ranks, workers
     from toolkit.run import Terminal
 
     ranks.complete_environment()
     device = ranks.device()
-    ds = ds_config.complete(config, world=ranks.world(), device=device)
-    if config.data.workers:
+    ds = ds_config.complete(config, world=ranks.world(), device=device) if recipe.engine else {}
+    if recipe.engine and config.data.workers:
         workers.begin()
     with Terminal(quiet=not debug) as terminal:
         from toolkit import ops
@@ -134,7 +155,7 @@ def _run(main: Main, config: RunConfig, debug: bool) -> None:
         ops.ensure(ds_config.required_ops(ds, device=device, world=ranks.world()), terminal.console)
         try:
             with ranks.joined():
-                main(config)
+                recipe.main(config)
         except Stopped as stop:
             terminal.console.print(str(stop))
             sys.exit(STOPPED)

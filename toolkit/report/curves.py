@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolkit.report.figures import COLOURS, save
 from toolkit.run import read_metrics
-
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
 
 def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
@@ -63,10 +62,7 @@ def plot(runs: Mapping[str, Path], keys: Sequence[str], stem: Path, title: str =
             panel.plot([s for s, _ in steps], [v for _, v in steps], marker=".", color=colour, label=name)
         panel.set_xlabel("optimizer step")
         panel.set_title(key.replace("_", " ").replace("eval", "held-out"), loc="left", fontsize=10)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.3)
     if len(runs) > 1:
         figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    for kind in ("png", "svg"):
-        figure.savefig(stem.with_suffix(f".{kind}"), dpi=150)
+    save(figure, stem)

@@ -3,13 +3,13 @@
 draw({"1F1B": ideal("1f1b", 4, 8)}, Path("timeline"), title="4 stages, 8 micro-batches", unit="forward passes")
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from toolkit.pipe_events import KINDS, Event, bubble_share, formula, span
+from toolkit.report import figures
 
 LABELS = {"1f1b": "1F1B", "gpipe": "GPipe", "dualpipev": "DualPipeV"}
 # Blue and orange of Okabe and Ito (2008), which all kinds of colour vision tell apart; the way back is lighter.
@@ -52,7 +52,7 @@ def draw(timelines: Mapping[str, Sequence[Event]], out: Path, *, title: str, uni
     panels[-1].set_xlabel(f"time ({unit})", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     _legend(figure, [e for events in timelines.values() for e in events])
-    return [_save(figure, out, suffix) for suffix in ("png", "svg")]
+    return [figures.write(figure, out, suffix) for suffix in ("png", "svg")]
 
 
 def _width(timelines: Mapping[str, Sequence[Event]], longest: float) -> float:
@@ -111,13 +111,3 @@ def _legend(figure: Any, events: Sequence[Event]) -> None:
     entries.append(Patch(color=BUBBLE, label="bubble"))
     style = {"fontsize": 8, "frameon": False, "handlelength": 1.2, "columnspacing": 1.5}
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), **style)
-
-
-def _save(figure: Any, out: Path, suffix: str) -> Path:
-    """Write the picture under a temporary name and rename it."""
-    path = out.with_name(f"{out.name}.{suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format=suffix, dpi=200, metadata={"Date": None} if suffix == "svg" else None)
-    temporary.replace(path)
-    return path

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from toolkit.ds_rules import Facts
+from toolkit.report import figures
 
 DEVICE = ("weights", "gradients", "optimizer", "activations", "workspace")
 HOST = ("moved", "offloaded")  # activations; optimizer states, weights and the buffers of NVMe
@@ -240,11 +241,7 @@ def plot(rows: list[dict[str, Any]], stem: Path, title: str) -> None:
     seconds.barh(places, [r["step_seconds"] for r in rows], color="0.6", height=0.8)
     seconds.set_xlabel("seconds per step")
     for axes in (memory, seconds):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", alpha=0.3)
         axes.margins(y=0.01)
-        axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
-    for kind in ("png", "svg"):
-        figure.savefig(stem.with_suffix(f".{kind}"), dpi=150)
+    figures.save(figure, stem)
