@@ -62,7 +62,8 @@ class Recipe:
     @property
     def config(self) -> type[RunConfig]:
         """The class that the function asks for."""
-        return get_type_hints(self.main).get("config", RunConfig)
+        found: type[RunConfig] = get_type_hints(self.main).get("config", RunConfig)
+        return found
 
 
 def recipe(*kinds: str, engine: bool = True) -> Callable[[Main], Callable[[], None]]:
