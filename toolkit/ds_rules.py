@@ -466,6 +466,22 @@ def _warmup(f: Facts) -> float:
     return schedule.warmup if schedule.name != "none" and schedule.warmup > (f.config.train.steps or math.inf) else 0
 
 
+def _of_transformers(c: RunConfig) -> list[str]:
+    """What of ``c`` means nothing to a model without Transformer layers."""
+    used = {
+        f"pipeline.stages={c.pipeline.stages}": c.pipeline.stages > 1,
+        f"activation={c.activation}": c.activation.recompute or c.activation.offload,
+        f"model.weights={c.model.weights}": c.model.weights,
+        f"seeds={list(c.seeds)}": c.seeds,
+        f"deepspeed.tensor_parallel.autotp_size={c.tensor_size}": c.tensor_size > 1 and c.task.kind == "denoise",
+    }
+    return [key for key, value in used.items() if value]
+
+
+def _splits_features(f: Facts) -> bool:
+    return "linear" in str(f["tensor_parallel.partition_config"])
+
+
 def _negative(value: Any) -> bool:
     return isinstance(value, int | float) and value < 0
 
@@ -555,6 +571,22 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         lambda c, f: c.task.kind == "translate" and c.tensor_size > 1,
         "deepspeed.tensor_parallel.autotp_size={c.tensor_size} with task.kind=translate is not supported. Use "
         "parallel=none.",
+    ),
+    "no_transformer": (
+        lambda c, f: _of_transformers(c) if c.task.kind in ("linear", "denoise") else [],
+        "{got[0]} with task.kind={c.task.kind}: it is for Transformers. Drop it.",
+    ),
+    "features": (
+        lambda c, f: c.tensor_size > 1 and c.task.kind == "linear" and not _splits_features(f),
+        "deepspeed.tensor_parallel without a layer called linear, with task.kind=linear. Use parallel=features.",
+    ),
+    "features_only_linear": (
+        lambda c, f: c.task.kind != "linear" and _splits_features(f),
+        "parallel=features with task.kind={c.task.kind}: it splits a linear regression. Use parallel=tensor.",
+    ),
+    "loss_only_linear": (
+        lambda c, f: c.task.kind != "linear" and c.task.loss != "mse",
+        "loss={c.task.loss} with task.kind={c.task.kind}: it is of task=linear. Drop it.",
     ),
     "new_head": (
         lambda c, f: c.model.new_head and (c.task.kind in ("pretrain", "translate") or c.model.weights is None),

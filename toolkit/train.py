@@ -169,7 +169,9 @@ def line(record: dict[str, Any], total: int) -> str:
     if "samples_per_second" in record:
         unit = "tokens" if "tokens_per_second" in record else "samples"
         text += f"  {record[f'{unit}_per_second']:,.0f} {unit}/s"
-        if record["mfu"] is not None:
+        if "gb_per_second" in record:
+            text += f"  {record['gb_per_second']:.2f} GB/s"
+        elif record["mfu"] is not None:
             text += f"  MFU {record['mfu']:.1%}"
         text += f"  ETA {clock(record['eta_seconds'])}"
     return text

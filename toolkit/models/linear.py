@@ -39,8 +39,11 @@ class LinearRegression(PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        for parameter in module.parameters(recurse=False):
-            nn.init.zeros_(parameter)  # the loss is convex: any start will do
+        # The loss is convex, so any start will do but 0 for the intercept: there its gradient over standardised data is
+        # nothing but rounding, which differs between layouts, and Adam would make whole steps of it.
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            nn.init.ones_(module.bias)
 
     def get_input_embeddings(self) -> None:
         """None: AutoTP asks."""
