@@ -17,7 +17,7 @@ from toolkit.studies.random_numbers import Kind
 class Mcmc(Strict):
     """The chains, and where their numbers come from."""
 
-    # counter: functions of (seed, chain, step); shared: one stream, every rank draws all of it; per_rank: a seed for each
+    # counter: functions of (seed, chain, step); shared: one stream, drawn whole by every rank; per_rank: a seed each
     numbers: Kind = "counter"
     chains: int = Field(8, ge=2)  # R-hat compares chains with one another
     steps: Positive = 10_000  # of each chain

@@ -19,7 +19,7 @@ from toolkit.errors import DataError
 from toolkit.studies.random_numbers import KINDS, Floats, Kind, Numbers, numbers
 
 BLOCK = 100  # steps whose numbers are drawn at once
-SHOWN = 300  # first steps of a chain for the plot
+SHOWN = 600  # first steps of a chain for the plot
 
 
 @dataclass(frozen=True)

@@ -118,13 +118,16 @@ def _plot(posterior: Posterior, draws: Floats, simulated: dict[tuple[Kind, int],
     density.set_title("draws (bars) and exact posterior (lines)", fontsize=10)
     density.set_xlabel("coefficient")
     density.legend(frameon=False)
+    traces[0].sharey(traces[1])
     for axes, kind in zip(traces, ("counter", "per_rank"), strict=True):
         of = {world: found for (name, world), found in simulated.items() if name == kind}
         for i, (world, found) in enumerate(of.items()):
             width = 1 + 1.8 * (len(of) - 1 - i)  # later lines are thinner: all are seen where they are the same
-            axes.plot(found.beginning, color=figures.COLOURS[i], linewidth=width, label=f"of {world}")
+            axes.plot(
+                found.beginning, color=figures.COLOURS[i], linewidth=width, label=f"{world} rank{'s' * (world > 1)}"
+            )
         axes.axhline(posterior.mean[order[0]], color="0.4", linestyle="--", linewidth=1)
-        axes.set_title(f"numbers={kind}: the last chain, by ranks", fontsize=10)
+        axes.set_title(f"numbers={kind}: the last chain on", fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylabel(posterior.names[order[0]])
         axes.legend(frameon=False)
