@@ -19,7 +19,7 @@ from toolkit.errors import DataError
 from toolkit.studies.random_numbers import KINDS, Floats, Kind, Numbers, numbers
 
 BLOCK = 100  # steps whose numbers are drawn at once
-SHOWN = 600  # first steps of a chain for the plot
+SHOWN = 200  # first steps of a chain for the plot
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def digests(chains: Floats) -> list[str]:
 
 @dataclass(frozen=True)
 class Timed:
-    """One choice of numbers on the ranks of this run; times of the slowest rank in its best of several rounds."""
+    """One choice of numbers on the ranks of this run; the slowest rank's times, each the best of several rounds."""
 
     chains: Floats  # [steps, size, this rank's chains]
     seconds: float
@@ -153,17 +153,16 @@ def measure(
     """Every choice in turn, ``rounds`` times, on all ranks at once."""
     from toolkit import ranks
 
-    best: dict[Kind, Timed] = {}
+    found: dict[Kind, Floats] = {}
+    seconds: dict[Kind, list[list[float]]] = {kind: [] for kind in KINDS}
     for kind in KINDS * rounds:
         own = numbers(kind, seed, chains, posterior.size, ranks.rank(), ranks.world())
         ranks.wait()
         began = time.perf_counter()
-        mine = sample(posterior, own, steps)
-        seconds, drawing = ranks.largest([time.perf_counter() - began, own.seconds])
-        if kind not in best or seconds < best[kind].seconds:
-            best[kind] = Timed(mine, seconds, drawing)
+        found[kind] = sample(posterior, own, steps)
+        seconds[kind].append(ranks.largest([time.perf_counter() - began, own.seconds]))
         tick()
-    return best
+    return {kind: Timed(found[kind], *map(min, zip(*seconds[kind], strict=True))) for kind in KINDS}
 
 
 @dataclass(frozen=True)

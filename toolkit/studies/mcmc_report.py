@@ -81,16 +81,14 @@ def _coefficients(rows: list[dict[str, Any]]) -> Any:
 def _choices(rows: list[dict[str, Any]]) -> Any:
     worlds = [name.removeprefix("drawn_at_") for name in rows[0] if name.startswith("drawn_at_")]
     ranks = f"{', '.join(worlds)} ranks"
-    head = ["numbers", "same", "sha256", "drawn by a rank", "draw s", "steps/s"]
+    head = ["numbers", "same", "sha256", "millions", "draw s", "steps/s"]
     cells = [
         [r["numbers"], "yes" if r["same_chains"] else "no", r["sha256"][:8],
-         "  ".join(f"{r[f'drawn_at_{world}']:,}" for world in worlds), f"{r['draw_seconds']:.3f}",
+         "  ".join(f"{r[f'drawn_at_{world}'] / 1e6:.3g}" for world in worlds), f"{r['draw_seconds']:.3f}",
          f"{r['steps_per_second']:,.0f}"]
         for r in rows
     ]  # fmt: skip
-    return _rich(
-        f"Where the numbers come from: at {ranks}, are the chains the same, and how many draws a rank", head, cells
-    )
+    return _rich(f"Numbers: the same chains at {ranks}? Millions of them that a rank draws there", head, cells)
 
 
 def _rich(title: str, head: list[str], rows: list[list[str]]) -> Any:
@@ -111,11 +109,11 @@ def _plot(posterior: Posterior, draws: Floats, simulated: dict[tuple[Kind, int],
     order = np.argsort(-np.abs(posterior.mean))
     for colour, place in zip(figures.COLOURS, order[:3], strict=False):
         mean, deviation = posterior.mean[place], posterior.deviations[place]
-        grid = np.linspace(mean - 4 * deviation, mean + 4 * deviation, 200)
+        grid = np.linspace(mean - 4 * deviation, mean + 4 * deviation, 80)
         exact = np.exp(-0.5 * ((grid - mean) / deviation) ** 2) / (deviation * np.sqrt(2 * np.pi))
-        density.hist(draws[:, place].ravel(), bins=60, density=True, color=colour, alpha=0.4)
+        density.hist(draws[:, place].ravel(), bins=40, density=True, histtype="stepfilled", color=colour, alpha=0.4)
         density.plot(grid, exact, color=colour, label=posterior.names[place])
-    density.set_title("draws (bars) and exact posterior (lines)", fontsize=10)
+    density.set_title("draws and exact posterior (lines)", fontsize=10)
     density.set_xlabel("coefficient")
     density.legend(frameon=False)
     traces[0].sharey(traces[1])
@@ -123,12 +121,11 @@ def _plot(posterior: Posterior, draws: Floats, simulated: dict[tuple[Kind, int],
         of = {world: found for (name, world), found in simulated.items() if name == kind}
         for i, (world, found) in enumerate(of.items()):
             width = 1 + 1.8 * (len(of) - 1 - i)  # later lines are thinner: all are seen where they are the same
-            axes.plot(
-                found.beginning, color=figures.COLOURS[i], linewidth=width, label=f"{world} rank{'s' * (world > 1)}"
-            )
+            axes.plot(found.beginning, color=figures.COLOURS[i], linewidth=width, label=world)
         axes.axhline(posterior.mean[order[0]], color="0.4", linestyle="--", linewidth=1)
-        axes.set_title(f"numbers={kind}: the last chain on", fontsize=10)
+        axes.set_title(f"numbers={kind}: a chain begins", fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylabel(posterior.names[order[0]])
-        axes.legend(frameon=False)
+        axes.locator_params(nbins=4)
+        axes.legend(frameon=False, title="ranks")
     figures.save(figure, stem)
