@@ -92,6 +92,8 @@ def _prepare(overrides: list[str]) -> None:
     if config.task.kind != "pretrain":
         from toolkit.tasks import kind
 
+        if not hasattr(kind(config), "prepare"):
+            raise ConfigError(f"task.kind={config.task.kind}: it has nothing to prepare. Start its recipe.")
         labelled = kind(config).prepare(config)
         console.print(*labelled.notes, f"Prepared rows: {labelled.path}", sep="\n", highlight=False)
         return

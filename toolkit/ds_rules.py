@@ -485,6 +485,19 @@ def _without_stages(c: RunConfig) -> str:
     return ", ".join(f"pipeline.{key}" for key in sorted(given)) if c.pipeline.stages == 1 else ""
 
 
+def _beside_tiles(c: RunConfig) -> str:
+    """What the layers of a language model have and a convolution over tiles does not."""
+    given = {
+        f"pipeline.stages={c.pipeline.stages}": c.pipeline.stages > 1,
+        f"deepspeed.tensor_parallel.autotp_size={c.tensor_size}": c.tensor_size > 1,
+        "activation.recompute=true": c.activation.recompute,
+        "activation.offload=true": c.activation.offload,
+        "train.compile=true": c.train.compile,
+        f"seeds={list(c.seeds)}": c.seeds,
+    }
+    return ", ".join(name for name, wrong in given.items() if wrong)
+
+
 # What a pipeline reads of DeepSpeed's own block; pipe_ and grad_partitioned are for tensor parallel stages.
 STAGE_RECOMPUTE = ("activation_checkpoint_interval", "use_reentrant")
 
@@ -556,6 +569,11 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "deepspeed.tensor_parallel.autotp_size={c.tensor_size} with task.kind=translate is not supported. Use "
         "parallel=none.",
     ),
+    "denoise_layout": (
+        lambda c, f: c.task.kind == "denoise" and _beside_tiles(c),
+        "{got} with task.kind=denoise is not supported: its ranks share images, and each has the whole network. Drop "
+        "it; zero=… and offload=… split weights and states.",
+    ),
     "new_head": (
         lambda c, f: c.model.new_head and (c.task.kind in ("pretrain", "translate") or c.model.weights is None),
         "model.new_head=true without effect: it is for model.weights of another fine-tuning task. Drop it.",
@@ -571,7 +589,7 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "model.weights decides. Drop it.",
     ),
     "no_metric": (
-        lambda c, f: c.task.kind not in ("pretrain", "translate") and not c.task.metrics,
+        lambda c, f: c.task.kind not in ("pretrain", "translate", "denoise") and not c.task.metrics,
         "task.metrics is empty with task.kind={c.task.kind}: nothing would choose the best weights. Use a preset "
         "(task={c.task.kind}), or name one.",
     ),
