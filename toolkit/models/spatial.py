@@ -63,11 +63,12 @@ class Grid:
 
     def swap(self, first: Tensor, last: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Send ``first`` to the neighbour before and ``last`` to the one after; what they sent, zeros from none."""
-        got = torch.zeros_like(first), torch.zeros_like(last)
+        give = first.contiguous(), last.contiguous()
+        got = torch.zeros_like(give[0]), torch.zeros_like(give[1])
         operations = []
-        for rank, mine, theirs in zip(self.neighbours(dim), (first, last), got, strict=True):
+        for rank, mine, theirs in zip(self.neighbours(dim), give, got, strict=True):
             if rank is not None:
-                operations += [dist.P2POp(dist.isend, mine.contiguous(), rank), dist.P2POp(dist.irecv, theirs, rank)]
+                operations += [dist.P2POp(dist.isend, mine, rank), dist.P2POp(dist.irecv, theirs, rank)]
                 self.sent_bytes += mine.nbytes
         for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
