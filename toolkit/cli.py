@@ -89,11 +89,11 @@ def _prepare(overrides: list[str]) -> None:
         pairs = parallel.prepare(config)
         console.print("\n".join(parallel.told(pairs.audit)), f"Prepared pairs: {pairs.path}", sep="\n", highlight=False)
         return
-    if config.task.kind in ("linear", "denoise"):
-        raise ConfigError(f"task.kind={config.task.kind}: its data is read as it is, there is nothing to prepare.")
     if config.task.kind != "pretrain":
         from toolkit.tasks import kind
 
+        if not hasattr(kind(config), "prepare"):
+            raise ConfigError(f"task.kind={config.task.kind}: it has nothing to prepare. Start its recipe.")
         labelled = kind(config).prepare(config)
         console.print(*labelled.notes, f"Prepared rows: {labelled.path}", sep="\n", highlight=False)
         return

@@ -466,16 +466,17 @@ def _warmup(f: Facts) -> float:
     return schedule.warmup if schedule.name != "none" and schedule.warmup > (f.config.train.steps or math.inf) else 0
 
 
-def _of_transformers(c: RunConfig) -> list[str]:
-    """What of ``c`` means nothing to a model without Transformer layers."""
+def _of_transformers(c: RunConfig) -> str:
+    """What of ``c`` a model without Transformer layers has no use for."""
     used = {
         f"pipeline.stages={c.pipeline.stages}": c.pipeline.stages > 1,
-        f"activation={c.activation}": c.activation.recompute or c.activation.offload,
+        f"deepspeed.tensor_parallel.autotp_size={c.tensor_size}": c.tensor_size > 1 and c.task.kind == "denoise",
+        "activation.recompute=true": c.activation.recompute,
+        "activation.offload=true": c.activation.offload,
         f"model.weights={c.model.weights}": c.model.weights,
         f"seeds={list(c.seeds)}": c.seeds,
-        f"deepspeed.tensor_parallel.autotp_size={c.tensor_size}": c.tensor_size > 1 and c.task.kind == "denoise",
     }
-    return [key for key, value in used.items() if value]
+    return ", ".join(name for name, given in used.items() if given)
 
 
 def _splits_features(f: Facts) -> bool:
@@ -573,8 +574,8 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "parallel=none.",
     ),
     "no_transformer": (
-        lambda c, f: _of_transformers(c) if c.task.kind in ("linear", "denoise") else [],
-        "{got[0]} with task.kind={c.task.kind}: it is for Transformers. Drop it.",
+        lambda c, f: c.task.kind in ("linear", "denoise") and _of_transformers(c),
+        "{got} with task.kind={c.task.kind}: it is for Transformers. Drop it.",
     ),
     "features": (
         lambda c, f: c.tensor_size > 1 and c.task.kind == "linear" and not _splits_features(f),

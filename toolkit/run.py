@@ -194,9 +194,8 @@ class Run:
         """``model/``: a Hugging Face folder but for the weights, which ``toolkit export`` adds."""
         if ranks.rank() == 0:
             folder = self.dir / "model"
-            if tokenizer is None:
-                folder.mkdir(exist_ok=True)
-            else:
+            folder.mkdir(exist_ok=True)
+            if tokenizer is not None:
                 shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
             described = config.to_diff_dict() | {"architectures": [architecture]}
             replace(folder / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")

@@ -14,6 +14,7 @@ KINDS = {
     "choose": ("choose", "Choose"),
     "translate": ("translate", "Translate"),
     "linear": ("linear", "Linear"),
+    "denoise": ("denoise", "Denoise"),
 }
 
 
