@@ -170,7 +170,7 @@ def line(record: dict[str, Any], total: int) -> str:
         unit = "tokens" if "tokens_per_second" in record else "samples"
         text += f"  {record[f'{unit}_per_second']:,.0f} {unit}/s"
         if "gb_per_second" in record:
-            text += f"  {record['gb_per_second']:.2f} GB/s"
+            text += f"  {record['gb_per_second']:.3g} GB/s"
         elif record["mfu"] is not None:
             text += f"  MFU {record['mfu']:.1%}"
         text += f"  ETA {clock(record['eta_seconds'])}"
