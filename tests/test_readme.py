@@ -1,4 +1,4 @@
-"""Every command of the README runs, from a folder of its own, with a model small enough to wait for."""
+"""Every command of the two READMEs runs, from a folder of its own, with a model small enough to wait for."""
 
 import os
 import re
@@ -10,8 +10,17 @@ import pytest
 from launching import ROOT, TINY, data_cache
 
 DOCUMENT = "The sea was calm that day. Nobody spoke for a while. Then the captain laughed, and all of us with him."
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md"]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
+COMMANDS = [" ".join(line.split("  #")[0].split()) for line in LINES]
+# What else makes a recipe small, by its name
+OWN = {
+    "reductions": ["reductions.rows=20000", "reductions.repeats=1"],
+    "mcmc": ["mcmc.steps=200", "mcmc.warmup=100", "mcmc.rounds=1"],
+    "spatial_conv": ["spatial_conv.sizes=[32]", "spatial_conv.channels=4", "spatial_conv.size=32"],
+    "linear_regression": ["data.rows=2000"],
+}
 SMALL = [*(o for o in TINY if not o.startswith("experiment")), "train.steps=2", f"data.cache_dir={data_cache()}"]
 
 
@@ -27,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "docs").mkdir()
     for i in range(8):
         (path / "docs" / f"{i}.txt").write_text("\n\n".join(f"{DOCUMENT} It was day {i} of {j}." for j in range(40)))
+    houses = [f"{i % 7},Street {i},{i % 5},{i % 7 + i % 11}" for i in range(60)]
+    (path / "houses.csv").write_text("\n".join(["rooms,street,age,price", *houses]) + "\n")
     rows = [f"{DOCUMENT[:40]},{i % 3}" for i in range(60)]
     (path / "reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
     (path / "glue" / "RTE").mkdir(parents=True)
@@ -46,8 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     small = [] if "--config-path" in command or "export" in command else SMALL
-    if any(name in command for name in ("build-ops", "timeline", "curves")):
+    if any(name in command for name in ("build-ops", "timeline", "curves", "machines")):
         small = []
+    small = [*small, *(o for name, own in OWN.items() if f"/{name}.py" in command for o in own)]
     line = " ".join([command, *(f"'{o}'" for o in small)])
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, check=False)
