@@ -5,14 +5,13 @@ import math
 import re
 import threading
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, launch
+from launching import launch
 from rich.console import Console
 
 from toolkit import ops
@@ -193,9 +192,3 @@ def test_more_than_one_rank_is_refused(tmp_path: Path) -> None:
     result = launch(tmp_path, ranks=2, recipe="reductions", bare=True, check=False)
     assert result.code and "error: 2 ranks: reductions compares threads" in result.stderr
     assert len(result.error.splitlines()) == 1 and not result.dir.exists()
-
-
-def test_the_source_is_part_of_the_wheel(tmp_path: Path) -> None:
-    build = pytest.importorskip("hatchling.builders.wheel")
-    path = next(build.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
-    assert "toolkit/csrc/reductions.cpp" in zipfile.ZipFile(path).namelist()
