@@ -75,12 +75,15 @@ def test_the_right_sums_have_the_same_bits_for_every_number_of_threads(op: Any, 
 
 
 def test_the_order_of_summation_is_the_one_that_is_told(op: Any, data: Data) -> None:
-    """Errors that fp32 holds exactly, added by numpy in the order of the module's docstring."""
-    y = data.y.abs()
+    """Errors that fp32 holds exactly, of sizes so different that their sum rounds, added one by one by torch."""
+    y = data.y.abs() * 10 ** torch.empty_like(data.y).uniform_(-12, 4, generator=torch.Generator().manual_seed(1))
     zero = Data(torch.zeros_like(data.x), data.w, y, ROWS)
-    lanes = [block.double().cumsum(0)[-1] for block in y.split(64)]
-    blocks = [float(lane.cumsum(0)[-1]) for lane in lanes]  # cumsum adds one after the other
-    assert summed(op, "partial", zero, 2) == sum(blocks)
+    sums = []
+    for x_block, y_block in zip(zero.x.split(64), y.split(64), strict=True):
+        lanes = y_block.double().cumsum(0)[-1]
+        sums.append(float(lanes.cumsum(0)[-1]))
+        assert summed(op, "serial", Data(x_block, data.w, y_block, y_block.numel()), 1) == sums[-1]
+    assert summed(op, "partial", zero, 2) == sum(sums)
     units = sum(round(float(error) * 2**32) for error in y.flatten())
     assert summed(op, "mutex", zero, 2) == units / 2**32
 
