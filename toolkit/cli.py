@@ -4,6 +4,7 @@ toolkit prepare data=text data.path='docs/*.txt'    # corpus -> token ids, with 
 toolkit export runs/bert                            # checkpoint -> Hugging Face folder
 toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead of the first run
 toolkit curves runs/multi30k                        # loss and metrics by step, as .png and .svg
+toolkit machines                                    # what devices can do: memory, bandwidth, FLOP/s
 toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
 """
 
@@ -12,7 +13,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+from toolkit.config import Dtype
 from toolkit.errors import ConfigError, ToolkitError, nearest
 
 TIMELINES = """Draw pipeline schedules as stages over time, as .png and .svg:
@@ -43,6 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ops.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. offload=cpu")
     ops.add_argument("--world", type=int, default=2, help="ranks the job will have (default: 2)")
     ops.set_defaults(call=lambda a: _build_ops(a.overrides, a.world))
+
+    machines = commands.add_parser("machines", help="the devices of conf/machine, what they can do and who says so")
+    machines.add_argument("name", nargs="?", help="only this one, e.g. h100")
+    machines.add_argument(
+        "--dtype", choices=get_args(Dtype), default="fp32", help="of the column FLOP/byte (default: fp32)"
+    )
+    machines.set_defaults(call=lambda a: _machines(a.name, a.dtype))
 
     timeline = commands.add_parser(
         "timeline",
@@ -136,6 +146,22 @@ def _build_ops(overrides: list[str], world: int) -> None:
     builders = ds_config.required_ops(ds, device=device, world=world)
     ops.ensure(builders, Console())
     print(f"Ready in {ops.directory()}: {', '.join(builders)}")
+
+
+def _machines(name: str | None, dtype: Dtype) -> None:
+    from rich.console import Console
+
+    from toolkit.plan import machines
+    from toolkit.report.machines import source, table
+
+    every = {m.name: m for m in machines.table()}
+    if name and name not in every:
+        raise ConfigError(f"{name}: no such machine.{nearest(name, every)} Known: {', '.join(every)}.")
+    chosen = [every[name]] if name else list(every.values())
+    console = Console(soft_wrap=True)
+    console.print(table(chosen, dtype))
+    for machine in chosen:
+        console.print(source(machine), highlight=False)
 
 
 def _timeline(

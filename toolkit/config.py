@@ -218,12 +218,17 @@ class Pipeline(Strict):
 
 
 class Machine(Strict):
-    """What one device can do, for MFU; None is looked up by the device's name, or measured on CPU."""
+    """What one device can do, for MFU; None is unknown, peaks are then looked up by its name, or measured on CPU."""
 
     name: str = "this"
-    device_name: str | None = None  # part of torch.cuda.get_device_name()
-    memory_gib: float | None = None
+    device_name: str | None = None  # words of torch.cuda.get_device_name()
+    year: Positive | None = None  # of its first delivery
+    devices: Positive = 1  # in a host
+    memory_gib: float | None = Field(None, gt=0)  # what sheets call GB
+    bandwidth_gbs: float | None = Field(None, gt=0)  # GB/s of its memory
+    link_gbs: float | None = Field(None, gt=0)  # GB/s to the other devices of the host, one way; sheets add both ways
     peak_tflops: dict[Dtype, float] = {}  # dense, by input type
+    source: str | None = None
 
 
 class RunConfig(Strict):

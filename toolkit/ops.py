@@ -44,8 +44,10 @@ def _cpu_kind() -> str:
     return hashlib.sha256((platform.machine() + flags).encode()).hexdigest()[:8]
 
 
-def ensure(builders: Sequence[str], console: Any) -> None:
-    """Build what is missing of ``builders`` (DeepSpeed's class names, e.g. ``CPUAdamBuilder``), load all.
+def ensure(builders: Sequence[Any], console: Any) -> None:
+    """Build what is missing of ``builders``, load all.
+
+    They are class names of DeepSpeed's, e.g. ``CPUAdamBuilder``, or objects of such a class of our own.
 
     Safe to call on every rank at once: one builds, the others wait for it. The file lock belongs to
     the operating system, so it ends with the process that holds it. Loaded here, an op is found loaded
@@ -56,7 +58,7 @@ def ensure(builders: Sequence[str], console: Any) -> None:
 
     if "AsyncIOBuilder" in builders:
         nvme.require_libaio()
-    ops = [get_accelerator().create_op_builder(name) for name in builders]
+    ops = [get_accelerator().create_op_builder(b) if isinstance(b, str) else b for b in builders]
     root = directory()
     for op in (o for o in ops if not installed_ops.get(o.name)):
         if not _built(root, op.name):
@@ -86,16 +88,17 @@ def _load(op: Any, root: Path) -> None:
 
 
 def _build(op: Any, console: Any) -> None:
+    name = f"DeepSpeed's op '{op.name}'" if type(op).__module__.startswith("deepspeed.") else f"the op '{op.name}'"
     if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-        raise PlanError(f"DeepSpeed's op '{op.name}' needs a C++ compiler: apt install g++ (or set CXX).")
+        raise PlanError(f"{name} needs a C++ compiler: apt install g++ (or set CXX).")
     if not op.is_compatible(verbose=True):
         hint = "apt install libaio-dev" if op.name == "async_io" else "see `ds_report`"
-        raise PlanError(f"DeepSpeed's op '{op.name}' cannot be built on this machine: {hint}. {op.error_log or ''}")
+        raise PlanError(f"{name} cannot be built on this machine: {hint}. {op.error_log or ''}")
     start = time.monotonic()
-    console.print(f"Building DeepSpeed's op '{op.name}': once on this machine, a minute or two …")
+    console.print(f"Building {name}: once on this machine, a minute or two …")
     with console.status("compiling"):
         op.load(verbose=False)
-    console.print(f"Built DeepSpeed's op '{op.name}' in {time.monotonic() - start:.0f} s.")
+    console.print(f"Built {name} in {time.monotonic() - start:.0f} s.")
 
 
 def _clear_stale_lock(folder: Path, console: Any) -> None:

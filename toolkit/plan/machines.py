@@ -1,5 +1,10 @@
-"""What a device can do at best: the table in conf/machine, or a measurement on CPU."""
+"""What a device can do at best: the table in conf/machine, or a measurement on CPU.
 
+known("NVIDIA A100-SXM4-40GB")                  # -> the machine a100_40gb
+balance(known("NVIDIA H200"), "bf16")           # 206 FLOP for each byte that it reads
+"""
+
+import re
 import time
 from functools import lru_cache
 
@@ -7,11 +12,33 @@ from toolkit.config import Dtype, Machine, conf_dir
 
 
 def table() -> list[Machine]:
-    """Every machine of conf/machine."""
+    """Every machine of conf/machine, oldest first; ``this`` is none."""
     from omegaconf import OmegaConf
 
-    files = sorted((conf_dir() / "machine").glob("*.yaml"))
-    return [Machine.model_validate(OmegaConf.to_container(OmegaConf.load(f))) for f in files]
+    files = [f for f in (conf_dir() / "machine").glob("*.yaml") if f.stem != "this"]
+    machines = [Machine.model_validate(OmegaConf.to_container(OmegaConf.load(f))) for f in files]
+    return sorted(machines, key=lambda m: (m.year or 0, m.bandwidth_gbs or 0, m.name))
+
+
+def known(device_name: str) -> Machine | None:
+    """The machine all of whose words are in torch's name of a device; of several the one with the most words.
+
+    The words of "NVIDIA A100-SXM4-80GB" are NVIDIA, A100, SXM4 and 80GB, so "L4" is not found in "NVIDIA L40S". A
+    part of a GPU (MIG) is none of the table's.
+    """
+    words = _words(device_name)
+    found = [m for m in table() if m.device_name and _words(m.device_name) <= words]
+    return max(found, key=lambda m: len(_words(m.device_name or "")), default=None) if "mig" not in words else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"\w+", name.lower()))
+
+
+def balance(machine: Machine, dtype: Dtype) -> float | None:
+    """FLOP per byte of memory at the ridge of the roofline: work with fewer waits for memory (Williams et al. 2009)."""
+    peak = machine.peak_tflops.get(dtype)
+    return 1000 * peak / machine.bandwidth_gbs if peak and machine.bandwidth_gbs else None
 
 
 def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> float | None:
@@ -24,10 +51,8 @@ def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> floa
         return machine.peak_tflops[dtype]
     if device_name is None:
         return measured_tflops(dtype)
-    for known in table():
-        if known.device_name and known.device_name in device_name:
-            return known.peak_tflops.get(dtype)
-    return None
+    found = known(device_name)
+    return found.peak_tflops.get(dtype) if found else None
 
 
 @lru_cache
