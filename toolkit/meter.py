@@ -15,6 +15,7 @@ import torch
 from toolkit import ranks
 from toolkit.config import Dtype, RunConfig
 from toolkit.plan.machines import peak_tflops
+from toolkit.traffic import Traffic
 
 WARMUP_STEPS = 2  # first calls allocate, compile and fill caches
 GIB = 2**30
@@ -35,6 +36,7 @@ class Meter:
         self.seen = 0
         self.active_seconds = 0.0  # of all counted steps of this process
         self.active_tokens = 0.0
+        self.traffic = Traffic() if config.train.communication else None
         self._restart()
 
     def _restart(self) -> None:
@@ -42,6 +44,8 @@ class Meter:
         self.counts: dict[str, float] = {}
         self.waited = 0.0
         self.paused_seconds = 0.0
+        if self.traffic:
+            self.traffic.read()
         self.start = self._now()
 
     def _now(self) -> float:
@@ -62,8 +66,12 @@ class Meter:
     def paused(self) -> Iterator[None]:
         """Leave what happens inside out of the clock."""
         start = self._now()
+        if self.traffic:
+            self.traffic.counting = False
         yield
         self.paused_seconds += self._now() - start
+        if self.traffic:
+            self.traffic.counting = True
 
     def read(self) -> dict[str, float | None]:
         """Rates since the last reading, over all ranks; {} while warming up. All ranks must call it."""
@@ -71,6 +79,7 @@ class Meter:
         memory = self._memory()
         steps, counts, waited = self.steps, self.counts, self.waited
         warming = self.seen < WARMUP_STEPS or steps == 0
+        shares = {} if warming else self._shares(seconds, memory[0])
         if not warming:
             self._restart()
         slowest, peak, process = ranks.largest([seconds, *memory])
@@ -92,6 +101,26 @@ class Meter:
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
             **memory_record,
+            **shares,
+        }
+
+    def _shares(self, seconds: float, peak: float) -> dict[str, float]:
+        """How far this is from the conditions of linear scaling; {} unless train.communication.
+
+        work_balance: mean over the ranks of the time busy, neither communicating nor waiting for data, by the largest.
+        memory_balance: the same of the peak. comm_share: of the rank that waits least for the others.
+        """
+        if self.traffic is None:
+            return {}
+        sent, held = self.traffic.read()
+        busy = seconds - self.waited - held
+        sums = ranks.total([sent, busy, peak])
+        most_busy, highest, least_held = ranks.largest([busy, peak, -held / seconds])
+        return {
+            "comm_mib": sums[0] / ranks.world() / self.steps / 2**20,  # that a rank sends in a step
+            "comm_share": -least_held,
+            "work_balance": sums[1] / ranks.world() / most_busy,
+            "memory_balance": sums[2] / ranks.world() / highest,
         }
 
     def _memory(self) -> tuple[float, float]:
