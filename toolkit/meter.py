@@ -6,8 +6,10 @@ meter.add(step); ...; record = meter.read()
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ class Meter:
         memory = self._memory()
         steps, counts, waited = self.steps, self.counts, self.waited
         warming = self.seen < WARMUP_STEPS or steps == 0
-        shares = {} if warming else self._shares(seconds, memory[0])
+        found = {} if warming else self._conditions(seconds, memory[0])
         if not warming:
             self._restart()
         slowest, peak, process = ranks.largest([seconds, *memory])
@@ -101,30 +103,39 @@ class Meter:
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
             **memory_record,
-            **shares,
+            **found,
         }
 
-    def _shares(self, seconds: float, peak: float) -> dict[str, float]:
-        """How far this is from the conditions of linear scaling; {} unless train.communication.
-
-        work_balance: mean over the ranks of the time busy, neither communicating nor waiting for data, by the largest.
-        memory_balance: the same of the peak. comm_share: of the rank that waits least for the others.
-        """
+    def _conditions(self, seconds: float, peak: float) -> dict[str, float]:
         if self.traffic is None:
             return {}
         sent, held = self.traffic.read()
-        busy = seconds - self.waited - held
-        sums = ranks.total([sent, busy, peak])
-        most_busy, highest, least_held = ranks.largest([busy, peak, -held / seconds])
-        return {
-            "comm_mib": sums[0] / ranks.world() / self.steps / 2**20,  # that a rank sends in a step
-            "comm_share": -least_held,
-            "work_balance": sums[1] / ranks.world() / most_busy,
-            "memory_balance": sums[2] / ranks.world() / highest,
-        }
+        mine = Share(sent / self.steps, held / seconds, seconds - self.waited - held, peak)
+        return conditions(ranks.gathered(mine))
 
     def _memory(self) -> tuple[float, float]:
         """Peak GiB of the device (of the process where there is none) and of the process."""
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
         process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
         return (torch.cuda.max_memory_allocated() / GIB if self.cuda else process), process
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank had of the work since the last reading."""
+
+    sent: float  # bytes in a step
+    held: float  # share of the time that it communicated or waited for the other ranks to do so
+    busy: float  # seconds that it neither communicated nor waited for data
+    peak: float  # memory
+
+
+def conditions(shares: Sequence[Share]) -> dict[str, float]:
+    """What linear scaling asks for: little communication; work and memory even (mean by largest, at best 1)."""
+    busy, peak = ([getattr(s, name) for s in shares] for name in ("busy", "peak"))
+    return {
+        "comm_mib": mean(s.sent for s in shares) / 2**20,  # that a rank sends in a step
+        "comm_share": min(s.held for s in shares),  # of the rank that waits least for the others
+        "work_balance": mean(busy) / max(busy),
+        "memory_balance": mean(peak) / max(peak),
+    }
