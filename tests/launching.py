@@ -178,10 +178,18 @@ class Job:
 
 @contextmanager
 def start(
-    tmp_path: Path, *overrides: str, ranks: int = 2, launcher: str = "deepspeed", recipe: str = "pretrain"
+    tmp_path: Path,
+    *overrides: str,
+    ranks: int = 2,
+    launcher: str = "deepspeed",
+    recipe: str = "pretrain",
+    bare: bool = False,
 ) -> Iterator[Job]:
-    """Start ``recipes/<recipe>.py`` under ``deepspeed``, ``torchrun`` or plain ``python`` (one rank)."""
-    arguments = [*_defaults(overrides), f"output_dir={tmp_path}", *overrides]
+    """Start ``recipes/<recipe>.py`` under ``deepspeed``, ``torchrun`` or plain ``python`` (one rank).
+
+    ``bare``: without the overrides that make a BERT tiny.
+    """
+    arguments = [*_defaults(overrides, bare), f"output_dir={tmp_path}", *overrides]
     name = next(o.split("=")[1] for o in arguments if o.startswith("name="))
     output = Path(tempfile.mkdtemp(prefix="launch-", dir=tmp_path))
     job = Job([*_launcher(launcher, ranks), f"recipes/{recipe}.py", *arguments], output, tmp_path / name)
@@ -198,19 +206,22 @@ def launch(
     check: bool = True,
     launcher: str = "deepspeed",
     recipe: str = "pretrain",
+    bare: bool = False,
     timeout: float = 240,
 ) -> Result:
     """Run a recipe to its end. With ``check`` any other exit code than 0 is an assertion error."""
-    with start(tmp_path, *overrides, ranks=ranks, launcher=launcher, recipe=recipe) as job:
+    with start(tmp_path, *overrides, ranks=ranks, launcher=launcher, recipe=recipe, bare=bare) as job:
         result = job.wait(timeout)
     if check:
         assert result.code == 0, f"exit code {result.code}\n{result.stdout}\n{result.stderr}\n{logs(result.dir)}"
     return result
 
 
-def launch_many(output_dir: Path, runs: Mapping[str, Sequence[str]], *, ranks: int = 2, memory: bool = False) -> Many:
+def launch_many(
+    output_dir: Path, runs: Mapping[str, Sequence[str]], *, ranks: int = 2, memory: bool = False, bare: bool = False
+) -> Many:
     """All ``runs`` (name -> overrides) in one launch; with ``memory`` each leaves a peak.json."""
-    overrides = {name: [*_defaults(given), *given] for name, given in runs.items()}
+    overrides = {name: [*_defaults(given, bare), *given] for name, given in runs.items()}
     output_dir.mkdir(parents=True, exist_ok=True)
     output = Path(tempfile.mkdtemp(prefix="launch-", dir=output_dir))
     (output / "runs.json").write_text(json.dumps(overrides))
@@ -247,10 +258,10 @@ def _launcher(kind: str, ranks: int) -> list[str]:
     return [str(Path(sys.executable).parent / first), *rest]
 
 
-def _defaults(overrides: Sequence[str]) -> list[str]:
+def _defaults(overrides: Sequence[str], bare: bool) -> list[str]:
     given = {o.split("=")[0] for o in overrides}
     none = tuple(o.removesuffix("=none") + "." for o in overrides if o.endswith("=none"))  # no keys for these groups
-    defaults = [*TINY, "name=x", f"data.cache_dir={data_cache()}"]
+    defaults = [*(() if bare else TINY), "name=x", f"data.cache_dir={data_cache()}"]
     return [o for o in defaults if o.split("=")[0] not in given and not o.startswith(none)]
 
 

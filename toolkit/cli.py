@@ -89,6 +89,8 @@ def _prepare(overrides: list[str]) -> None:
         pairs = parallel.prepare(config)
         console.print("\n".join(parallel.told(pairs.audit)), f"Prepared pairs: {pairs.path}", sep="\n", highlight=False)
         return
+    if config.task.kind in ("linear", "denoise"):
+        raise ConfigError(f"task.kind={config.task.kind}: its data is read as it is, there is nothing to prepare.")
     if config.task.kind != "pretrain":
         from toolkit.tasks import kind
 

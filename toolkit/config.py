@@ -115,9 +115,10 @@ class Columns(Strict):
 class Data(Strict):
     """Where the text comes from and how it becomes samples."""
 
-    format: Literal["python_docs", "text", "jsonl", "parquet", "hub", "csv", "tsv", "json", "conll"] | None = (
-        "python_docs"  # None: by each file's suffix, or the hub
-    )
+    format: (
+        Literal["python_docs", "text", "jsonl", "parquet", "hub", "csv", "tsv", "columns", "json", "conll", "synthetic"]
+        | None
+    ) = "python_docs"  # None: by each file's suffix, or the hub
     path: str | tuple[str, ...] | None = None  # files, globs, or hub names as owner/name[:config]
     column: str = "text"
     split: str = "train"
@@ -139,10 +140,16 @@ class Data(Strict):
     eval: str | dict[str, str] | None = None  # several by name: the first decides
     test: str | dict[str, str] | None = None
     columns: Columns = Columns()
-    header: bool = True  # csv and tsv: the first line names the columns
+    header: bool | None = True  # csv, tsv, columns: the first line names the columns; None: unless it is all numbers
     labels: tuple[str, ...] | None = None  # in the order of their numbers; None: those of data.train, sorted
     range: tuple[float, float] | None = None  # regression: the least and the largest score
-    target: str | None = None  # linear: the column to predict, by name or by number from 0; None: the last
+    # Linear regression: the column to predict, by name or by number from 0 (None: the last), columns to leave out,
+    # and how many synthetic rows of how many features with noise of which standard deviation
+    target: str | None = None
+    drop: tuple[str, ...] = ()
+    rows: Positive = 100_000
+    features: Positive = 32
+    noise: float = Field(1.0, ge=0)
     padding: Literal["longest", "max_length"] = "longest"  # of the micro-batch, or always to data.max_length
     group_by_length: bool = True  # a step's samples are of like length, which saves padding
 

@@ -571,7 +571,7 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "model.weights decides. Drop it.",
     ),
     "no_metric": (
-        lambda c, f: c.task.kind not in ("pretrain", "translate") and not c.task.metrics,
+        lambda c, f: c.task.kind not in ("pretrain", "translate", "linear", "denoise") and not c.task.metrics,
         "task.metrics is empty with task.kind={c.task.kind}: nothing would choose the best weights. Use a preset "
         "(task={c.task.kind}), or name one.",
     ),

@@ -37,7 +37,7 @@ class Meter:
         self.peak_tflops = peak_tflops(config.machine, dtype, name)
         self.seen = 0
         self.active_seconds = 0.0  # of all counted steps of this process
-        self.active_tokens = 0.0
+        self.active_counts: dict[str, float] = {}
         self.traffic = Traffic() if config.train.communication else None
         self._restart()
 
@@ -89,16 +89,14 @@ class Meter:
         memory_record = {"peak_gib": peak, "process_peak_gib": process}
         if warming:
             return dict(memory_record)
-        positions = counts["positions"]
         self.active_seconds += slowest
-        self.active_tokens += positions
+        for name, count in counts.items():
+            self.active_counts[name] = self.active_counts.get(name, 0) + count
         tflops = self.task.useful_flops(counts) / slowest / ranks.world() / 1e12
         return {
             "step_seconds": slowest / steps,
             "samples_per_second": counts["sequences"] / slowest,
-            "tokens_per_second": positions / slowest,
-            "tokens_per_second_unpadded": counts["tokens"] / slowest,
-            "padding": 1 - counts["tokens"] / positions,
+            **_rates(counts, slowest),
             "data_wait": all_waited / ranks.world() / slowest,
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
@@ -118,6 +116,17 @@ class Meter:
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
         process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
         return (torch.cuda.max_memory_allocated() / GIB if self.cuda else process), process
+
+
+def _rates(counts: dict[str, float], seconds: float) -> dict[str, float]:
+    """Of tokens where the task has any, of bytes where it counts those that it reads."""
+    if "bytes" in counts:
+        return {"gb_per_second": counts["bytes"] / seconds / 1e9}
+    return {
+        "tokens_per_second": counts["positions"] / seconds,
+        "tokens_per_second_unpadded": counts["tokens"] / seconds,
+        "padding": 1 - counts["tokens"] / counts["positions"],
+    }
 
 
 @dataclass(frozen=True)

@@ -190,11 +190,14 @@ class Run:
 
         self.write_text(name, OmegaConf.to_yaml(OmegaConf.create(tree)))
 
-    def write_model(self, config: Any, architecture: str, tokenizer: Path) -> None:
+    def write_model(self, config: Any, architecture: str, tokenizer: Path | None = None) -> None:
         """``model/``: a Hugging Face folder but for the weights, which ``toolkit export`` adds."""
         if ranks.rank() == 0:
             folder = self.dir / "model"
-            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+            if tokenizer is None:
+                folder.mkdir(exist_ok=True)
+            else:
+                shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
             described = config.to_diff_dict() | {"architectures": [architecture]}
             replace(folder / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
 

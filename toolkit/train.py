@@ -166,8 +166,9 @@ def line(record: dict[str, Any], total: int) -> str:
     """A record as one line for the console."""
     losses = "  ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in record.items() if k.endswith("_loss"))
     text = f"step {record['step']}/{total}  loss {record['loss']:.3f}  {losses}  lr {record['lr']:.2e}"
-    if "tokens_per_second" in record:
-        text += f"  {record['tokens_per_second']:,.0f} tokens/s"
+    if "samples_per_second" in record:
+        unit = "tokens" if "tokens_per_second" in record else "samples"
+        text += f"  {record[f'{unit}_per_second']:,.0f} {unit}/s"
         if record["mfu"] is not None:
             text += f"  MFU {record['mfu']:.1%}"
         text += f"  ETA {clock(record['eta_seconds'])}"
@@ -184,7 +185,9 @@ def clock(seconds: float) -> str:
 def evaluate(engine: Engine, task: Any, run: Run, step: int, watch: Any) -> dict[str, Any]:
     """One evaluation record: means over the held-out samples, each counted once."""
     start = time.perf_counter()
-    result = {f"eval_{k}": v for k, v in task.evaluate(engine, watch).items()}
+    # What says itself of which rows it is keeps its name: train_loss, optimum_loss.
+    found = task.evaluate(engine, watch)
+    result = {k if k.startswith(("train_", "optimum_")) else f"eval_{k}": v for k, v in found.items()}
     if not result:
         return {}  # nothing is held out
     record = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
@@ -217,8 +220,9 @@ def summarise(run: Run, meter: Meter, result: dict[str, Any]) -> None:
     for name, value in run.notes.items():
         table.add_row(name, "", "", _number(value))
     if meter.active_seconds:
-        rate = meter.active_tokens / meter.active_seconds
-        table.add_row("tokens/s (all ranks)", "", f"{rate:,.0f}", "")
+        unit, key = ("tokens", "positions") if "positions" in meter.active_counts else ("samples", "sequences")
+        rate = meter.active_counts[key] / meter.active_seconds
+        table.add_row(f"{unit}/s (all ranks)", "", f"{rate:,.0f}", "")
     run.console.print(table)
     run.console.print(f"Run directory: {run.dir}")
 

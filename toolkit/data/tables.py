@@ -96,6 +96,18 @@ def _unquoted(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]
     return ((number, text.split("\t")) for number, text in read_lines(path, problems))
 
 
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _columns(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    return ((number, text.split()) for number, text in read_lines(path, problems) if text.strip())
+
+
 def _quoted(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """(number of the first line, cells) of each record that is not blank; quoted cells may hold line ends."""
     csv.field_size_limit(sys.maxsize)  # a cell may be a document of more than csv's 131,072 characters
@@ -125,12 +137,13 @@ def _table(path: Path, records: Iterator[tuple[int, list[str]]], data: Data, pro
     first = next(records, None)
     if first is None:
         return
-    names = first[1] if data.header else [str(i) for i in range(len(first[1]))]
-    for number, cells in records if data.header else itertools.chain([first], records):
+    named = not all(map(_is_number, first[1])) if data.header is None else data.header
+    names = first[1] if named else [str(i) for i in range(len(first[1]))]
+    for number, cells in records if named else itertools.chain([first], records):
         if len(cells) == len(names):
             yield f"{path}:{number}", dict(zip(names, cells, strict=True))
         else:
-            header = "header" if data.header else "first row"
+            header = "header" if named else "first row"
             problems.found(
                 f"{path}:{number}: has {len(cells)} cells where the {header} has {len(names)}",
                 "Correct the row, or set the data.format that the file has",
@@ -225,6 +238,7 @@ def _lacks(cells: list[str], key: str, columns: dict[str, int]) -> bool:
 _READ: dict[str, Callable[[Path, Data, Problems], Iterator[tuple[str, Any]]]] = {
     "csv": lambda path, data, problems: _table(path, _quoted(path, problems), data, problems),
     "tsv": lambda path, data, problems: _table(path, _unquoted(path, problems), data, problems),
+    "columns": lambda path, data, problems: _table(path, _columns(path, problems), data, problems),
     "jsonl": lambda path, data, problems: json_lines(path, problems),
     "json": lambda path, data, problems: _json(path, problems),
     "parquet": lambda path, data, problems: parquet_rows(path, problems),

@@ -43,6 +43,7 @@ class Engine:
         self.ds = ds
         self.task = task
         self.replica = replica
+        self.unit: float = getattr(task, "unit", 1.0)  # of losses that people see, where others are minimised
         self.device = ds.device
         self.last_learning_rate: float | None = None  # the one the last step used
 
@@ -98,7 +99,7 @@ class Engine:
             shares = self._shares(self.task.losses(self._forward(batch), batch), counts)
             self.ds.backward(sum(shares.values()) * self._scale)
             self.ds.step()
-            losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
+            losses = {name: losses.get(name, 0) + self.unit * share.detach() for name, share in shares.items()}
         losses = {name: share / self.replica.split for name, share in losses.items()}
         return Step(losses, counts, waited, stopping)
 
@@ -156,7 +157,7 @@ class Engine:
         for name in self.task.predicted:
             loss, right, count = next(totals), next(totals), next(totals)
             if count:
-                result[loss_key(name)] = loss / count
+                result[loss_key(name)] = self.unit * loss / count
                 result |= {f"{name}_accuracy": right / count} if name in self.task.judged else {}
         return {"loss": sum(v for k, v in result.items() if k.endswith("loss")), **result} if result else {}
 

@@ -61,7 +61,8 @@ def build_model(run: Any, task: Any) -> nn.Module:
     """The task's model in this run's layout, on the CPU or partitioned; its activations where asked for."""
     config = run.config
     hf_config = task.hf_config
-    hf_config._attn_implementation = config.model.attention
+    if hasattr(hf_config, "num_attention_heads"):
+        hf_config._attn_implementation = config.model.attention
     if config.pipeline.stages > 1:
         return _build_stage(run, task)
     ds = run.deepspeed(task.vocab_size)

@@ -155,10 +155,11 @@ def timed(child: Child) -> list[dict[str, Any]]:
 def rows(children: Sequence[Child]) -> list[dict[str, Any]]:
     """The medians of each child's records; speed-up in samples a second against the fewest ranks of its mode."""
     found: list[dict[str, Any]] = []
-    names = ("step_seconds", "samples_per_second", "tokens_per_second", "peak_gib", "comm_mib", *CONDITIONS)
+    names = ("step_seconds", "samples_per_second", "tokens_per_second", "gb_per_second")
+    names += ("peak_gib", "comm_mib", *CONDITIONS)
     for child in children:
         records = timed(child)
-        middle = {name: statistics.median(r[name] for r in records) for name in names}
+        middle = {name: statistics.median(r[name] for r in records) for name in names if name in records[0]}
         row = {"mode": child.mode, "ranks": child.ranks, "global_size": child.global_size, **middle}
         first = next((r for r in found if r["mode"] == child.mode), row)
         row["ideal"] = child.ranks / first["ranks"]
@@ -174,7 +175,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     columns = {
-        "ranks": "{ranks}", "step s": "{step_seconds:.3f}", "tokens/s": "{tokens_per_second:,.0f}",
+        "ranks": "{ranks}", "step s": "{step_seconds:.3f}", "samples/s": "{samples_per_second:,.0f}",
         "speed-up": "{speedup:.2f} of {ideal:g}", "effic.": "{efficiency:.0%}", "work": "{work_balance:.0%}",
         "memory": "{memory_balance:.0%}", "GiB": "{peak_gib:.2f}", "MiB sent": "{comm_mib:,.1f}",
         "comm.": "{comm_share:.0%}",

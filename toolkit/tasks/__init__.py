@@ -13,6 +13,7 @@ KINDS = {
     "span_qa": ("span_qa", "SpanQA"),
     "choose": ("choose", "Choose"),
     "translate": ("translate", "Translate"),
+    "linear": ("linear", "Linear"),
 }
 
 

@@ -1,0 +1,37 @@
+"""A linear regression on DeepSpeed: MAE, MSE or Huber's loss under any ZeRO stage and offload, beside its optimum.
+
+deepspeed --num_gpus 2 recipes/linear_regression.py loss=mae                      # scikit-learn's diabetes
+deepspeed --num_gpus 2 recipes/linear_regression.py data.path=table.csv data.target=price 'data.drop=[name]'
+deepspeed --num_gpus 2 recipes/linear_regression.py data=synthetic data.rows=1e7 zero=stage3 offload=cpu
+deepspeed --num_gpus 2 recipes/linear_regression.py parallel=features             # columns over ranks instead of rows
+
+The run directory gets coefficients.csv beside those of the optimum, linear_regression.png and .svg.
+"""
+
+from toolkit.config import RunConfig
+from toolkit.launch import recipe
+
+
+@recipe("linear")
+def main(config: RunConfig) -> None:
+    from toolkit import ranks
+    from toolkit.engine import Engine
+    from toolkit.models.build import build_model
+    from toolkit.run import Run
+    from toolkit.studies import linear_regression as study
+    from toolkit.tasks import build_task
+    from toolkit.train import fit
+
+    run = Run.open(config)
+    task = build_task(run)
+    engine = Engine.start(build_model(run, task), task, run)
+    fit(engine, task, run)
+    if ranks.rank() == 0:
+        rows = study.coefficients(run, task)
+        run.write_csv("coefficients.csv", rows)
+        run.console.print(study.table(rows))
+        study.plot(run, rows, run.dir / "linear_regression")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What a linear regression learned beside its optimum: coefficients and the way there.
+
+rows = coefficients(run, task)      # of the newest checkpoint, read as anyone would read an export
+"""
+
+from pathlib import Path
+from typing import Any
+
+from toolkit.export import export
+from toolkit.report import curves, figures
+from toolkit.run import Run
+
+
+def coefficients(run: Run, task: Any) -> list[dict[str, Any]]:
+    """A row for the intercept and each feature, in the table's units: ``learned``, and ``optimum`` where known."""
+    from safetensors.numpy import load_file
+
+    state = load_file(export(run.dir) / "model.safetensors")
+    learned = task.coefficients(state["linear.weight"][0], float(state["linear.bias"][0]))
+    best = task.coefficients(task.optimum.weights, task.optimum.intercept) if task.optimum else {}
+    return [{"name": n, "learned": value, **({"optimum": best[n]} if best else {})} for n, value in learned.items()]
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    """A rich table of ``coefficients``."""
+    from rich.table import Table
+
+    shown = Table(*rows[0], title="Coefficients")
+    for row in rows[:40]:
+        shown.add_row(*(v if isinstance(v, str) else f"{v:,.5g}" for v in row.values()))
+    return shown
+
+
+def plot(run: Run, rows: list[dict[str, Any]], stem: Path) -> None:
+    """``stem``.png and .svg: the loss by step, and the learned coefficients against the optimum's."""
+    figure, panels = figures.new(2 if "optimum" in rows[0] else 1, f"Linear regression, loss={run.config.task.loss}")
+    steps = curves.curve(run.dir, "loss")
+    panels[0].plot([s for s, _ in steps], [v for _, v in steps], color=figures.COLOURS[0], label="training batches")
+    if best := curves.curve(run.dir, "optimum_loss"):
+        panels[0].axhline(best[-1][1], color=figures.COLOURS[1], ls="--", label="optimum")
+        panels[1].scatter([r["optimum"] for r in rows[1:]], [r["learned"] for r in rows[1:]], zorder=3)
+        panels[1].axline((0, 0), slope=1, color="0.6", lw=1)
+        panels[1].set_xlabel("coefficient of the optimum")
+        panels[1].set_ylabel("learned coefficient")
+    panels[0].set_xlabel("optimizer step")
+    panels[0].set_ylabel("loss, in the target's units")
+    panels[0].legend(frameon=False)
+    figures.save(figure, stem)
