@@ -9,9 +9,7 @@ All other overrides go to the recipe. The run directory gets its runs, scaling.c
 On a CPU every rank gets as many threads, the cores divided by the most ranks, so that ranks are compared and no cores.
 """
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from toolkit.config import Positive, RunConfig, Strict
 from toolkit.launch import recipe
@@ -21,7 +19,7 @@ class Scaling(Strict):
     """What is started, on how many ranks, and what grows with them."""
 
     recipe: str = "pretrain"  # a file of this folder
-    ranks: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2)
+    ranks: tuple[Positive, ...] = (1, 2)
     # strong: batch.global_size stays. weak: it is that of the fewest ranks and grows with them; a rank's stays
     mode: Literal["strong", "weak", "both"] = "both"
     launcher: str = "deepspeed --num_gpus %n --master_port %p --log_level error"  # %n ranks, %p a free port

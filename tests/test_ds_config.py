@@ -359,7 +359,7 @@ def test_monitors_write_into_the_run_directory(tmp_path: Path) -> None:
         ("optimizer=sgd offload=cpu", "cuda", []),
         ("optimizer=muon offload=cpu", "cuda", ["CPUAdamBuilder"]),
         ("deepspeed.optimizer.params.torch_adam=true", "cuda", []),
-        ("zero=stage3 offload=nvme", "cuda", ["CPUAdamBuilder", "AsyncIOBuilder", "PinMemoryBuilder"]),
+        ("zero=stage3 offload=nvme", "cuda", ["CPUAdamBuilder", "PinMemoryBuilder", "AsyncIOBuilder"]),
     ],
 )
 def test_the_ops_to_build_are_known_before_training(overrides: str, device: str, ops: list[str]) -> None:

@@ -131,8 +131,8 @@ def required_ops(ds: Mapping[str, Any], *, device: str, world: int) -> list[str]
     wanted = {
         "ShareMemCommBuilder": device == "cpu",  # comm/torch.py loads it whatever the world size
         builders.get(facts.optimizer, ""): True,
+        "PinMemoryBuilder": facts.nvme and not gds,  # AsyncIOBuilder.load loads it before its own
         "AsyncIOBuilder": facts.nvme and not gds,
-        "PinMemoryBuilder": facts.nvme and not gds,  # loaded by AsyncIOBuilder.load
         "GDSBuilder": facts.nvme and gds,
         "QuantizerBuilder": bool(
             facts["zero_optimization.zero_quantized_weights"]

@@ -76,15 +76,13 @@ def _load(op: Any, root: Path) -> None:
 
     if op.name in OpBuilder._loaded_ops:
         return
-    if type(op).load is not OpBuilder.load:  # async_io and pin_memory have a way of their own
-        with FileLock(root / "toolkit.lock"):
-            op.load(verbose=False)
-        return
     spec = importlib.util.spec_from_file_location(op.name, root / op.name / f"{op.name}.so")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     OpBuilder._loaded_ops[op.name] = module
+    if type(op).load is not OpBuilder.load:  # pin_memory, which comes before async_io, shows it its symbols
+        op.load(verbose=False)
 
 
 def _build(op: Any, console: Any) -> None:

@@ -44,11 +44,16 @@ class Child:
     ranks: int
     global_size: int
     overrides: list[str]
-    dir: Path
+    run_dir: Path
 
     @property
     def label(self) -> str:
-        return f"{self.mode}-{self.ranks}"
+        """Its folder: both modes begin with the same run."""
+        return f"ranks-{self.ranks}-batch-{self.global_size}"
+
+    @property
+    def dir(self) -> Path:
+        return self.run_dir / self.label
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def plan(
 ) -> list[Child]:
     """What to start: the overrides of the command line without our own, and the batch of each number of ranks."""
     rest = [o for o in overrides if not re.match(rf"[+~]*({'|'.join(OF_THE_PARENT)})[.=]", o)]
+    if not numbers:
+        raise ConfigError("scaling.ranks=[]: there is nothing to start. Use scaling.ranks=[1,2].")
     fewest = min(numbers)
     children = []
     for mode in modes:
@@ -82,7 +89,7 @@ def plan(
             times = number / fewest if mode == "weak" else 1
             given = {"global_size": batch.global_size, "tokens": batch.tokens}
             sizes = {key: round(size * times) for key, size in given.items() if size}
-            child = Child(mode, number, sizes["global_size"], [], run_dir / f"{mode}-{number}")
+            child = Child(mode, number, sizes["global_size"], [], run_dir)
             child.overrides.extend([
                 *rest,
                 *(f"batch.{key}={size}" for key, size in sizes.items()),
@@ -123,7 +130,7 @@ def launch(child: Child, launcher: str, recipe: Path, environment: Environment) 
     done, log = child.dir.with_suffix(".json"), child.dir.with_suffix(".txt")
     started = json.loads(done.read_text()) if done.exists() else {"overrides": child.overrides}
     if started["overrides"] != child.overrides:
-        raise ConfigError(f"name={child.dir.parent.name}: it began with other overrides. Choose another name.")
+        raise ConfigError(f"name={child.run_dir.name}: it began with other overrides. Choose another name.")
     if started.get("finished"):
         return
     replace(done, json.dumps(started))
@@ -155,8 +162,8 @@ def timed(child: Child) -> list[dict[str, Any]]:
 def rows(children: Sequence[Child]) -> list[dict[str, Any]]:
     """The medians of each child's records; speed-up in samples a second against the fewest ranks of its mode."""
     found: list[dict[str, Any]] = []
-    names = ("step_seconds", "samples_per_second", "tokens_per_second", "gb_per_second")
-    names += ("peak_gib", "comm_mib", *CONDITIONS)
+    rates = ("step_seconds", "samples_per_second", "tokens_per_second", "gb_per_second")
+    names = (*rates, "peak_gib", "comm_mib", *CONDITIONS)
     for child in children:
         records = timed(child)
         middle = {name: statistics.median(r[name] for r in records) for name in names if name in records[0]}
