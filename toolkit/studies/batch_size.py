@@ -158,7 +158,7 @@ def _steps_to(engine: Any, task: Any, target: float, limit: int) -> tuple[int | 
 
 
 def evaluations(limit: int) -> Iterator[int]:
-    """The steps to evaluate after: all of the first 20, then at distances of 5 %, and the last."""
+    """The steps to evaluate after: all of the first 40, then at distances of 5 %, and the last."""
     step = 0
     while step < limit:
         step = min(limit, step + max(1, step // 20))
@@ -268,14 +268,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def plot(rows: Sequence[dict[str, Any]], trials: Sequence[Trial], stem: Path, title: str) -> None:
-    """``stem``.png and .svg: steps by batch size with perfect scaling and the plateau; learning rates by batch size."""
-    figure, (steps, rates) = figures.new(2, title)
+    """``stem``.png and .svg: steps by batch size against perfect scaling and learning rates, by batch size."""
     done = [r for r in rows if r["steps"]]
-    sizes = [r["batch_size"] for r in done]
-    if done:
-        steps.plot(sizes, [done[0]["steps"] / r["ideal"] for r in done], "--", color="0.5", label="perfect scaling")
-        fewest = min(r["steps"] for r in done)
-        steps.axhline(fewest, ls=":", color="0.5", label=f"fewest: {fewest:,} steps")
+    if not done:
+        return  # a logarithmic axis has no place for nothing
+    figure, (steps, rates) = figures.new(2, title)
+    sizes, fewest = [r["batch_size"] for r in done], min(r["steps"] for r in done)
+    steps.plot(sizes, [done[0]["steps"] / r["ideal"] for r in done], "--", color="0.5", label="perfect scaling")
+    steps.axhline(fewest, ls=":", color="0.5", label=f"fewest: {fewest:,} steps")
     steps.plot(sizes, [r["steps"] for r in done], color="0.7", zorder=1)
     for regime in dict.fromkeys(r["regime"] for r in done):
         mine = [r for r in done if r["regime"] == regime]
