@@ -13,7 +13,8 @@ from toolkit.studies import batch_size as study
 from toolkit.studies.batch_size import Trial
 
 LINEAR = (
-    "task=linear", "data=synthetic", "data.rows=600", "data.holdout=0.3", "data.features=4", "optimizer=sgd", "zero=stage0",
+    "task=linear", "data=synthetic", "data.rows=600", "data.holdout=0.3", "data.features=4", "optimizer=sgd",
+    "zero=stage0",
     "deepspeed.optimizer.params.momentum=0", "deepspeed.optimizer.params.lr=0.02", "batch.micro_size=2",
     "batch_size.sizes=[4,8]", "batch_size.rates=[0.5,1,2]", "batch_size.extend=2", "batch_size.max_steps=60",
     "batch_size.target_loss=1.4", "train.hang_minutes=3",

@@ -87,17 +87,12 @@ class Trials:
         head, *lines = ranks.from_rank0(self._read()) or [{"overrides": given}]
         if head != {"overrides": given}:
             raise ConfigError(f"name={run.dir.name}: it began with other overrides. Choose another name.")
-        self._append(*([] if lines else [head]), fresh=not lines)
+        run.write_text(self.path.name, "".join(json.dumps(line) + "\n" for line in (head, *lines)))
         self.all = [Trial(**line) for line in lines]
 
     def _read(self) -> list[dict[str, Any]]:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill can cut the last one
-
-    def _append(self, *lines: dict[str, Any], fresh: bool = False) -> None:
-        if ranks.rank() == 0:
-            with self.path.open("w" if fresh else "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def of(self, size: int) -> Attempt:
         """A trial of this size by rate and limit: as it was made, or made now."""
@@ -116,7 +111,9 @@ class Trials:
             said = f"{end} in {steps}" if steps else f"{end} in {limit}" if end == "not reached" else end
             self.run.console.print(f"batch {size}  lr {rate:.3g}  {said}", highlight=False)
             self.all.append(trial)
-            self._append(dataclasses.asdict(trial))
+            if ranks.rank() == 0:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
             return trial
 
         return attempt
@@ -258,7 +255,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
         "batch_size": "{:,}", "rate": "{:.3g}", "steps": "{:,}", "samples": "{:,}", "speedup": "{:.1f}",
         "ideal": "{:g}", "saved": "{:.0%}", "regime": "{}",
     }  # fmt: skip
-    shown = Table(title="Steps to the target; saved: by a doubling", title_justify="left", box=SIMPLE, padding=(0, 1))
+    shown = Table(title="Steps to the target; saved: by a doubling", title_justify="left", box=SIMPLE, padding=0)
     for name in (*columns, ""):
         shown.add_column(name.replace("_", " "), justify="left" if name in ("", "regime") else "right", no_wrap=True)
     for row in rows:
