@@ -1,7 +1,7 @@
 """What a larger batch saves: steps to a held-out loss by batch size, each with its best learning rate.
 
-python recipes/batch_size.py task=linear optimizer=sgd deepspeed.optimizer.params.momentum=0 batch.micro_size=2 \
-    'batch_size.sizes=[2,4,8,16,32,64,128,256]' batch_size.target_loss=3690
+python recipes/batch_size.py task=linear data=synthetic data.rows=20000 zero=stage0 batch.micro_size=8 \
+    deepspeed.optimizer.params.lr=0.005 'batch_size.sizes=[8,16,32,64,128,256]' batch_size.target_loss=1.04
 deepspeed --num_gpus 8 recipes/batch_size.py model=bert_base batch.micro_size=64 batch_size.target_loss=6 …
 
 A step's samples are accumulated in micro-batches of batch.micro_size, so few ranks stand for any number of them. The

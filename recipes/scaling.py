@@ -1,9 +1,9 @@
 """Another recipe at 1, 2, 4 … ranks: speed-up against linear, and the three conditions for it, measured.
 
-python recipes/scaling.py scaling.ranks=[1,2,4] scaling.mode=strong experiment=smoke zero=stage2 train.steps=40
+python recipes/scaling.py scaling.ranks=[1,2,4] scaling.mode=strong experiment=smoke zero=stage2 batch.micro_size=4
 python recipes/scaling.py scaling.recipe=finetune scaling.mode=both task=sst2 model=bert_mini
-python recipes/scaling.py scaling.ranks=[8,16,32] model=bert_large \
-    scaling.launcher="'srun -n %n python'"      # or: deepspeed --hostfile hosts --num_nodes %n --num_gpus 1 …
+python recipes/scaling.py scaling.ranks=[1,2,4] model=bert_large \
+    scaling.launcher="'deepspeed --hostfile hosts --num_nodes %n --num_gpus 1'"       # a rank on each host
 
 All other overrides go to the recipe. The run directory gets its runs, scaling.csv, scaling.png and scaling.svg.
 On a CPU every rank gets as many threads, the cores divided by the most ranks, so that ranks are compared and no cores.
