@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
     "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "workers", "pipe_events", "schedule",
-    "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine", "meter",
+    "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine", "traffic", "meter",
     "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "launch", "cli",
 ]  # fmt: skip
 
@@ -71,4 +71,5 @@ def test_only_these_import_deepspeed() -> None:
         "pipe_schedule.py",
         "ranks.py",
         "studies/reductions.py",
+        "traffic.py",
     }

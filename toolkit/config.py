@@ -41,6 +41,8 @@ class Train(Strict):
     hang_minutes: float | None = Field(30, gt=0)  # no next batch for so long: say where, and end
     compile: bool = False
     tf32: bool = True
+    # Count and time DeepSpeed's collectives; the records tell how even memory and work are over the ranks, too
+    communication: bool = False
 
     @model_validator(mode="after")
     def _ends(self) -> "Train":

@@ -6,8 +6,10 @@ meter.add(step); ...; record = meter.read()
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from toolkit import ranks
 from toolkit.config import Dtype, RunConfig
 from toolkit.plan.machines import peak_tflops
+from toolkit.traffic import Traffic
 
 WARMUP_STEPS = 2  # first calls allocate, compile and fill caches
 GIB = 2**30
@@ -35,6 +38,7 @@ class Meter:
         self.seen = 0
         self.active_seconds = 0.0  # of all counted steps of this process
         self.active_counts: dict[str, float] = {}
+        self.traffic = Traffic() if config.train.communication else None
         self._restart()
 
     def _restart(self) -> None:
@@ -42,6 +46,8 @@ class Meter:
         self.counts: dict[str, float] = {}
         self.waited = 0.0
         self.paused_seconds = 0.0
+        if self.traffic:
+            self.traffic.read()
         self.start = self._now()
 
     def _now(self) -> float:
@@ -62,8 +68,12 @@ class Meter:
     def paused(self) -> Iterator[None]:
         """Leave what happens inside out of the clock."""
         start = self._now()
+        if self.traffic:
+            self.traffic.counting = False
         yield
         self.paused_seconds += self._now() - start
+        if self.traffic:
+            self.traffic.counting = True
 
     def read(self) -> dict[str, float | None]:
         """Rates since the last reading, over all ranks; {} while warming up. All ranks must call it."""
@@ -71,6 +81,7 @@ class Meter:
         memory = self._memory()
         steps, counts, waited = self.steps, self.counts, self.waited
         warming = self.seen < WARMUP_STEPS or steps == 0
+        found = {} if warming else self._conditions(seconds, memory[0])
         if not warming:
             self._restart()
         slowest, peak, process = ranks.largest([seconds, *memory])
@@ -90,7 +101,15 @@ class Meter:
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
             **memory_record,
+            **found,
         }
+
+    def _conditions(self, seconds: float, peak: float) -> dict[str, float]:
+        if self.traffic is None:
+            return {}
+        sent, held = self.traffic.read()
+        mine = Share(sent / self.steps, held / seconds, seconds - self.waited - held, peak)
+        return conditions(ranks.gathered(mine))
 
     def _memory(self) -> tuple[float, float]:
         """Peak GiB of the device (of the process where there is none) and of the process."""
@@ -107,4 +126,25 @@ def _rates(counts: dict[str, float], seconds: float) -> dict[str, float]:
         "tokens_per_second": counts["positions"] / seconds,
         "tokens_per_second_unpadded": counts["tokens"] / seconds,
         "padding": 1 - counts["tokens"] / counts["positions"],
+    }
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank had of the work since the last reading."""
+
+    sent: float  # bytes in a step
+    held: float  # share of the time that it communicated or waited for the other ranks to do so
+    busy: float  # seconds that it neither communicated nor waited for data
+    peak: float  # memory
+
+
+def conditions(shares: Sequence[Share]) -> dict[str, float]:
+    """What linear scaling asks for: little communication; work and memory even (mean by largest, at best 1)."""
+    busy, peak = ([getattr(s, name) for s in shares] for name in ("busy", "peak"))
+    return {
+        "comm_mib": mean(s.sent for s in shares) / 2**20,  # that a rank sends in a step
+        "comm_share": min(s.held for s in shares),  # of the rank that waits least for the others
+        "work_balance": mean(busy) / max(busy),
+        "memory_balance": mean(peak) / max(peak),
     }
