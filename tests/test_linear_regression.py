@@ -246,3 +246,14 @@ def test_bad_data_ends_all_ranks_in_one_line(tmp_path: Path) -> None:
     result = launch(tmp_path, f"data.path={tmp_path / 't.csv'}", recipe="linear_regression", bare=True, check=False)
     assert result.code == 2 and "t.csv:3: column 'b' 'four' is no number" in result.error
     assert len(result.error.splitlines()) == 1
+
+
+def test_rows_over_ranks_send_the_gradient_and_columns_over_ranks_a_number_a_row(tmp_path: Path) -> None:
+    given = (
+        "task=linear", "data=synthetic", "data.rows=500", "data.features=40", "zero=stage0", "train.steps=6",
+        "train.log_every=3", "batch.global_size=128", "train.communication=true", "data.holdout=0",
+    )  # fmt: skip
+    runs = {"rows": (*given, "batch.micro_size=64"), "columns": (*given, "batch.micro_size=128", "parallel=features")}
+    assert not launch_many(tmp_path, runs, bare=True).errors
+    sent = {n: read(tmp_path / n / "metrics.jsonl")[1]["comm_mib"] * 2**20 for n in runs}
+    assert sent == {"rows": pytest.approx(4 * 41), "columns": pytest.approx(4 * 128)}
