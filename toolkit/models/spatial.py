@@ -11,7 +11,7 @@ gradient: what data parallelism adds up already.
 
 torch 2.13's DTensor does not do this. On two gloo ranks ``conv2d`` of a DTensor with ``Shard(2)`` or ``Shard(3)``
 gives a DTensor that is said to be replicated and holds, with wrong border pixels, this rank's half only:
-``full_tensor()`` has half the shape, and the backward pass raises or leaves no gradient.
+``full_tensor()`` has half the shape, and the backward pass raises.
 """
 
 from dataclasses import dataclass
