@@ -35,7 +35,6 @@ class Config(RunConfig):
 
 @recipe()
 def main(config: Config) -> None:
-    from hydra.core.hydra_config import HydraConfig
     from rich.progress import Progress
 
     from toolkit import ranks
@@ -45,7 +44,7 @@ def main(config: Config) -> None:
     chosen = config.batch_size
     sizes = study.check(config, chosen.sizes, chosen.rates, chosen.target_loss)
     run = Run.open(config)
-    trials = study.Trials(run, list(HydraConfig.get().overrides.task), chosen.target_loss, chosen.max_steps)
+    trials = study.Trials(run, chosen.target_loss, chosen.max_steps)
     rate = config.deepspeed["optimizer"]["params"]["lr"]
     rows = []
     with Progress(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:

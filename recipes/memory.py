@@ -14,11 +14,10 @@ from toolkit.launch import recipe
 
 @recipe()
 def main(config: RunConfig) -> None:
-    from hydra.core.hydra_config import HydraConfig
     from rich.progress import Progress
 
     from toolkit import nvme, ops, ranks
-    from toolkit.compose import compose
+    from toolkit.compose import compose, typed
     from toolkit.ds_config import required_ops
     from toolkit.engine import Engine
     from toolkit.errors import ConfigError, ToolkitError
@@ -31,7 +30,7 @@ def main(config: RunConfig) -> None:
     task = build_task(run)
     rows = []
     with Progress(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
-        for overrides in bar.track(memory.combinations(list(HydraConfig.get().overrides.task))):
+        for overrides in bar.track(memory.combinations(typed())):
             name = memory.label(overrides)
             try:
                 one = Run(run.dir, compose(overrides), run.console)

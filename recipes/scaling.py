@@ -33,9 +33,9 @@ class Config(RunConfig):
 def main(config: Config) -> None:
     from pathlib import Path
 
-    from hydra.core.hydra_config import HydraConfig
     from rich.progress import Progress
 
+    from toolkit.compose import compose, typed
     from toolkit.run import Run
     from toolkit.studies import scaling
 
@@ -43,7 +43,8 @@ def main(config: Config) -> None:
     path = scaling.find_recipe(chosen.recipe, Path(__file__).parent)
     run = Run.open(config)
     modes = ("strong", "weak") if chosen.mode == "both" else (chosen.mode,)
-    children = scaling.plan(list(HydraConfig.get().overrides.task), modes, chosen.ranks, config.batch, run.dir)
+    overrides = scaling.passed_on(typed(), path)
+    children = scaling.plan(overrides, modes, chosen.ranks, compose(overrides).batch, run.dir)
     environment = scaling.prepare(children, Scaling().launcher == chosen.launcher, run.console)
     with Progress(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
         for child in bar.track(children):

@@ -47,17 +47,17 @@ def main(config: Config) -> None:
 
     run, node = Run.open(config), config.spatial_conv
     task = build_task(run)
-    if ranks.from_rank0(not run.records()):  # a run that goes on has compared already
+    if ranks.from_rank0(not (run.dir / "spatial_conv.csv").exists()):  # a run that goes on has compared already
         sizes = track(node.sizes, "compare", console=run.console, transient=True, disable=not run.console.is_terminal)
         shape = {"channels": node.channels, "kernel": node.kernel, "device": ranks.device()}
         rows = [study.compare(task.grid, size=size, **shape) for size in sizes]
-        for row in rows:
-            run.log({"step": 0, **row})
-        run.write_csv("spatial_conv.csv", rows)
         grid = f"{task.grid.rows} x {task.grid.columns} ranks, {node.channels} channels, kernel {node.kernel}"
         run.console.print(study.table(rows, grid))
         if ranks.rank() == 0:
             study.plot(rows, run.dir / "spatial_conv", f"One convolution on {grid}")
+        run.write_csv("spatial_conv.csv", rows)
+        for row in rows:
+            run.log({"step": 0, **row})
     engine = Engine.start(build_model(run, task).over(task.grid), task, run)
     fit(engine, task, run)
     study.picture(engine, task, run.dir / "denoised")

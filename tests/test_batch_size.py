@@ -111,7 +111,7 @@ def test_the_recipe_on_two_ranks_survives_a_diverging_rate_and_goes_on_where_it_
     assert "Largest useful data-parallel degree: " in result.stdout
     assert all((result.dir / f"batch_size.{kind}").stat().st_size > 5000 for kind in ("png", "svg"))
     other = launch(tmp_path, *overrides, "seed=1", check=False, **recipe)  # type: ignore[arg-type]
-    assert other.code == 2 and "it began with other overrides" in other.error
+    assert other.code == 2 and "its trials are of another configuration" in other.error
 
 
 @pytest.mark.parametrize("overrides, message", [

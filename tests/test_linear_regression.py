@@ -66,8 +66,16 @@ def test_a_table_has_these_features_and_this_target(
         (HEADED, {"target": "3"}, "data.target=3: no such column"),
         (HEADED, {"drop": ("prise",)}, "data.drop=[prise]: no such column. Did you mean 'price'?"),
         (HEADED, {"drop": ("size",), "target": "size"}, "data.target=size is in data.drop=['size']. Keep it."),
-        ("a\n1\n2\n", {}, "in 1 columns are no regression"),
-        ("a,b\n1,2\nx,3\n", {"on_error": "skip"}, "1 rows of numbers in 2 columns are no regression"),
+        ("a\n1\n2\n", {}, "1 columns are no regression"),
+        ("a,b\n1,2\nx,3\n", {"on_error": "skip"}, "1 rows of numbers: a regression takes two"),
+        ("a,b\n1,2\n3,2\n", {}, "column 'b' is 2 in every row: it says nothing. Choose another with data.target"),
+        ("price,area,price\n1,2,3\n2,3,5\n", {}, "t.csv:1: the header has 'price' twice"),
+        ("1,,3\n2,3,5\n4,4,9\n", {}, "t.csv:1: holds numbers, but also ''"),
+        ("1,,3\n2,3,5\n4,4,9\n", {"header": False}, "t.csv:1: column '1' is empty"),
+        (HEADED, {"target": "--1"}, "data.target=--1: no such column"),
+        (HEADED, {"train": "t.csv"}, "data.train=t.csv without effect"),
+        (HEADED, {"rows": 7}, "data.rows=7 without effect"),
+        (HEADED, {"format": "synthetic"}, "t.csv without effect: a linear regression reads synthetic rows"),
     ],
 )  # fmt: skip
 def test_what_is_no_table_of_numbers_is_refused_with_row_and_column(
@@ -76,6 +84,11 @@ def test_what_is_no_table_of_numbers_is_refused_with_row_and_column(
     with pytest.raises(DataError) as error:
         table(tmp_path, text, **options)
     assert message in str(error.value)
+
+
+def test_target_and_columns_of_the_default_table_can_be_chosen() -> None:
+    found = regression.read(TABLE.model_copy(update={"target": "bmi", "drop": ("sex",)}), seed=1)
+    assert found.target == "bmi" and found.names == ("age", "bp", "s1", "s2", "s3", "s4", "s5", "s6", "progression")
 
 
 @needs_real
@@ -236,9 +249,16 @@ def test_the_recipe_prints_and_draws_what_it_learned(tmp_path: Path) -> None:
     assert rates["samples_per_second"] > 0 and rates["gb_per_second"] > 0 and "tokens_per_second" not in rates
     with (result.dir / "coefficients.csv").open() as file:
         rows = {r["name"]: r for r in csv.DictReader(file)}
-    assert list(rows)[:4] == ["intercept", "age", "sex", "bmi"] and "bmi" in result.stdout
+    assert list(rows)[:4] == ["(intercept)", "age", "sex", "bmi"] and "bmi" in result.stdout
     assert float(rows["bmi"]["learned"]) == pytest.approx(float(rows["bmi"]["optimum"]), rel=0.1)
     assert (result.dir / "linear_regression.png").stat().st_size > 10_000
+
+
+def test_another_loss_does_not_go_on_with_a_run(tmp_path: Path) -> None:
+    given = ("task=linear", "train.steps=4", "name=a")
+    assert not launch_many(tmp_path, {"a": given}, bare=True).errors
+    errors = launch_many(tmp_path, {"a": (*given, "loss=mae", "train.steps=8")}, bare=True).errors["a"]
+    assert all("saved with" in e and "loss" in e for e in errors)
 
 
 def test_bad_data_ends_all_ranks_in_one_line(tmp_path: Path) -> None:

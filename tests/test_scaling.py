@@ -12,6 +12,7 @@ from launching import launch, launch_many, read
 from transformers import BertConfig, BertForPreTraining
 
 from toolkit.config import Batch
+from toolkit.errors import ConfigError
 from toolkit.meter import Share, conditions
 from toolkit.studies import scaling
 from toolkit.traffic import _TO_ALL, _message, _size
@@ -100,7 +101,7 @@ def test_the_recipe_compares_numbers_of_ranks(tmp_path: Path) -> None:
 
 def test_the_weak_batch_grows_with_the_ranks_from_the_fewest() -> None:
     batch = Batch(global_size=32, tokens=1000)
-    children = scaling.plan(["++scaling.ranks=[4,2]", "task=x", "+name=y"], ("strong", "weak"), (4, 2), batch, Path())
+    children = scaling.plan(["task=x"], ("strong", "weak"), (4, 2), batch, Path())
     sizes = [(c.mode, c.ranks, c.global_size, c.overrides[:3]) for c in children]
     assert sizes == [
         (mode, n, size, ["task=x", f"batch.global_size={size}", f"batch.tokens={tokens}"])
@@ -111,6 +112,19 @@ def test_the_weak_batch_grows_with_the_ranks_from_the_fewest() -> None:
             ("weak", 4, 64, 2000),
         ]
     ]
+
+
+def test_the_recipe_gets_what_is_not_ours_and_the_preset_that_it_begins_from() -> None:
+    recipes = Path(__file__).parents[1] / "recipes"
+    given = ["++scaling.ranks=[4,2]", "zero=stage1", "+name=y", "output_dir=z"]
+    assert scaling.passed_on(given, recipes / "linear_regression.py") == ["zero=stage1", "task=linear"]
+    assert scaling.passed_on([*given, "task=linear"], recipes / "linear_regression.py") == [
+        "zero=stage1",
+        "task=linear",
+    ]
+    assert scaling.passed_on(given, recipes / "finetune.py") == ["zero=stage1"], "it is for several kinds"
+    with pytest.raises(ConfigError, match="There are: finetune, linear_regression, pretrain, translate"):
+        scaling.find_recipe("spatial_conv", recipes)
 
 
 @pytest.mark.parametrize("overrides, message", [

@@ -5,6 +5,7 @@ config = compose(["zero=stage3", "batch.global_size=64"])     # as a recipe woul
 
 import re
 from contextlib import nullcontext
+from pathlib import Path
 
 from toolkit.config import RunConfig, conf_dir, load, schema
 from toolkit.errors import ConfigError, nearest
@@ -24,6 +25,17 @@ def compose(overrides: list[str]) -> RunConfig:
             return load(hydra_compose("config", permissive(overrides)))
         except HydraException as error:
             raise ConfigError(str(error)) from error
+
+
+def typed() -> list[str]:
+    """The overrides of the command line, which recipes that compose further runs begin from. Raises ConfigError."""
+    from hydra.core.hydra_config import HydraConfig
+
+    own = HydraConfig.get()
+    places = [s.path for s in own.runtime.config_sources if s.provider == "main"]
+    if own.job.config_name != "config" or any(Path(p) != conf_dir() for p in places):
+        raise ConfigError("a saved config: this recipe starts further runs from overrides. Give those it was run with.")
+    return list(own.overrides.task)
 
 
 def register_schema(model: type[RunConfig] = RunConfig) -> None:

@@ -225,7 +225,6 @@ class Machine(Strict):
     name: str = "this"
     device_name: str | None = None  # words of torch.cuda.get_device_name()
     year: Positive | None = None  # of its first delivery
-    devices: Positive = 1  # in a host
     memory_gib: float | None = Field(None, gt=0)  # what sheets call GB
     bandwidth_gbs: float | None = Field(None, gt=0)  # GB/s of its memory
     link_gbs: float | None = Field(None, gt=0)  # GB/s to the other devices of the host, one way; sheets add both ways

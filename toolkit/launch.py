@@ -80,7 +80,7 @@ def _command(recipe: Recipe) -> Callable[[], None]:
         debug = "--debug" in sys.argv
         # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
         arguments = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
-        chosen = any(a.startswith(("task=", "experiment=", "--config")) for a in arguments)
+        chosen = any(re.match(r"(task|experiment)=|--config-(path|name)|-c[pn]", a) for a in arguments)
         if len(recipe.kinds) == 1 and not chosen:
             arguments.append(f"task={recipe.kinds[0]}")
         try:

@@ -82,7 +82,9 @@ class Traffic:
                 self.sent += _TO_ALL[name](get_world_size(group)) * _size(_message(name, args, kwargs))
             with self.clock():
                 work = method(*args, **kwargs)
-            return [_Waited(w, self) for w in work] if isinstance(work, list) else work and _Waited(work, self)
+            if isinstance(work, list):
+                return [_Waited(w, self) for w in work]
+            return _Waited(work, self) if hasattr(work, "wait") else work
 
         return call
 

@@ -59,8 +59,8 @@ class Images:
         return self._pair(self._crop(self.held_out[photograph], y, x), self._random(number))
 
     def picture(self) -> Pair:
-        """The middle square of what the first photograph has held out."""
-        image = self.held_out[0]
+        """The middle square of what the first photograph has held out, or of all of it if that is nothing."""
+        image = self.held_out[0] if self.held_out_crops else self.trained[0]
         side = min(image.shape[1:])
         y, x = ((length - side) // 2 for length in image.shape[1:])
         return self._pair(image[:, y : y + side, x : x + side], self._random(len(self.held_out_crops)))

@@ -5,6 +5,7 @@ table.size, table.names, table.target      # 442, ('age', 'sex', …), 'disease 
 x, y = table.take(np.array([0, 5]))        # float64 [2, features], [2]
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,16 +79,32 @@ class Synthetic:
 
 def read(data: Data, seed: int) -> Table | Synthetic:
     """The table that ``data`` names. Raises DataError naming file, row and column of what is no number."""
+    _refuse_unused(data)
     if data.format == "synthetic":
         return Synthetic(data.rows, data.features, data.noise, seed)
-    return _diabetes() if data.path is None else _read(data)
+    return _diabetes(data) if data.path is None else _read(data)
 
 
-def _diabetes() -> Table:
+def _refuse_unused(data: Data) -> None:
+    """A key that this data has no use for would mean that other rows are read than one thinks."""
+    synthetic = data.format == "synthetic"
+    unused = ("path", "target", "drop") if synthetic else ("rows", "features", "noise")
+    for key in ("train", "eval", "test", *unused):
+        if (value := getattr(data, key)) != Data.model_fields[key].default:
+            way = "use data.path, of which data.holdout is held out" if key in ("train", "eval", "test") else "drop it"
+            raise DataError(
+                f"data.{key}={value} without effect: a linear regression reads "
+                f"{'synthetic rows' if synthetic else 'data.path or, without one, diabetes'}. Instead {way}"
+                f"{', or use data=synthetic' if key in ('rows', 'features', 'noise') else ''}."
+            )
+
+
+def _diabetes(data: Data) -> Table:
     from sklearn.datasets import load_diabetes
 
     found: Any = load_diabetes()
-    return Table(found.data, found.target, tuple(found.feature_names), "disease progression")
+    names = (*found.feature_names, "progression")
+    return _chosen(np.column_stack([found.data, found.target]), names, data, "diabetes", Problems())
 
 
 def _read(data: Data) -> Table:
@@ -98,41 +115,48 @@ def _read(data: Data) -> Table:
     for place in places:
         columns = data.format is None and place.endswith(PLAIN)
         of = data.model_copy(update={"format": "columns"}) if columns else data
-        for where, row in tables.rows(place, of, "train", problems):
+        for where, row in tables.rows(place, of, data.split, problems, key="data.path"):
             found = tuple(row)
             names = names or found
             if found != names:
                 raise DataError(f"{where}: has the columns {', '.join(found)}, the rows before {', '.join(names)}.")
             cells = {name: cell for name, cell in row.items() if name not in data.drop}
             if (values := _numbers(where, cells, problems)) is not None:
-                numbers.append(values)
-    if unknown := [name for name in data.drop if name not in names]:
-        raise DataError(f"data.drop=[{unknown[0]}]: no such column.{nearest(unknown[0], names)} There are: "
-                        f"{', '.join(names)}.")  # fmt: skip
-    kept = [name for name in names if name not in data.drop]
-    if len(kept) < 2 or len(numbers) < 2:
+                numbers.append([values.get(name, 0.0) for name in names])
+    if len(numbers) < 2:
         raise DataError(
-            f"{places[0]}: {len(numbers)} rows of numbers in {len(kept)} columns are no regression: it takes two of "
-            f"each. Skipped: {problems.skipped}. {' '.join(problems.first[:1])}"
+            f"{places[0]}: {len(numbers)} rows of numbers: a regression takes two. Skipped: {problems.skipped}. "
+            f"{' '.join(problems.first[:1])}"
         )
-    array, target = np.array(numbers), _target(data, names, kept, places[0])
-    at = kept.index(target)
-    features, left = np.delete(array, at, axis=1), tuple(kept[:at] + kept[at + 1 :])
-    for name, column in zip(left, features.T, strict=True):
+    return _chosen(np.array(numbers), names, data, places[0], problems)
+
+
+def _chosen(array: Floats, names: tuple[str, ...], data: Data, place: str, problems: Problems) -> Table:
+    """Features and target of ``array`` [rows, columns], without what ``data.drop`` names."""
+    if unknown := [name for name in data.drop if name not in names]:
+        raise DataError(
+            f"data.drop=[{unknown[0]}]: no such column.{nearest(unknown[0], names)} There are: {', '.join(names)}."
+        )
+    kept = [name for name in names if name not in data.drop]
+    if len(kept) < 2:
+        raise DataError(f"{place}: {len(kept)} columns are no regression: it takes a feature and a target.")
+    target = _target(data, names, kept, place)
+    for name in kept:
+        column = array[:, names.index(name)]
         if np.ptp(column) == 0:
-            raise DataError(
-                f"{places[0]}: column '{name}' is {column[0]:g} in every row: it says nothing beside the intercept. "
-                f"Leave it out with data.drop=[{name}]."
-            )
-    return Table(features, array[:, at], left, target, problems.skipped, tuple(problems.first))
+            way = "Choose another with data.target" if name == target else f"Leave it out with data.drop=[{name}]"
+            raise DataError(f"{place}: column '{name}' is {column[0]:g} in every row: it says nothing. {way}.")
+    features = tuple(name for name in kept if name != target)
+    columns = array[:, [names.index(name) for name in features]]
+    return Table(columns, array[:, names.index(target)], features, target, problems.skipped, tuple(problems.first))
 
 
-def _numbers(where: str, cells: dict[str, Any], problems: Problems) -> list[float] | None:
-    values = []
+def _numbers(where: str, cells: dict[str, Any], problems: Problems) -> dict[str, float] | None:
+    values = {}
     for name, cell in cells.items():
         try:
-            values.append(float(cell))
-            if not np.isfinite(values[-1]):
+            values[name] = float(cell)
+            if not np.isfinite(values[name]):
                 raise ValueError
         except (TypeError, ValueError):
             missing = cell is None or not str(cell).strip()
@@ -147,7 +171,7 @@ def _target(data: Data, names: tuple[str, ...], kept: list[str], place: str) -> 
     chosen = data.target
     if chosen is None:
         return kept[-1]
-    if chosen not in names and chosen.lstrip("-").isdigit() and -len(names) <= int(chosen) < len(names):
+    if chosen not in names and re.fullmatch("-?[0-9]+", chosen) and -len(names) <= int(chosen) < len(names):
         chosen = names[int(chosen)]
     if chosen not in names:
         raise DataError(

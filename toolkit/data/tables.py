@@ -24,17 +24,17 @@ Row = tuple[str, dict[str, Any]]
 KEYS = {"train": "data.train", "validation": "data.eval", "test": "data.test"}
 
 
-def rows(source: str, data: Data, split: str, problems: Problems | None = None) -> Iterator[Row]:
+def rows(source: str, data: Data, split: str, problems: Problems | None = None, key: str = "") -> Iterator[Row]:
     """(where, values by column) of each row of files, a glob, or ``owner/name[:config][@split]`` of the hub.
 
     ``where`` is ``path:line``, or ``path:row N`` where there are no lines. Raises DataError on bad input.
     """
-    problems = problems or Problems(data.on_error)
+    problems, key = problems or Problems(data.on_error), key or KEYS[split]
     if data.format == "hub" or (data.format is None and _is_hub(source)):
-        yield from _objects(source, _hub(source, data, split), problems)
+        yield from _objects(source, _hub(source, data, split, key), problems)
         return
     unset = source.startswith("None/")  # what ${data.path}/… of a preset is without data.path
-    for file in matching(source, "data.path is not set: " * unset + KEYS[split]):
+    for file in matching(source, "data.path is not set: " * unset + key):
         yield from _objects(str(file), _READ[_format(file, data)](file, data, problems), problems)
 
 
@@ -65,9 +65,9 @@ def _name_and_split(source: str, split: str) -> tuple[str, str]:
     return (name, chosen) if at and not Path(source).is_dir() else (source, split)  # a folder's name may have an @
 
 
-def _hub(source: str, data: Data, split: str) -> Iterator[Row]:
+def _hub(source: str, data: Data, split: str, key: str) -> Iterator[Row]:
     name, chosen = _name_and_split(source, split)
-    dataset = hub.load(name, chosen, data.streaming, KEYS[split])
+    dataset = hub.load(name, chosen, data.streaming, key)
     classes = hub.class_names(dataset)
     for number, row in enumerate(dataset, 1):
         yield f"{source}:row {number}", row | {column: _named(row[column], names) for column, names in classes.items()}
@@ -94,6 +94,17 @@ def _format(path: Path, data: Data) -> str:
 def _unquoted(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Not by csv: a lone quote in GLUE's files is text."""
     return ((number, text.split("\t")) for number, text in read_lines(path, problems))
+
+
+def _is_header(path: Path, line: int, cells: list[str]) -> bool:
+    numbers = [_is_number(cell) for cell in cells]
+    if any(numbers) and not all(numbers):
+        other = cells[numbers.index(False)]
+        raise DataError(
+            f"{path}:{line}: holds numbers, but also {other!r:.40}: a header, or a row with a bad cell? Set "
+            "data.header=true or data.header=false."
+        )
+    return not any(numbers)
 
 
 def _is_number(cell: str) -> bool:
@@ -137,8 +148,10 @@ def _table(path: Path, records: Iterator[tuple[int, list[str]]], data: Data, pro
     first = next(records, None)
     if first is None:
         return
-    named = not all(map(_is_number, first[1])) if data.header is None else data.header
+    named = _is_header(path, *first) if data.header is None else data.header
     names = first[1] if named else [str(i) for i in range(len(first[1]))]
+    if twice := [name for name in names if names.count(name) > 1 and (name or data.header is None)]:
+        raise DataError(f"{path}:{first[0]}: the header has '{twice[0]}' twice. Give each column a name of its own.")
     for number, cells in records if named else itertools.chain([first], records):
         if len(cells) == len(names):
             yield f"{path}:{number}", dict(zip(names, cells, strict=True))

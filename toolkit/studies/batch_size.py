@@ -80,13 +80,14 @@ def of_size(config: RunConfig, size: int, steps: int) -> RunConfig:
 class Trials:
     """Those of this run, kept in trials.jsonl: each is made once, however often the run is started."""
 
-    def __init__(self, run: Run, overrides: list[str], target: float, steps: int) -> None:
+    def __init__(self, run: Run, target: float, steps: int) -> None:
         self.run, self.target, self.steps = run, target, steps
         self.path = run.dir / "trials.jsonl"
-        given = [o for o in overrides if not o.lstrip("+").startswith(("batch_size.", "name=", "output_dir="))]
-        head, *lines = ranks.from_rank0(self._read()) or [{"overrides": given}]
-        if head != {"overrides": given}:
-            raise ConfigError(f"name={run.dir.name}: it began with other overrides. Choose another name.")
+        own = {"name", "output_dir", "resume", "batch_size"}
+        given = {"config": run.config.model_dump(mode="json", exclude=own)}
+        head, *lines = ranks.from_rank0(self._read()) or [given]
+        if head != given:
+            raise ConfigError(f"name={run.dir.name}: its trials are of another configuration. Choose another name.")
         run.write_text(self.path.name, "".join(json.dumps(line) + "\n" for line in (head, *lines)))
         self.all = [Trial(**line) for line in lines]
 
@@ -184,7 +185,12 @@ def search(attempt: Attempt, centre: float, factors: Sequence[float], extend: in
 
 
 def _best(trials: Sequence[Trial]) -> Trial:
-    """The one with the fewest steps, of equals the middle one; where none reached the target, the nearest."""
+    """The one with the fewest steps, of equals the middle one; where none reached the target, the nearest.
+
+    Where all diverged, the least rate: a lower one may not.
+    """
+    if all(t.end == "diverged" for t in trials):
+        return min(trials, key=lambda t: t.rate)
     best = min((t.steps or math.inf, 0 if t.steps else t.loss) for t in trials)
     equal = [t for t in trials if (t.steps or math.inf, 0 if t.steps else t.loss) == best]
     return sorted(equal, key=lambda t: t.rate)[(len(equal) - 1) // 2]
@@ -199,7 +205,8 @@ def _at_end(trials: Sequence[Trial]) -> int:
 def best(size: int, trials: Sequence[Trial]) -> dict[str, Any]:
     """A row: the best trial of a size; ``inside`` unless a rate beyond those tried may be better."""
     found = _best(trials)
-    return {"batch_size": size, "rate": found.rate, "steps": found.steps, "inside": not _at_end(trials)}
+    inside = found.steps is not None and not _at_end(trials)
+    return {"batch_size": size, "rate": found.rate, "steps": found.steps, "inside": inside}
 
 
 def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,7 +243,10 @@ def verdict(rows: Sequence[dict[str, Any]], micro: int) -> str:
     """How many ranks are of use, in a sentence."""
     last = useful(rows)
     if last is None:
-        return "No batch size reached the target: raise batch_size.target_loss or batch_size.max_steps."
+        return (
+            "No batch size reached the target: raise batch_size.target_loss or batch_size.max_steps, or, where trials "
+            "diverged, lower deepspeed.optimizer.params.lr."
+        )
     size, first = last["batch_size"], next(r for r in rows if r["steps"])
     least = "at least " if last is rows[-1] else ""
     return (

@@ -21,7 +21,7 @@ def coefficients(run: Run, task: Any) -> list[dict[str, Any]]:
     state = load_file(export(run.dir) / "model.safetensors")
     learned = task.coefficients(state["linear.weight"][0], float(state["linear.bias"][0]))
     best = task.coefficients(task.optimum.weights, task.optimum.intercept) if task.optimum else {}
-    deviations = {"intercept": 1.0} | dict(zip(task.table.names, task.moments[1].tolist(), strict=True))
+    deviations = {"(intercept)": 1.0} | dict(zip(task.table.names, task.moments[1].tolist(), strict=True))
     return [
         {"name": n, "deviation": deviations[n], "learned": value, **({"optimum": best[n]} if best else {})}
         for n, value in learned.items()

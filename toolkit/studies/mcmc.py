@@ -19,6 +19,7 @@ from toolkit.data.regression import Synthetic, Table
 from toolkit.errors import DataError
 from toolkit.studies.random_numbers import KINDS, Floats, Kind, Numbers, numbers
 
+MOST = 2**26  # numbers of the table
 BLOCK = 100  # steps whose numbers are drawn at once
 SHOWN = 200  # first steps of a chain for the plot
 
@@ -56,6 +57,10 @@ def posterior(table: Table | Synthetic, prior: float) -> Posterior:
     rows, size = table.size, len(table.names) + 1
     if rows <= size:
         raise DataError(f"{rows} rows for {size} coefficients: the noise can't be estimated. Give more rows.")
+    if rows * size > MOST:
+        raise DataError(
+            f"{rows:,} rows of {size - 1} features: the posterior is computed from at most {MOST:,} numbers."
+        )
     columns = np.column_stack(table.take(np.arange(rows)))
     flat = [name for name, size in zip([*table.names, "the target"], np.ptp(columns, axis=0), strict=True) if size == 0]
     if flat:
@@ -65,6 +70,8 @@ def posterior(table: Table | Synthetic, prior: float) -> Posterior:
     with threadpool_limits(1):  # for the same bits however many threads a rank has
         residual = y - x @ np.linalg.lstsq(x, y)[0]
         noise = float(np.sqrt(residual @ residual / (rows - size)))
+        if noise < 1e-6:
+            raise DataError(f"the line misses the target by {noise:.0e} deviations: no noise is left to sample under.")
         precision = x.T @ x / noise**2 + np.eye(size) / prior**2
         linear = x.T @ y / noise**2
         covariance = np.linalg.inv(precision)

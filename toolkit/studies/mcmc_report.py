@@ -21,6 +21,7 @@ def write(
     """mcmc.csv, mcmc_numbers.csv, mcmc.png, mcmc.svg, the records and the terminal; of rank 0."""
     rows = summary(posterior, draws)
     worst = overall(rows, draws)
+    run.rewind(-1)  # an earlier one of this name
     for record in (*choices, worst):
         run.log({"step": len(draws), **record})
     run.write_csv("mcmc.csv", rows)

@@ -145,6 +145,7 @@ def measure(
         {
             "method": method,
             "threads": n,
+            "rows": data.rows,
             "seconds": typical[method, n],
             "speedup": typical["serial", 1] / typical[method, n],
             "mean_absolute_error": total / data.rows,

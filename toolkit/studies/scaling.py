@@ -65,8 +65,12 @@ class Environment:
 
 
 def find_recipe(name: str, folder: Path) -> Path:
-    """The file of a recipe that trains. Raises ConfigError naming those."""
-    known = {p.stem: p for p in sorted(folder.glob("*.py")) if not re.search(r"engine=False", p.read_text())}
+    """The file of a recipe that trains once. Raises ConfigError naming those.
+
+    Not spatial_conv, whose batch counts tiles: more ranks are more of them.
+    """
+    files = [p for p in sorted(folder.glob("*.py")) if p.stem != "spatial_conv"]
+    known = {p.stem: p for p in files if re.search(r"^    (fit|train|train_all)\(", p.read_text(), re.MULTILINE)}
     if name not in known:
         raise ConfigError(
             f"scaling.recipe={name}: no recipe that trains with DeepSpeed's engine.{nearest(name, known)} "
@@ -75,11 +79,18 @@ def find_recipe(name: str, folder: Path) -> Path:
     return known[name]
 
 
+def passed_on(overrides: Sequence[str], recipe: Path) -> list[str]:
+    """What of the command line is for the recipe, and the preset that it begins from (see toolkit.launch)."""
+    rest = [o for o in overrides if not re.match(rf"[+~]*({'|'.join(OF_THE_PARENT)})[.=]", o)]
+    kind = re.search(r'^@recipe\("(\w+)"\)', recipe.read_text(), re.MULTILINE)
+    chosen = any(o.startswith(("task=", "experiment=")) for o in rest)
+    return rest if chosen or kind is None else [*rest, f"task={kind[1]}"]
+
+
 def plan(
     overrides: Sequence[str], modes: Sequence[str], numbers: Sequence[int], batch: Batch, run_dir: Path
 ) -> list[Child]:
-    """What to start: the overrides of the command line without our own, and the batch of each number of ranks."""
-    rest = [o for o in overrides if not re.match(rf"[+~]*({'|'.join(OF_THE_PARENT)})[.=]", o)]
+    """What to start: ``overrides`` for the recipe, and the batch of each number of ranks."""
     if not numbers:
         raise ConfigError("scaling.ranks=[]: there is nothing to start. Use scaling.ranks=[1,2].")
     fewest = min(numbers)
@@ -91,7 +102,7 @@ def plan(
             sizes = {key: round(size * times) for key, size in given.items() if size}
             child = Child(mode, number, sizes["global_size"], [], run_dir)
             child.overrides.extend([
-                *rest,
+                *overrides,
                 *(f"batch.{key}={size}" for key, size in sizes.items()),
                 "train.communication=true",
                 f"output_dir={run_dir}",

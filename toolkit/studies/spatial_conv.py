@@ -120,7 +120,7 @@ def plot(rows: list[dict[str, Any]], stem: Path, title: str) -> None:
 
 
 def picture(engine: Any, task: Any, stem: Path) -> None:
-    """``stem``.png: a held-out image noisy, denoised in tiles and clean, drawn on rank 0."""
+    """``stem``.png: an image noisy, denoised in tiles and clean, drawn on rank 0; a held-out one if there is any."""
     parts: list[Any] = []
     pair = task.images.picture()
     engine.evaluate(iter([task.batch([pair])]), lambda outputs, _: parts.append(outputs["clean"][0].float().cpu()))

@@ -39,12 +39,14 @@ class Linear:
         self.run, self.kind = run, config.task.loss
         self.table = ranks.agreed(lambda: regression.read(config.data, config.seed))
         self.parts = regression.Split(self.table.size, config.data.holdout)
-        self.moments = _moments(*self._rows("train", np.arange(min(self.parts.train, SOME))))
+        self.moments = _moments(self.table, *self._rows("train", np.arange(min(self.parts.train, SOME))))
         self.width = len(self.table.names)
         self.padded = -(-self.width // config.tensor_size) * config.tensor_size  # columns of zeros learn nothing
         mean, std, target_mean, target_std = self.moments
         units = {"mean": mean.tolist(), "std": std.tolist(), "target_mean": target_mean, "target_std": target_std}
-        table = {"names": list(self.table.names), "target": self.table.target, **units}
+        # Kept with the checkpoints, so that none is gone on with by another loss
+        loss = {"loss": self.kind, "huber_delta": config.task.huber_delta if self.kind == "huber" else None}
+        table = {"names": list(self.table.names), "target": self.table.target, **units, **loss}
         self.hf_config = LinearConfig(self.padded, table)
         run.write_model(self.hf_config, LinearRegression.__name__)
         size = config.batch.global_size
@@ -157,17 +159,17 @@ class Linear:
         """Weights [features] and intercept of the standardised model in the table's units, by name."""
         mean, std, target_mean, target_std = self.moments
         raw = np.asarray(weights)[: self.width] * target_std / std
-        return {"intercept": float(target_mean + target_std * intercept - raw @ mean)} | dict(
+        return {"(intercept)": float(target_mean + target_std * intercept - raw @ mean)} | dict(
             zip(self.table.names, raw.tolist(), strict=True)
         )
 
 
-def _moments(x: Any, y: Any) -> tuple[Any, Any, float, float]:
+def _moments(table: Any, x: Any, y: Any) -> tuple[Any, Any, float, float]:
     """Means and standard deviations [features] of the features, those of the target."""
-    std, target_std = x.std(0), float(y.std())
-    if target_std == 0 or (std == 0).any():
-        raise ConfigError(
-            "the training rows are constant in a column or in the target: nothing is to be learned there. Use more "
-            "rows, a smaller data.holdout, or data.drop."
-        )
-    return x.mean(0), std, float(y.mean()), target_std
+    for name, column in zip((*table.names, table.target), (*x.T, y), strict=True):
+        if np.ptp(column) == 0:
+            raise ConfigError(
+                f"column '{name}' is {column[0]:g} in every training row, so nothing can be learned of it. Use more "
+                f"rows, another data.holdout, or data.drop=[{name}]."
+            )
+    return x.mean(0), x.std(0), float(y.mean()), float(y.std())
