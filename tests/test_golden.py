@@ -19,6 +19,7 @@ COMPANIONS = {
     "offload=cpu_params": ["zero=stage3"],
     "offload=nvme": ["zero=stage3"],
     "optimizer=lamb": ["zero=stage0"],
+    "parallel=features": ["task=linear"],
 }
 PRESETS = [
     f"{group}={path.stem}"
