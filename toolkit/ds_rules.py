@@ -474,6 +474,7 @@ def _of_transformers(c: RunConfig) -> str:
         "activation.recompute=true": c.activation.recompute,
         "activation.offload=true": c.activation.offload,
         f"model.weights={c.model.weights}": c.model.weights,
+        f"task.metrics={list(c.task.metrics)}": c.task.metrics,
         f"seeds={list(c.seeds)}": c.seeds,
     }
     return ", ".join(name for name, given in used.items() if given)
