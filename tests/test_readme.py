@@ -19,7 +19,8 @@ OWN = {
     "reductions": ["reductions.rows=20000", "reductions.repeats=1"],
     "mcmc": ["mcmc.steps=200", "mcmc.warmup=100", "mcmc.rounds=1"],
     "spatial_conv": ["spatial_conv.sizes=[32]", "spatial_conv.channels=4", "spatial_conv.size=32"],
-    "linear_regression": ["data.rows=2000"],
+    "scaling": ["scaling.ranks=[1,2]", "scaling.mode=strong", "train.steps=4"],
+    "batch_size": ["batch_size.max_steps=4", "batch_size.sizes=[8,16]", "batch_size.extend=0"],
 }
 SMALL = [*(o for o in TINY if not o.startswith("experiment")), "train.steps=2", f"data.cache_dir={data_cache()}"]
 
@@ -59,6 +60,7 @@ def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     small = [] if "--config-path" in command or "export" in command else SMALL
     if any(name in command for name in ("build-ops", "timeline", "curves", "machines")):
         small = []
+    small = [*small, *(["data.rows=2000"] if "data=synthetic" in command else [])]
     small = [*small, *(o for name, own in OWN.items() if f"/{name}.py" in command for o in own)]
     line = " ".join([command, *(f"'{o}'" for o in small)])
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
