@@ -72,12 +72,17 @@ def tensor_groups(size: int) -> Any:
 def complete_environment() -> None:
     """Without a launcher this is a world of one; DeepSpeed would go looking for mpi4py otherwise."""
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.setdefault("LOCAL_SIZE", str(local_size()))
+
+
+def free_port() -> int:
+    """One that nobody on this host listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def device() -> str:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -145,10 +144,7 @@ def launch(child: Child, launcher: str, recipe: Path, environment: Environment) 
     if started.get("finished"):
         return
     replace(done, json.dumps(started))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = shlex.split(launcher.replace("%n", str(child.ranks)).replace("%p", port))
+    command = shlex.split(launcher.replace("%n", str(child.ranks)).replace("%p", str(ranks.free_port())))
     with log.open("a") as file:
         result = subprocess.run(
             [*command, str(recipe), *child.overrides],
