@@ -142,7 +142,7 @@ def _refuse_task(config: RunConfig, kinds: tuple[str, ...]) -> None:
 
 
 def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
-    from toolkit import ds_config, ranks, workers
+    from toolkit import ds_config, fingerprint, ranks, workers
     from toolkit.run import Terminal
 
     ranks.complete_environment()
@@ -156,6 +156,7 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
         ops.ensure(ds_config.required_ops(ds, device=device, world=ranks.world()), terminal.console)
         try:
             with ranks.joined():
+                fingerprint.check(config)
                 recipe.main(config)
         except Stopped as stop:
             terminal.console.print(str(stop))
