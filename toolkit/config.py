@@ -38,7 +38,8 @@ class Train(Strict):
     save_every: Positive | None = None  # None: only at the end
     keep_checkpoints: Positive = 3  # besides the best, where the task has a metric to tell
     patience: Positive | None = None  # evaluations without a better task.best before training ends early
-    hang_minutes: float | None = Field(30, gt=0)  # no next batch for so long: say where, and end
+    hang_minutes: float | None = Field(30, gt=0)  # no next batch for so long: every rank says where it is, and ends
+    lost_seconds: float | None = Field(120, ge=1)  # a rank not heard of for so long ends the job
     compile: bool = False
     tf32: bool = True
     # Count and time DeepSpeed's collectives; the records tell how even memory and work are over the ranks, too

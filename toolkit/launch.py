@@ -8,7 +8,7 @@ A recipe for one kind of task starts from that kind's preset, so that its bare c
 
 The decorated function reads Hydra overrides from the command line, refuses a wrong configuration
 before any process group exists, builds DeepSpeed's ops, joins the ranks, and turns errors into one
-line and an exit code: 0 done, 1 a bug, 2 refused, 75 stopped by a signal after saving.
+line and an exit code: 0 done, 1 a bug, 2 refused, 69 a rank hung or was lost, 75 stopped by a signal after saving.
 
 SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit with 75. The launchers:
 
@@ -142,7 +142,7 @@ def _refuse_task(config: RunConfig, kinds: tuple[str, ...]) -> None:
 
 
 def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
-    from toolkit import ds_config, fingerprint, ranks, workers
+    from toolkit import ds_config, fingerprint, ranks, watchdog, workers
     from toolkit.run import Terminal
 
     ranks.complete_environment()
@@ -155,7 +155,7 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
 
         ops.ensure(ds_config.required_ops(ds, device=device, world=ranks.world()), terminal.console)
         try:
-            with ranks.joined():
+            with ranks.joined(), watchdog.watching(terminal.say, config.train.lost_seconds):
                 fingerprint.check(config)
                 recipe.main(config)
         except Stopped as stop:

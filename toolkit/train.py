@@ -3,7 +3,6 @@
 fit(engine, task, run)
 """
 
-import faulthandler
 import functools
 import math
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from toolkit import checkpoint, metrics, ranks
+from toolkit import checkpoint, metrics, ranks, watchdog
 from toolkit.engine import Batch, Engine, Step, loss_key
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.meter import Meter
@@ -44,6 +43,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
             logged = due(step + 1, config.train.log_every, total) or step == 0
             done = engine.train_batch(batches, stop=stopping(), trace=logged)
             step, samples = step + 1, samples + config.batch.global_size
+            watchdog.expect(config.train.hang_minutes, step)
             meter.add(done)
             bar(step)
             if logged:
@@ -64,7 +64,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
         result = {}
     result = result or evaluate(engine, task, run, step if best.step is None else best.step, watch)
     task.predict(engine, watch)
-    faulthandler.cancel_dump_traceback_later()
+    watchdog.expect(None)
     summarise(run, meter, result)
     return result
 
@@ -100,14 +100,9 @@ def find_best(run: Run, task: Any, now: int) -> Best:
 
 
 def watched(batches: Iterator[Batch], minutes: float | None) -> Iterator[Batch]:
-    """``batches``; if the next is not asked for in time, every thread's place goes to the log and this rank ends.
-
-    One rank that is lost leaves the others in a collective for ever: a timeout of init_distributed does not
-    reach DeepSpeed's groups. The launcher ends the other ranks.
-    """
+    """``batches``; if the next is not asked for in time, the job ends and every rank's log tells where it stood."""
     for batch in batches:
-        if minutes is not None:
-            faulthandler.dump_traceback_later(minutes * 60, exit=True)
+        watchdog.expect(minutes)
         yield batch
 
 

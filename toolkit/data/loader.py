@@ -10,6 +10,7 @@ starting at another position; there is no other state.
 """
 
 import os
+import select
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -106,9 +107,12 @@ def _begin_worker(owner: int, worker: int) -> None:
 
 
 def _end_with(owner: int) -> None:
-    """SIGTERM is blocked in all threads (toolkit/workers.py)."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
-        pass
+    """SIGTERM is blocked in all threads (toolkit/workers.py). A rank that is killed sends none: look for it, too."""
+    ended = os.pidfd_open(owner)
+    while not select.select([ended], [], [], 0)[0]:
+        found = signal.sigtimedwait({signal.SIGTERM}, 2)
+        if found and found.si_pid == owner:
+            break
     os._exit(0)
 
 

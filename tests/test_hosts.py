@@ -1,0 +1,105 @@
+"""Two hosts, really two addresses: DeepSpeed's own multi-node launcher over pdsh and ssh, and what ends a job there."""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hosts import Host, hosts, needs_hosts
+from launching import ROOT, TINY, Job, Result, data_cache, launch
+
+from toolkit.watchdog import LOST
+
+pytestmark = needs_hosts
+# What toolkit launch sets, too: ssh ends when the other side is silent, and pdsh with it.
+KEEPALIVE = "-o ServerAliveInterval=2 -o ServerAliveCountMax=3"
+
+
+@pytest.fixture
+def pair() -> Iterator[list[Host]]:
+    with hosts("n1", "n2") as both:
+        yield both
+
+
+@contextmanager
+def started(pair: list[Host], tmp_path: Path, *overrides: str, recipe: str = "recipes/pretrain.py") -> Iterator[Job]:
+    """`deepspeed --hostfile …` typed on the first host."""
+    (tmp_path / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in pair))
+    (tmp_path / "env").write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")
+    variables = ["env", f"DS_ENV_FILE={tmp_path}/env", f"PDSH_SSH_ARGS_APPEND={KEEPALIVE}"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", f"{tmp_path}/hostfile", recipe]
+    arguments = [o for o in TINY if o.split("=")[0] not in {x.split("=")[0] for x in overrides}]
+    arguments += ["name=x", f"output_dir={tmp_path}", f"data.cache_dir={data_cache()}", *overrides]
+    output = tmp_path / f"launch-{time.monotonic_ns()}"
+    output.mkdir()
+    job = Job(pair[0].inside(*variables, *command, *arguments), output, tmp_path / "x")
+    try:
+        yield job
+    finally:
+        job.kill()
+
+
+def on(pair: list[Host], tmp_path: Path, *overrides: str, recipe: str = "recipes/pretrain.py") -> Result:
+    with started(pair, tmp_path, *overrides, recipe=recipe) as job:
+        return job.wait(120)
+
+
+def test_two_hosts_train_as_one_does(pair: list[Host], tmp_path: Path) -> None:
+    here = launch(tmp_path, "name=one")
+    there = on(pair, tmp_path)
+    assert there.code == 0, there.stderr
+    assert [r["loss"] for r in there.steps] == [r["loss"] for r in here.steps]
+
+
+def test_a_host_that_disappears_ends_the_run_and_the_next_goes_on(pair: list[Host], tmp_path: Path) -> None:
+    with started(pair, tmp_path, "train.steps=1000000", "train.save_every=5", "train.lost_seconds=5") as job:
+        job.until_step(7)
+        pair[1].cut()
+        cut = time.monotonic()
+        result = job.wait(60)
+    assert time.monotonic() - cut < 25
+    assert result.code in (LOST, 255), result.stderr  # 255: ssh's own word of the lost host
+    assert "error: rank 1 on n2: last heard of" in result.stderr
+    pair[1].join()
+    kept = max(int(p.name.split("-")[1]) for p in (tmp_path / "x/checkpoints").glob("step-*"))
+    again = on(pair, tmp_path, f"train.steps={kept + 2}", "train.save_every=5")
+    assert again.code == 0, again.stderr
+    assert [r["step"] for r in again.steps][-2:] == [kept + 1, kept + 2]
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_code_and_last_words(pair: list[Host], tmp_path: Path) -> None:
+    for exception, code in (("KeyError('of ours')", 1), ("DataError('train.jsonl, line 3: no text')", 2)):
+        script = tmp_path / "broken.py"
+        script.write_text(
+            "import os, time\nfrom toolkit.errors import DataError\nfrom toolkit.launch import recipe\n"
+            "@recipe()\ndef main(config):\n    from toolkit import ranks\n"
+            f"    if os.environ['RANK'] == '1':\n        raise {exception}\n    ranks.wait()\nmain()\n"
+        )
+        started_at = time.monotonic()
+        result = on(pair, tmp_path, recipe=str(script))
+        assert result.code == code
+        assert time.monotonic() - started_at < 40
+        assert "error: rank 1 on n2 failed:" in result.stderr
+        assert exception.split("'")[1] in "".join(x for x in result.stderr.splitlines() if "n1: error:" in x)
+
+
+def test_a_rank_that_is_killed_ends_the_job(pair: list[Host], tmp_path: Path) -> None:
+    with started(pair, tmp_path, "train.steps=1000000", "train.lost_seconds=10") as job:
+        job.until_step(3)
+        next(p for p in pair[1].processes() if p.environ().get("RANK") == "1" and "recipes" in str(p.cmdline())).kill()
+        result = job.wait(60)
+    assert result.code not in (0, 1)
+    assert "error: rank 1 on n2: last heard of" in result.stderr
+
+
+def test_a_host_with_other_code_is_named(pair: list[Host], tmp_path: Path) -> None:
+    changed = tmp_path / "errors.py"
+    shutil.copy(ROOT / "toolkit/errors.py", changed)
+    changed.write_text(changed.read_text() + "# an old checkout\n")
+    pair[1].run("mount", "--bind", str(changed), str(ROOT / "toolkit/errors.py"))
+    result = on(pair, tmp_path)
+    assert result.code == 2
+    assert "error: host n2 (rank 1): code " in result.stderr and "rank 0's host n1 has" in result.stderr
