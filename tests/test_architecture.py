@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "toolkit"
 ORDER = [
     "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "fingerprint", "watchdog", "workers",
     "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine",
-    "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "launch", "cli",
+    "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "sweep",
+    "launch", "cli",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import ROOT, TINY, data_cache, launch, start
+from launching import ROOT, launch, start
 
 from toolkit.compose import compose, permissive
 from toolkit.errors import ConfigError
@@ -96,15 +96,6 @@ def test_the_terminal_is_rank_0s_and_the_rest_is_in_the_logs(tmp_path: Path) -> 
     assert not any("DeepSpeed" in line or "deepspeed" in line for line in ours if "op '" not in line)
     logs = [(result.dir / f"log.rank{r}.txt").read_text() for r in (0, 1)]
     assert all("DeepSpeed" in log for log in logs)
-
-
-def test_a_sweep_trains_one_after_another(tmp_path: Path) -> None:
-    overrides = [*TINY, f"data.cache_dir={data_cache()}", f"output_dir={tmp_path}", "train.steps=2"]
-    python("--multirun", *overrides, "seed=1,2")
-    runs = sorted(tmp_path.iterdir())
-    assert len(runs) == 2, runs
-    losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"] for run in runs]
-    assert losses[0] != losses[1]
 
 
 def test_a_run_can_be_replayed_from_its_config(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 class ToolkitError(Exception):
     """Base of every error that is shown without a traceback (``HYDRA_FULL_ERROR=1`` shows it)."""
 
+    code = 2  # the process's exit code
+
 
 class ConfigError(ToolkitError):
     """A key, a value or a combination in the configuration is wrong."""
@@ -27,6 +29,12 @@ class DataError(ToolkitError):
 
 class CheckpointError(ToolkitError):
     """A checkpoint is missing, broken or belongs to another model."""
+
+
+class OutOfMemory(ToolkitError):
+    """The device or the host has no memory left for what was asked."""
+
+    code = 71  # EX_OSERR of sysexits.h
 
 
 class Stopped(Exception):

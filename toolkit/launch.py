@@ -8,7 +8,8 @@ A recipe for one kind of task starts from that kind's preset, so that its bare c
 
 The decorated function reads Hydra overrides from the command line, refuses a wrong configuration
 before any process group exists, builds DeepSpeed's ops, joins the ranks, and turns errors into one
-line and an exit code: 0 done, 1 a bug, 2 refused, 69 a rank hung or was lost, 75 stopped by a signal after saving.
+line and an exit code: 0 done, 1 a bug, 2 refused,
+69 a rank hung or was lost, 71 out of memory, 75 stopped by a signal after saving.
 
 SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit with 75. The launchers:
 
@@ -22,9 +23,7 @@ SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit wi
 import functools
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,31 +32,31 @@ from typing import Any, get_type_hints
 
 from toolkit.compose import permissive, register_schema
 from toolkit.config import RunConfig, conf_dir, load
-from toolkit.errors import ConfigError, Stopped, ToolkitError
+from toolkit.errors import ConfigError, OutOfMemory, Stopped, ToolkitError
 
-REFUSED = 2
 # The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
 HYDRA = [
     "hydra.run.dir=.",
-    f"hydra.sweep.dir={Path(tempfile.gettempdir()) / f'hydra-{os.getuid()}'}",  # for its multirun.yaml
     "hydra.sweep.subdir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 ]
+SWEEP = ["hydra.sweep.dir=${output_dir}/sweep", "+hydra.callbacks.sweep._target_=toolkit.sweep.Begin"]
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
 
 
-Main = Callable[[Any], None]
+Main = Any  # a function of a RunConfig
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe's function, the kinds of task it is for, and whether it trains with a DeepSpeed engine."""
+    """A recipe's function, the kinds of task it is for, whether it trains with a DeepSpeed engine, its file."""
 
     main: Main
     kinds: tuple[str, ...]
     engine: bool
+    script: str
 
     @property
     def config(self) -> type[RunConfig]:
@@ -68,7 +67,7 @@ class Recipe:
 
 def recipe(*kinds: str, engine: bool = True) -> Callable[[Main], Callable[[], None]]:
     """Make a function a command; see the module's docstring. Without ``engine`` the node deepspeed is not looked at."""
-    return lambda main: _command(Recipe(main, kinds, engine))
+    return lambda main: _command(Recipe(main, kinds, engine, str(Path(main.__code__.co_filename).resolve())))
 
 
 def _command(recipe: Recipe) -> Callable[[], None]:
@@ -83,15 +82,27 @@ def _command(recipe: Recipe) -> Callable[[], None]:
         chosen = any(re.match(r"(task|experiment)=|--config-(path|name)|-c[pn]", a) for a in arguments)
         if len(recipe.kinds) == 1 and not chosen:
             arguments.append(f"task={recipe.kinds[0]}")
+        sweeps = bool({"-m", "--multirun"} & set(arguments))
         try:
-            sys.argv[1:] = _flags_first(permissive(arguments) + HYDRA)
+            sys.argv[1:] = _flags_first([*(SWEEP if sweeps else ()), *permissive(arguments), *HYDRA])
         except ConfigError as error:
             refuse(error)
         debug = debug or os.environ.get("HYDRA_FULL_ERROR") == "1"
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-        decorate(functools.partial(_job, recipe, debug))()
+        try:
+            decorate(functools.partial(_job, recipe, debug))()
+        finally:
+            if sweeps:
+                _end_sweep()
 
     return command
+
+
+def _end_sweep() -> None:
+    from toolkit import sweep
+
+    if sweep.finish():
+        sys.exit(1)
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
@@ -100,13 +111,13 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 
 def refuse(error: ToolkitError) -> None:
-    """Print the error's lines on rank 0 and leave with code 2."""
+    """Print the error's lines on rank 0 and leave with its code."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # the launcher ends all ranks once one has left: rank 0 shall have spoken by then
     else:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-    sys.exit(REFUSED)
+    sys.exit(error.code)
 
 
 def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
@@ -114,7 +125,10 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
     from hydra.types import RunMode
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        _sweep_job(list(HydraConfig.get().overrides.task))
+        from toolkit import sweep
+
+        found = HydraConfig.get()
+        sweep.job(recipe.script, list(found.overrides.task), Path(found.sweep.dir), found.job.num)
         return
     try:
         config = load(cfg, recipe.config)
@@ -124,14 +138,6 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
         if debug:
             raise
         refuse(error)
-
-
-def _sweep_job(overrides: list[str]) -> None:
-    """One training of a --multirun, in a process of its own: no state of one reaches the next."""
-    print(f"--- {' '.join(overrides)}", flush=True)
-    done = subprocess.run([sys.executable, sys.argv[0], *overrides], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
 
 
 def _refuse_task(config: RunConfig, kinds: tuple[str, ...]) -> None:
@@ -157,7 +163,20 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
         try:
             with ranks.joined(), watchdog.watching(terminal.say, config.train.lost_seconds):
                 fingerprint.check(config)
-                recipe.main(config)
+                _main(recipe, config)
         except Stopped as stop:
             terminal.console.print(str(stop))
             sys.exit(STOPPED)
+
+
+def _main(recipe: Recipe, config: Any) -> None:
+    try:
+        recipe.main(config)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, the CPU's is only that
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        what = (str(error) or "MemoryError").splitlines()[0]
+        raise OutOfMemory(
+            f"out of memory: {what} Lower batch.micro_size (more accumulation makes up for it), or take "
+            "activation=recompute, a higher ZeRO stage, offload=cpu."
+        ) from error

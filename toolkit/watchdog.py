@@ -29,7 +29,7 @@ from toolkit import ranks
 from toolkit.errors import Stopped, ToolkitError
 
 LOST = 69  # EX_UNAVAILABLE of sysexits.h: a rank hangs, or was not heard of any more
-BUG, REFUSED = 1, 2
+BUG = 1
 # What a rank raises when a peer has gone: not the cause.
 PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 LAST_LINES = 12  # of a traceback, for the launcher's terminal
@@ -162,11 +162,11 @@ class Watchdog:
 
     def failed(self, error: Exception) -> None:
         """Tell the others why this rank ends. Returns where the rank shall tell it by itself."""
-        refused = isinstance(error, ToolkitError)
+        code = error.code if isinstance(error, ToolkitError) else BUG
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-        text = str(error) if refused else "\n".join(lines[-LAST_LINES:])
-        mine = Verdict(REFUSED if refused else BUG, f"{self.name} failed:\n{text}")
-        if refused and ranks.rank() != 0:
+        text = "\n".join(lines[-LAST_LINES:]) if code == BUG else str(error)
+        mine = Verdict(code, f"{self.name} failed:\n{text}")
+        if code != BUG and ranks.rank() != 0:
             self._wait(2 * self.interval)  # what all ranks refuse, rank 0 says
         elif PEER.search(str(error)):
             self._soon(lambda: self.store.set("suspect", self.name))

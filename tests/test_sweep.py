@@ -1,0 +1,64 @@
+"""A --multirun goes on past what fails, says so, and the same command takes it up again. Slurm: test_slurm.py."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+from launching import ROOT
+
+# Fails by its seed, until the file `mended` is there; a recipe of its own, for a training takes longer.
+RECIPE = """
+import os, pathlib, signal, torch
+from toolkit.launch import recipe
+@recipe(engine=False)
+def main(config):
+    mended = pathlib.Path(config.output_dir, 'mended').exists()
+    with pathlib.Path(config.output_dir, 'ran').open('a') as ran:
+        print(config.seed, config.name, file=ran)
+    if config.seed == 2 and not mended:
+        torch.empty(10**18)
+    if config.seed == 3 and not mended:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.seed == 4 and not mended:
+        raise KeyError('of ours')
+main()
+"""
+
+
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "toy.py"
+    script.write_text(RECIPE)
+    command = [sys.executable, str(script), "--multirun", f"output_dir={folder}", "seed=1,2,3,4", *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep/sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_goes_on_past_what_fails_and_the_same_command_takes_it_up_again(tmp_path: Path) -> None:
+    first = sweep(tmp_path)
+    assert first.returncode == 1
+    assert [(r["state"], r["code"], r["overrides"]) for r in table(tmp_path)] == [
+        ("done", "0", "seed=1"),
+        ("out of memory", "71", "seed=2"),
+        ("killed (out of memory?)", "-9", "seed=3"),
+        ("failed", "1", "seed=4"),
+    ]
+    assert "1 of 4 jobs done" in first.stdout and "out of memory: seed=2" in first.stdout
+    assert "error: out of memory: " in first.stderr and "Lower batch.micro_size" in first.stderr
+    (tmp_path / "mended").touch()
+    again = sweep(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "4 of 4 jobs done" in again.stdout and "done before, in sweep-" in again.stdout
+    ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
+    assert [seed for seed, _ in ran] == ["1", "2", "3", "4", "2", "3", "4"]
+    assert len({name for _, name in ran}) == 4  # under the same name again: checkpoints are found
+
+
+def test_the_name_of_a_sweep_is_the_beginning_of_its_runs_names(tmp_path: Path) -> None:
+    (tmp_path / "mended").touch()
+    assert sweep(tmp_path, "name=rates", "seed=1,5").returncode == 0
+    assert all(row["run"].startswith("rates-") for row in table(tmp_path)) and len(table(tmp_path)) == 2
