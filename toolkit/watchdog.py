@@ -102,7 +102,7 @@ class Watchdog:
         self.verdict: Verdict | None = None
         self.beats: list[tuple[str, float]] = []  # of every rank: its last beat, and when rank 0 first saw it
         self.hosts: list[str] = ranks.gathered(platform.node())
-        self.ended = threading.Event()
+        self.ended, self.leaving = threading.Event(), threading.Lock()
         self._beat(0)
         ranks.wait()
         for work in (self._talk, self._watch):
@@ -137,7 +137,8 @@ class Watchdog:
                 Verdict(
                     LOST,
                     f"{told}: last heard of {now - since:.0f} s ago, after step {beat.split()[1]}. The process was "
-                    "killed (out of memory?), or its host or link is down. Start again to go on from its checkpoint.",
+                    "killed (out of memory?), or its host or link is down; its log.rankN.txt may tell more. "
+                    "Start again to go on from the last checkpoint.",
                 )
             )
 
@@ -151,7 +152,7 @@ class Watchdog:
             elif self.verdict is None and silence > self.lost_seconds:
                 master = f"rank 0 on {self.hosts[0]} ({os.environ['MASTER_ADDR']})"
                 self.verdict = Verdict(LOST, f"{self.name}: {master} was last heard of {silence:.0f} s ago.")
-                self.say(self.verdict.text)
+                self.say(self.verdict.text)  # nobody else will
             if self.verdict is not None:
                 self._leave(self.verdict)
 
@@ -172,15 +173,16 @@ class Watchdog:
             self._soon(lambda: self.store.set("suspect", self.name))
             self._wait(5 * self.interval)
         if self.verdict is None:
+            self.ended.set()  # this thread leaves, not _watch
             self._soon(lambda: self._post(mine))
         verdict = self.verdict or mine
         if verdict != mine or ranks.rank() != 0:
             print("\n".join(lines), file=sys.stderr, flush=True)  # into this rank's log
             self._leave(verdict)
-        self.ended.set()
         self._soon(self._acknowledge, 4 * self.interval)
 
     def _leave(self, verdict: Verdict) -> None:
+        self.leaving.acquire()  # and never released: of two threads that leave, one speaks
         if verdict.stacks:
             print(verdict.text, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
