@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     launch.set_defaults(call=lambda a: _launch(a.recipe, a.overrides, a.on, a.submit, a.out))
 
     chosen, rest = parser.parse_known_args(arguments)
-    if rest and ("overrides" not in chosen or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if wrong := [word for word in rest if word.startswith("-") or "overrides" not in chosen]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:
         chosen.overrides += rest  # those after an option: argparse takes them before or after, not both
     try:

@@ -133,6 +133,6 @@ def _pod(job: Job, name: str, command: list[str], *, gpus: bool = True) -> dict[
     if own.secret:
         container["envFrom"] = [{"secretRef": {"name": own.secret}}]
     if gpus and job.cluster.accelerator == "cuda":
-        container["resources"] = {"limits": {"nvidia.com/gpu": job.devices}}
+        container["resources"] = {"limits": {"nvidia.com/gpu": str(job.devices)}}
     selector = {"nodeSelector": dict(own.node_selector)} if own.node_selector else {}
     return {"containers": [container], "volumes": [{"name": k} | v for k, (_, v) in volumes.items()], **selector}
