@@ -385,3 +385,15 @@ def test_overrides_may_stand_on_both_sides_of_the_options(tmp_path: Path) -> Non
     assert "deepspeed --num_gpus 2" in toolkit_launch(first, "--on", "deepspeed", *rest).stdout
     done = toolkit_launch(first, "--on", "deepspeed", *rest, "--subnit", code=2)
     assert "unrecognized arguments: --subnit" in done.stderr
+
+
+PAGE = (ROOT / "docker" / "README.md").read_text().split("## Clusters")[1]
+EXAMPLES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", [c for c in EXAMPLES if c.startswith("toolkit launch")])
+def test_a_command_of_the_cluster_pages_prints(command: str, tmp_path: Path, printed: Callable[..., str]) -> None:
+    recipe, *overrides, _, on = shlex.split(command)[2:]
+    (tmp_path / "hosts").write_text("node-1 slots=8\nnode-2 slots=8\n")
+    given = [o.replace("hostfile=", f"hostfile={tmp_path}/") for o in overrides]
+    assert "config" in printed(on, *given, recipe=Path(recipe).stem)

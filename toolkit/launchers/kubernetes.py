@@ -11,8 +11,8 @@ from toolkit.launchers.commands import SSH, deepspeed_env
 from toolkit.launchers.compose import dump, label
 from toolkit.launchers.job import LAUNCH, Job, Launch
 
-# In the workers of an MPIJob: the image's sshd, on keys that the operator mounts.
-SSHD = ["/usr/sbin/sshd", "-D", "-e"]
+# With this key, which the MPI operator makes, the image's entrypoint starts sshd (docker/entrypoint.sh).
+KEYS, SSH_PORT = "/etc/mpi/keys", 2222
 NODE_RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
@@ -65,8 +65,7 @@ def _jobset(job: Job) -> list[dict[str, Any]]:
     name = label(job.name)
     options = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.devices)]
     options += ["--master-addr", f"{name}-node-0-0.{name}", "--master-port", str(job.port)]
-    command = ["torchrun", *options, *job.arguments(LAUNCH)]
-    pod = _pod(job, "node", command)
+    pod = _pod(job, "node", ["torchrun", *options, *job.arguments(LAUNCH)])
     index = {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": NODE_RANK}}}
     pod["containers"][0]["env"].append(index)
     spec = {"network": {"enableDNSHostnames": True, "subdomain": name}} | _restarted(job, [_indexed(job, pod)])
@@ -77,13 +76,16 @@ def _mpijob(job: Job) -> list[dict[str, Any]]:
     """MPI operator, v2beta1: its hostfile is of DeepSpeed's format, so that the image needs sshd and pdsh, no MPI."""
     options = ["--hostfile", "/etc/mpi/hostfile", "--no_ssh_check", "--force_multi", "--master_port", str(job.port)]
     launcher = _pod(job, "launcher", ["deepspeed", *options, *job.arguments(LAUNCH)], gpus=False)
-    launcher["containers"][0]["env"] += [
-        {"name": "DS_ENV_FILE", "value": f"{LAUNCH}/deepspeed_env"},
-        {"name": "PDSH_SSH_ARGS_APPEND", "value": SSH},
-    ]
-    pods = {"Launcher": (1, launcher), "Worker": (job.nodes, _pod(job, "worker", SSHD))}
+    worker = _pod(job, "worker", ["sleep", "infinity"])
+    variables = {"DS_ENV_FILE": f"{LAUNCH}/deepspeed_env", "PDSH_SSH_ARGS_APPEND": SSH}
+    launcher["containers"][0]["env"] += [{"name": name, "value": value} for name, value in variables.items()]
+    worker["containers"][0]["readinessProbe"] = {"tcpSocket": {"port": SSH_PORT}}
+    for pod in (launcher, worker):
+        pod["containers"][0]["env"] += [{"name": "CLUSTER_KEY", "value": f"{KEYS}/id_rsa"}]
+    pods = {"Launcher": (1, launcher), "Worker": (job.nodes, worker)}
     spec = {
         "slotsPerWorker": job.devices,
+        "sshAuthMountPath": KEYS,
         "launcherCreationPolicy": "WaitForWorkersReady",
         "runPolicy": {"backoffLimit": job.cluster.restarts, "cleanPodPolicy": "Running"},
         "mpiReplicaSpecs": {
@@ -114,7 +116,7 @@ def _restarted(job: Job, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"failurePolicy": {"maxRestarts": job.cluster.restarts}, "replicatedJobs": jobs}
 
 
-def _pod(job: Job, name: str, command: list[str], *, gpus: bool = True) -> dict[str, Any]:
+def _pod(job: Job, name: str, arguments: list[str], *, gpus: bool = True) -> dict[str, Any]:
     """One container of the image, with shared memory, the configuration and the run directory."""
     own = job.cluster.kubernetes
     volumes: dict[str, tuple[str, dict[str, Any]]] = {
@@ -126,7 +128,7 @@ def _pod(job: Job, name: str, command: list[str], *, gpus: bool = True) -> dict[
         "name": name,
         "image": job.image(),
         "workingDir": job.cluster.workdir,
-        "command": command,
+        "args": arguments,  # of the image's entrypoint, which passes signals on
         "env": [{"name": key, "value": value} for key, value in job.environment.items()],
         "volumeMounts": [{"name": key, "mountPath": path} for key, (path, _) in volumes.items()],
     }
