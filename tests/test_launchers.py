@@ -110,6 +110,7 @@ def test_a_stopped_slurm_job_saves_is_queued_again_and_goes_on(tmp_path: Path, s
     saved = next(record["step"] for record in read(metrics) if "checkpoint" in record)
     until(lambda: slurm.job(number)["Restarts"] == "1" and read(metrics)[-1]["step"] > saved, tmp_path)
     slurm.run("scancel", str(number))
+    assert "Exit code 75: queued again" in (tmp_path / "x" / "launch" / f"slurm-{number}.out").read_text()
     assert [r["step"] for r in read(metrics) if "loss" in r][: saved + 1] == list(range(1, saved + 2))
 
 
@@ -251,14 +252,16 @@ def test_shellcheck_finds_nothing_in_the_batch_script(
     text = printed("slurm", *own, *CONTAINERS[container], "cluster.environment.NOTE='a b'")
     script = tmp_path / "x" / "launch" / "job.sbatch"
     assert script.read_text() == text
-    checked = subprocess.run([SHELLCHECK, script], capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        [SHELLCHECK, script, script.with_name("rank.sh")], capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout
     assert "#SBATCH --exclusive\n" in text and "export SRUN_CPUS_PER_TASK=8\n" in text
     [srun] = [line for line in text.splitlines() if line.startswith("srun ")]
-    mounts = f"{tmp_path}:{tmp_path},{tmp_path}/x/launch:/launch:ro"
+    mounts = f"{tmp_path}:{tmp_path},{tmp_path}/x/launch:/launch"
     expected = {
         "bare": f"{sys.executable} -u recipes/pretrain.py --config-path {tmp_path}/x/launch",
-        "pyxis": f"--container-image=nvcr.io/x:1 --container-mounts={mounts} --container-workdir=/workspace",
+        "pyxis": f"--container-image=nvcr.io/x:1 --container-mounts={mounts} --container-workdir=/workspace ",
         "apptainer": f"apptainer exec --nv --bind {mounts},/data:/data:ro --pwd /workspace /images/x.sif python -u",
     }
     assert expected[container] in srun
@@ -323,6 +326,7 @@ REFUSED = [
     ("kubernetes", [], "cluster.image is not set"),
     ("kubernetes", ["cluster.image=--privileged"], "cluster.image='--privileged'"),
     ("deepspeed", ["cluster.nodes=2"], "cluster.nodes=2: which hosts? Set cluster.hostfile"),
+    ("mpi", ["cluster.nodes=2", "cluster.master_addr=node-1"], "cluster.nodes=2: which hosts?"),
     ("deepspeed", ["cluster.interface=-oProxyCommand"], "cluster.interface='-oProxyCommand'"),
     ("deepspeed", ["cluster.master_addr='$(id)'"], "cluster.master_addr='$(id)'"),
     ("deepspeed", ["cluster.hostfile=none"], "cluster.hostfile=none: no such file."),

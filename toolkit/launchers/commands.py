@@ -70,7 +70,9 @@ def deepspeed_env(job: Job) -> str:
 
 
 def hostfile(job: Job) -> str:
-    """DeepSpeed's and Open MPI's format."""
+    """DeepSpeed's and Open MPI's format. Raises ConfigError where it would lack hosts."""
+    if job.nodes > 1 and not job.hosts:
+        raise job.which_hosts()
     return "".join(f"{host} slots={job.devices}\n" for host in job.hosts or [job.master])
 
 

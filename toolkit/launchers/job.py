@@ -68,14 +68,15 @@ class Job:
     @property
     def master(self) -> str:
         """The first host's address. Raises ConfigError where several hosts are meant and none is named."""
-        if self.cluster.master_addr or self.hosts:
-            return self.cluster.master_addr or self.hosts[0]
-        if self.nodes > 1:
-            raise ConfigError(
-                f"cluster.nodes={self.nodes}: which hosts? Set cluster.hostfile, with lines of "
-                f"`host slots={self.devices}`, or for torchrun cluster.master_addr."
-            )
-        return "127.0.0.1"
+        if self.nodes > 1 and not (self.cluster.master_addr or self.hosts):
+            raise self.which_hosts()
+        return self.cluster.master_addr or next(iter(self.hosts), "127.0.0.1")
+
+    def which_hosts(self) -> ConfigError:
+        return ConfigError(
+            f"cluster.nodes={self.nodes}: which hosts? Set cluster.hostfile, with lines of `host slots={self.devices}`, "
+            "or for torchrun cluster.master_addr."
+        )
 
     def image(self) -> str:
         """Raises ConfigError without one."""
@@ -92,7 +93,7 @@ class Job:
     def mounts(self) -> list[str]:
         """What containers on hosts see of the shared folders, as ``host:container``."""
         runs = f"{Path(self.config.output_dir).absolute()}:{self.runs}"
-        return [runs, f"{self.directory}:{LAUNCH}:ro", *self.cluster.mounts]
+        return [runs, f"{self.directory}:{LAUNCH}", *self.cluster.mounts]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ start(Path("recipes/pretrain.py"), ["zero=stage3"], on="slurm", submit=True)
 """
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ def start(recipe: Path, overrides: Sequence[str], *, on: str, submit: bool = Fal
             f"{tool}: not found on this host. Install it, or run without --submit and take it where it is."
         )
     save(job, launch)
-    print(f"Saved for {job.world} ranks: {job.directory}", file=sys.stderr, flush=True)
+    hint = f"; start it with: {shlex.join(launch.command)}" if launch.shown in launch.files.values() else ""
+    print(f"Saved for {job.world} ranks: {job.directory}{hint}", file=sys.stderr, flush=True)
     if submit:
         os.execvpe(tool, list(launch.command), {**os.environ, **launch.environment})
     print(launch.shown, end="")
