@@ -158,12 +158,17 @@ def test_ranks_take_their_numbers_from_mpirun(mpirun: str) -> None:
 
 
 def test_ranks_on_several_hosts_without_an_address_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"RANK": "1", "LOCAL_RANK": "0", "SIZE": "2", "LOCAL_SIZE": "1"}.items():
-        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    own = {"RANK": "1", "LOCAL_RANK": "0", "SIZE": "2", "LOCAL_SIZE": "1"}
+    monkeypatch.setattr(os, "environ", {f"OMPI_COMM_WORLD_{name}": value for name, value in own.items()})
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set"):
         ranks.complete_environment()
+
+
+def test_two_slurm_steps_of_one_rank_each_do_not_share_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    monkeypatch.setattr(os, "environ", own)
+    ranks.complete_environment()
+    assert os.environ["RANK"] == "0" and os.environ["MASTER_PORT"] != "29500"
 
 
 @pytest.fixture
@@ -218,18 +223,11 @@ def test_torchruns_line_is_the_same_on_every_node(printed: Callable[..., str], h
 
 
 def test_the_saved_configuration_is_the_one_that_was_composed(tmp_path: Path, printed: Callable[..., str]) -> None:
-    printed("mpi", "zero=stage3", "precision=bf16", "cluster.devices_per_node=8")
-    saved = OmegaConf.load(tmp_path / "x" / "launch" / "config.yaml")
-    assert load(saved) == compose(
-        [
-            "zero=stage3",
-            "precision=bf16",
-            "cluster.devices_per_node=8",
-            "batch.micro_size=1",
-            "name=x",
-            f"output_dir={tmp_path}",
-        ]
-    )
+    own = ["zero=stage3", "precision=bf16", "cluster.devices_per_node=8"]
+    printed("mpi", *own, "name=null")
+    [run] = tmp_path.iterdir()
+    same = compose([*own, "batch.micro_size=1", f"name={run.name}", f"output_dir={tmp_path}"])
+    assert load(OmegaConf.load(run / "launch" / "config.yaml")) == same
 
 
 def test_a_recipe_starts_from_its_own_task(tmp_path: Path, printed: Callable[..., str]) -> None:
@@ -341,9 +339,9 @@ def test_what_cannot_be_launched_is_one_line_and_leaves_nothing(
     on: str, overrides: list[str], message: str, tmp_path: Path, printed: Callable[..., str]
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        printed(on, *overrides)
+        printed(on, *overrides, "name=null")
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
-    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.iterdir())
 
 
 HOSTS = [

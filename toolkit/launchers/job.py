@@ -74,7 +74,7 @@ class Job:
 
     def which_hosts(self) -> ConfigError:
         return ConfigError(
-            f"cluster.nodes={self.nodes}: which hosts? Set cluster.hostfile, with lines of `host slots={self.devices}`, "
+            f"cluster.nodes={self.nodes}: which hosts? Set cluster.hostfile, with lines of `host slots=8`, "
             "or for torchrun cluster.master_addr."
         )
 
