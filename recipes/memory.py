@@ -12,7 +12,7 @@ from toolkit.config import RunConfig
 from toolkit.launch import recipe
 
 
-@recipe()
+@recipe(composes=True)
 def main(config: RunConfig) -> None:
     from rich.progress import Progress
 

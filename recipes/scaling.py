@@ -29,7 +29,7 @@ class Config(RunConfig):
     scaling: Scaling = Scaling()
 
 
-@recipe(engine=False)
+@recipe(engine=False, composes=True)
 def main(config: Config) -> None:
     from pathlib import Path
 

@@ -13,7 +13,7 @@ ORDER = [
     "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "fingerprint", "watchdog", "workers",
     "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine",
     "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "sweep",
-    "launch", "cli",
+    "launch", "launchers", "cli",
 ]  # fmt: skip
 
 
@@ -46,7 +46,18 @@ def test_imports_point_one_way() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["config", "compose", "ds_config", "plan.flops", "plan.machines", "launch", "report.timeline", "cli"]
+    "part",
+    [
+        "config",
+        "compose",
+        "ds_config",
+        "plan.flops",
+        "plan.machines",
+        "launch",
+        "report.timeline",
+        "launchers.start",
+        "cli",
+    ],
 )
 def test_planning_and_checking_start_without_torch(part: str) -> None:
     code = f"import sys, toolkit.{part}; sys.exit(bool({{'torch', 'deepspeed', 'transformers'}} & set(sys.modules)))"

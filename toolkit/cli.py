@@ -6,6 +6,7 @@ toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead
 toolkit curves runs/multi30k                        # loss and metrics by step, as .png and .svg
 toolkit machines                                    # what devices can do: memory, bandwidth, FLOP/s
 toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
+toolkit launch recipes/pretrain.py --on slurm       # the script, command or manifest that starts a run on a cluster
 """
 
 import argparse
@@ -77,7 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     curves.add_argument("--out", type=Path, help="where to, without suffix (default: <first run>/curves)")
     curves.set_defaults(call=lambda a: _curves(a.runs, a.key, a.out))
 
-    chosen = parser.parse_args(arguments)
+    launch = commands.add_parser("launch", help="print what starts a recipe on a cluster, or submit it")
+    launch.add_argument("recipe", type=Path, help="e.g. recipes/pretrain.py")
+    launch.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. zero=stage3 cluster.hostfile=hosts")
+    launch.add_argument("--on", required=True, help="deepspeed, torchrun, slurm, mpi, kubernetes or compose")
+    launch.add_argument("--submit", action="store_true", help="start it, and pass its exit code on")
+    launch.add_argument(
+        "--out", type=Path, help="where the files go (default: <run>/launch; a folder that all nodes see)"
+    )
+    launch.set_defaults(call=lambda a: _launch(a.recipe, a.overrides, a.on, a.submit, a.out))
+
+    chosen, rest = parser.parse_known_args(arguments)
+    if wrong := [word for word in rest if word.startswith("-") or "overrides" not in chosen]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        chosen.overrides += rest  # those after an option: argparse takes them before or after, not both
     try:
         chosen.call(chosen)
     except ToolkitError as error:
@@ -146,6 +161,12 @@ def _build_ops(overrides: list[str], world: int) -> None:
     builders = ds_config.required_ops(ds, device=device, world=world)
     ops.ensure(builders, Console())
     print(f"Ready in {ops.directory()}: {', '.join(builders)}")
+
+
+def _launch(recipe: Path, overrides: list[str], on: str, submit: bool, out: Path | None) -> None:
+    from toolkit.launchers.start import start
+
+    start(recipe, overrides, on=on, submit=submit, out=out)
 
 
 def _machines(name: str | None, dtype: Dtype) -> None:

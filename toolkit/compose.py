@@ -11,18 +11,18 @@ from toolkit.config import RunConfig, conf_dir, load, schema
 from toolkit.errors import ConfigError, nearest
 
 
-def compose(overrides: list[str]) -> RunConfig:
+def compose(overrides: list[str], model: type[RunConfig] = RunConfig) -> RunConfig:
     """The checked configuration of these command-line overrides. Raises ConfigError."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    register_schema()
+    register_schema(model)
     within = GlobalHydra.instance().is_initialized()  # a recipe that composes further runs
     with nullcontext() if within else initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
-            return load(hydra_compose("config", permissive(overrides)))
+            return load(hydra_compose("config", permissive(overrides)), model)
         except HydraException as error:
             raise ConfigError(str(error)) from error
 

@@ -8,6 +8,7 @@ DeepSpeed's own JSON and is checked by :mod:`toolkit.ds_config`.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -233,6 +234,66 @@ class Machine(Strict):
     source: str | None = None
 
 
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9./][\w./:@+=-]*$")]  # neither an option nor anything for a shell
+SECRET = r"(?i)token|secret|passw|credential|api_?key|access_?key"
+SECRET_VALUE = r"hf_|gh[a-z]_|github_pat_|sk-|xox|AKIA|eyJ"
+
+
+class Kubernetes(Strict):
+    """What only a manifest says."""
+
+    kind: Literal["pytorchjob", "trainjob", "mpijob", "jobset"] = "pytorchjob"
+    namespace: Word = "default"
+    claim: Word = "runs"  # the PersistentVolumeClaim (ReadWriteMany) that holds output_dir
+    node_selector: dict[Word, Word] = {}
+    secret: Word | None = None  # a Secret whose keys become environment variables, tokens above all
+
+
+class Cluster(Strict):
+    """The hosts that `toolkit launch` starts a run on; the run itself reads nothing of it."""
+
+    nodes: Positive | None = None  # None: as many as the hostfile has, or 1
+    devices_per_node: Positive | None = None  # ranks on each; None: the hostfile's slots, or 1
+    accelerator: Literal["cuda", "cpu"] = "cuda"
+    hostfile: str | None = None  # lines of `host slots=8`
+    interface: Word | None = None  # the network interface for gloo and NCCL, e.g. eth0
+    master_addr: Host | None = None  # None: the first host
+    master_port: Annotated[int, Field(gt=1023, lt=65536)] | None = None  # None: 29500; under Slurm by the job's number
+    restarts: Annotated[int, Field(ge=0)] = 0  # how often a run that failed or was stopped is started again
+    environment: dict[str, str] = {}  # of every rank; no secrets
+    image: Word | None = None
+    container: Literal["none", "pyxis", "apptainer"] = "none"  # how Slurm runs the image
+    workdir: Word = "/workspace"  # in the image: where the recipes are
+    mounts: tuple[Annotated[str, Field(pattern=r"^[^\s,:-][^\s,:]*:/[^\s,:]*(:ro)?$")], ...] = ()  # host:container[:ro]
+    shm_gib: Positive = 16  # /dev/shm of a container
+    slurm: dict[str, str | bool] = {}  # sbatch's options: {partition: gpu, cpus_per_task: 8, exclusive: true}
+    kubernetes: Kubernetes = Kubernetes()
+
+    @field_validator("environment")
+    @classmethod
+    def _plain_and_public(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if re.search(SECRET, name) or re.match(SECRET_VALUE, text):  # not ValueError: it would show the value
+                raise ConfigError(
+                    f"cluster.environment.{name}: looks like a secret, and scripts, manifests and logs would show it. "
+                    "Export it in the shell or mount it (docker/README.md, Clusters)."
+                )
+            if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.fullmatch(r"[\w@%+=:,./ -]*", text):
+                raise ValueError(f"{name} must be a name, and its value of letters, digits, blanks and @%+=:,./_-")
+        return value
+
+    @field_validator("slurm")
+    @classmethod
+    def _options(cls, value: dict[str, str | bool]) -> dict[str, str | bool]:
+        for name, text in value.items():
+            if not re.fullmatch(r"[a-z][a-z_-]*", name) or re.search(r"[\s'\"\\]", str(text)):
+                raise ValueError(f"{name} must be an option of sbatch, its value without blanks and quotes")
+            if name.replace("_", "-") in ("nodes", "ntasks", "ntasks-per-node"):
+                raise ValueError(f"{name} follows from cluster.nodes and cluster.devices_per_node. Drop it")
+        return value
+
+
 class RunConfig(Strict):
     """Everything that defines a run; ``config.yaml`` in the run directory is exactly this."""
 
@@ -253,6 +314,7 @@ class RunConfig(Strict):
     activation: Activation = Activation()
     pipeline: Pipeline = Pipeline()
     machine: Machine = Machine()
+    cluster: Cluster = Cluster()
     deepspeed: dict[str, Any] = {}  # DeepSpeed's JSON, checked by toolkit.ds_config
 
     @property

@@ -51,11 +51,12 @@ Main = Any  # a function of a RunConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe's function, the kinds of task it is for, whether it trains with a DeepSpeed engine, its file."""
+    """A recipe's function, its kinds of task, whether it trains with a DeepSpeed engine or composes runs; its file."""
 
     main: Main
     kinds: tuple[str, ...]
     engine: bool
+    composes: bool
     script: str
 
     @property
@@ -64,10 +65,25 @@ class Recipe:
         found: type[RunConfig] = get_type_hints(self.main).get("config", RunConfig)
         return found
 
+    def completed(self, arguments: list[str]) -> list[str]:
+        """The overrides, with the preset of the kind of task where there is but one and none was chosen."""
+        chosen = any(re.match(r"(task|experiment)=|--config-(path|name)|-c[pn]", a) for a in arguments)
+        return arguments if chosen or len(self.kinds) != 1 else [*arguments, f"task={self.kinds[0]}"]
 
-def recipe(*kinds: str, engine: bool = True) -> Callable[[Main], Callable[[], None]]:
-    """Make a function a command; see the module's docstring. Without ``engine`` the node deepspeed is not looked at."""
-    return lambda main: _command(Recipe(main, kinds, engine, str(Path(main.__code__.co_filename).resolve())))
+    def refuse_task(self, config: RunConfig, name: str) -> None:
+        """Raise ConfigError for a task that the recipe ``name`` is not for."""
+        if self.kinds and config.task.kind not in self.kinds:
+            texts = {f.stem: f.read_text() for f in sorted((conf_dir() / "task").glob("*.yaml"))}
+            known = [task for task, text in texts.items() if any(re.search(rf"kind: {k}\b", text) for k in self.kinds)]
+            raise ConfigError(f"task={config.task.name}: {name} is not for it. It takes task={', '.join(known)}.")
+
+
+def recipe(*kinds: str, engine: bool = True, composes: bool = False) -> Callable[[Main], Callable[[], None]]:
+    """Make a function a command; see the module's docstring.
+
+    Without ``engine`` the node deepspeed is not looked at. ``composes``: it starts further runs from its overrides.
+    """
+    return lambda main: _command(Recipe(main, kinds, engine, composes, str(Path(main.__code__.co_filename).resolve())))
 
 
 def _command(recipe: Recipe) -> Callable[[], None]:
@@ -75,16 +91,17 @@ def _command(recipe: Recipe) -> Callable[[], None]:
     def command() -> None:
         import hydra
 
+        from toolkit import ranks
+
+        ranks.adopt_scheduler()
         register_schema(recipe.config)
         debug = "--debug" in sys.argv
         # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
         arguments = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
-        chosen = any(re.match(r"(task|experiment)=|--config-(path|name)|-c[pn]", a) for a in arguments)
-        if len(recipe.kinds) == 1 and not chosen:
-            arguments.append(f"task={recipe.kinds[0]}")
         sweeps = bool({"-m", "--multirun"} & set(arguments))
         try:
-            sys.argv[1:] = _flags_first([*(SWEEP if sweeps else ()), *permissive(arguments), *HYDRA])
+            given = permissive(recipe.completed(arguments))
+            sys.argv[1:] = _flags_first([*(SWEEP if sweeps else ()), *given, *HYDRA])
         except ConfigError as error:
             refuse(error)
         debug = debug or os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -95,6 +112,7 @@ def _command(recipe: Recipe) -> Callable[[], None]:
             if sweeps:
                 _end_sweep()
 
+    command.recipe = recipe  # type: ignore[attr-defined]  # for toolkit.launchers
     return command
 
 
@@ -132,19 +150,12 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
         return
     try:
         config = load(cfg, recipe.config)
-        _refuse_task(config, recipe.kinds)
+        recipe.refuse_task(config, sys.argv[0])
         _run(recipe, config, debug)
     except ToolkitError as error:
         if debug:
             raise
         refuse(error)
-
-
-def _refuse_task(config: RunConfig, kinds: tuple[str, ...]) -> None:
-    if kinds and config.task.kind not in kinds:
-        texts = {f.stem: f.read_text() for f in sorted((conf_dir() / "task").glob("*.yaml"))}
-        known = [name for name, text in texts.items() if any(re.search(rf"kind: {kind}\b", text) for kind in kinds)]
-        raise ConfigError(f"task={config.task.name}: {sys.argv[0]} is not for it. It takes task={', '.join(known)}.")
 
 
 def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:

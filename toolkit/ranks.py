@@ -7,6 +7,7 @@ Before :func:`joined` only the environment is read, so checks can run first.
 """
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import ConfigError, ToolkitError
 
 T = TypeVar("T")
 
@@ -69,13 +70,51 @@ def tensor_groups(size: int) -> Any:
     return groups
 
 
+# What schedulers call these: Open MPI, MPICH and Intel MPI, Slurm (of a step: a batch script is no rank).
+SCHEDULERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
+)
+
+
+def adopt_scheduler() -> None:
+    """Under mpirun or srun, which do not set RANK: take the rank from what they set. A step of one is no launch."""
+    for names in SCHEDULERS if "RANK" not in os.environ else ():
+        if all(name in os.environ for name in names) and os.environ[names[2]] != "1":
+            rank, local, size, local_size = (os.environ[name] for name in names)
+            os.environ |= {
+                "RANK": rank,
+                "LOCAL_RANK": local,
+                "WORLD_SIZE": size,
+                "LOCAL_SIZE": _on_this_node(local_size),
+            }
+            return
+
+
+def _on_this_node(tasks: str) -> str:
+    """Slurm's ``2(x3),1`` is two tasks on each of three nodes and one on a fourth; others give one number."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
+    counts: list[str] = [count for count, nodes in parts for _ in range(int(nodes or 1))]
+    return counts[int(os.environ.get("SLURM_NODEID", 0)) if len(counts) > 1 else 0]
+
+
 def complete_environment() -> None:
-    """Without a launcher this is a world of one; DeepSpeed would go looking for mpi4py otherwise."""
+    """What DeepSpeed would go looking for with mpi4py. Without a launcher this is a world of one."""
+    adopt_scheduler()
     if "RANK" not in os.environ:
         port = free_port()
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.setdefault("LOCAL_SIZE", str(local_size()))
+    if local_size() == world():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"MASTER_ADDR is not set, and {world()} ranks on several hosts need the first one's address. "
+            "Export it where the ranks are started; toolkit launch writes such a script."
+        )
 
 
 def free_port() -> int:

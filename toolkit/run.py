@@ -99,7 +99,7 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def _settled(config: RunConfig) -> Path:
+def settled(config: RunConfig) -> Path:
     """The run's directory: as named, or made for it alone, however many start in the same second."""
     folder = Path(config.output_dir)
     if config.name:
@@ -159,7 +159,7 @@ class Run:
     @classmethod
     def open(cls, config: RunConfig) -> "Run":
         """Make or reopen the run directory; its name is settled on rank 0."""
-        directory = ranks.from_rank0(_settled(config) if ranks.rank() == 0 else None)
+        directory = ranks.from_rank0(settled(config) if ranks.rank() == 0 else None)
         config = config.model_copy(update={"name": directory.name})
         if config.resume == "never" and (directory / "metrics.jsonl").exists():
             raise ConfigError(

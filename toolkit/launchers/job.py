@@ -1,0 +1,188 @@
+"""A run that is checked, named and saved once, before any launcher starts it.
+
+    job = prepare(Path("recipes/pretrain.py"), ["model=bert_base", "cluster.hostfile=hosts"])
+    job.arguments(job.directory)     # what every rank runs: the recipe on the saved configuration
+
+`<output_dir>/<name>/launch/` holds config.yaml and what the launcher needs beside it.
+"""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toolkit.compose import compose
+from toolkit.config import Cluster, RunConfig
+from toolkit.errors import ConfigError
+from toolkit.launch import Recipe
+from toolkit.run import replace, settled
+
+LAUNCH = "/launch"  # where a container sees the launch directory
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run and the hosts for it: what every launcher starts from."""
+
+    name: str
+    recipe: Path  # as typed
+    config: RunConfig
+    hosts: tuple[str, ...]  # the hostfile's; () where the cluster chooses
+    nodes: int
+    devices: int  # ranks on each node
+    directory: Path  # absolute: the launch directory
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.config.cluster
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.devices
+
+    @property
+    def port(self) -> int:
+        return self.cluster.master_port or 29500
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every rank."""
+        interface = self.cluster.interface
+        sockets = {name: interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface}
+        cpu = {"DS_ACCELERATOR": "cpu"} if self.cluster.accelerator == "cpu" else {}
+        return cpu | sockets | self.cluster.environment
+
+    def arguments(self, directory: Path | str) -> list[str]:
+        """The recipe on the configuration that was saved in ``directory``."""
+        return [str(self.recipe), "--config-path", str(directory), "--config-name", "config"]
+
+    @property
+    def saved(self) -> str:
+        """The text of config.yaml."""
+        from omegaconf import OmegaConf
+
+        return str(OmegaConf.to_yaml(OmegaConf.create(self.config.model_dump(mode="json"))))
+
+    @property
+    def master(self) -> str:
+        """The first host's address. Raises ConfigError where several hosts are meant and none is named."""
+        if self.nodes > 1 and not (self.cluster.master_addr or self.hosts):
+            raise self.which_hosts()
+        return self.cluster.master_addr or next(iter(self.hosts), "127.0.0.1")
+
+    def which_hosts(self) -> ConfigError:
+        return ConfigError(
+            f"cluster.nodes={self.nodes}: which hosts? Set cluster.hostfile, with lines of `host slots=8`, "
+            "or for torchrun cluster.master_addr."
+        )
+
+    def image(self) -> str:
+        """Raises ConfigError without one."""
+        if not self.cluster.image:
+            raise ConfigError("cluster.image is not set, and these ranks run in containers. Name the image.")
+        return self.cluster.image
+
+    @property
+    def runs(self) -> str:
+        """output_dir as a container sees it."""
+        return str(Path(self.cluster.workdir) / self.config.output_dir)
+
+    @property
+    def mounts(self) -> list[str]:
+        """What containers on hosts see of the shared folders, as ``host:container``."""
+        runs = f"{Path(self.config.output_dir).absolute()}:{self.runs}"
+        return [runs, f"{self.directory}:{LAUNCH}", *self.cluster.mounts]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher makes of a job: files beside config.yaml, what is printed, and the command that submits."""
+
+    shown: str
+    command: Sequence[str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def prepare(path: Path, overrides: Sequence[str], out: Path | None = None) -> Job:
+    """Compose and check the configuration as the recipe would on its ranks, and settle its name. Raises ConfigError."""
+    from toolkit import ds_config
+
+    recipe = load_recipe(path)
+    config = compose(recipe.completed(list(overrides)), recipe.config)
+    recipe.refuse_task(config, str(path))
+    if recipe.composes or config.task.name == "glue":
+        what = "task=glue" if config.task.name == "glue" else str(path)
+        raise ConfigError(
+            f"{what}: it starts further runs from overrides, not from one saved config. Launch each of them."
+        )
+    hosts = _hostfile(config.cluster)
+    nodes = config.cluster.nodes or len(hosts) or 1
+    devices = config.cluster.devices_per_node or next(iter(hosts.values()), 1)
+    _check_hosts(config.cluster, hosts, nodes, devices)
+    if recipe.engine:
+        ds_config.complete(config, world=nodes * devices, device=config.cluster.accelerator)
+    run = settled(config)
+    config = config.model_copy(update={"name": run.name})
+    directory = (out or run / "launch").absolute()
+    return Job(run.name, path, config, tuple(hosts), nodes, devices, directory)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe that ``path`` defines as ``main``."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe. Name its file, e.g. recipes/pretrain.py.")
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["recipe"] = module
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    found = getattr(getattr(module, "main", None), "recipe", None)
+    if not isinstance(found, Recipe):
+        raise ConfigError(f"{path}: it has no function main with @recipe. See recipes/pretrain.py.")
+    return found
+
+
+def save(job: Job, launch: Launch) -> None:
+    """Write the configuration and the launcher's files, each whole or not at all."""
+    try:
+        job.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{job.directory}: {error.strerror}. Choose another place with --out.") from error
+    for name, text in {"config.yaml": job.saved, **launch.files}.items():
+        replace(job.directory / name, text)
+
+
+def _hostfile(cluster: Cluster) -> dict[str, int]:
+    """Slots by host."""
+    if cluster.hostfile is None:
+        return {}
+    path = Path(cluster.hostfile)
+    if not path.is_file():
+        raise ConfigError(f"cluster.hostfile={path}: no such file. It has lines of `host slots=8`.")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        text = line.split("#")[0].strip()
+        match = re.fullmatch(r"([A-Za-z0-9][\w.:-]*)\s+slots=([1-9]\d*)", text, re.ASCII)
+        if text and (match is None or match[1] in hosts):
+            why = "this host stands there twice" if match else "must be `host slots=8`"
+            raise ConfigError(f"{path}, line {number}: {text!r}: {why}. Correct it.")
+        if match:
+            hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"cluster.hostfile={path}: it names no host. It has lines of `host slots=8`.")
+    return hosts
+
+
+def _check_hosts(cluster: Cluster, hosts: Mapping[str, int], nodes: int, devices: int) -> None:
+    if hosts and len(hosts) != nodes:
+        raise ConfigError(f"cluster.nodes={nodes}: {cluster.hostfile} has {len(hosts)} hosts. Drop one of the two.")
+    for host, slots in hosts.items():
+        if slots != devices:
+            raise ConfigError(
+                f"{cluster.hostfile}: {host} slots={slots}, but {devices} ranks start on each host. "
+                "Give all hosts the same slots; cluster.devices_per_node may say so, or stay unset."
+            )

@@ -1,0 +1,52 @@
+"""`toolkit launch`: what a launcher needs is saved and printed, or submitted.
+
+start(Path("recipes/pretrain.py"), ["zero=stage3"], on="slurm", submit=True)
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from toolkit.errors import ConfigError, nearest
+from toolkit.launchers.commands import deepspeed, mpi, torchrun
+from toolkit.launchers.compose import compose
+from toolkit.launchers.job import prepare, save
+from toolkit.launchers.kubernetes import kubernetes
+from toolkit.launchers.slurm import slurm
+
+LAUNCHERS = {
+    "deepspeed": deepspeed,
+    "torchrun": torchrun,
+    "slurm": slurm,
+    "mpi": mpi,
+    "kubernetes": kubernetes,
+    "compose": compose,
+}
+
+
+def start(recipe: Path, overrides: Sequence[str], *, on: str, submit: bool = False, out: Path | None = None) -> None:
+    """Print the command, script or manifest; with ``submit`` become the process that submits it. Raises ConfigError."""
+    if on not in LAUNCHERS:
+        raise ConfigError(f"--on {on}: no such launcher.{nearest(on, LAUNCHERS)} Known: {', '.join(LAUNCHERS)}.")
+    job = prepare(recipe, overrides, out)
+    try:
+        launch = LAUNCHERS[on](job)
+    except ConfigError:
+        with suppress(OSError):  # not empty, or never made
+            (Path(job.config.output_dir) / job.name).rmdir()
+        raise
+    tool = launch.command[0]
+    if submit and shutil.which(tool) is None:
+        raise ConfigError(
+            f"{tool}: not found on this host. Install it, or run without --submit and take it where it is."
+        )
+    save(job, launch)
+    hint = f"; start it with: {shlex.join(launch.command)}" if launch.shown in launch.files.values() else ""
+    print(f"Saved for {job.world} ranks: {job.directory}{hint}", file=sys.stderr, flush=True)
+    if submit:
+        os.execvpe(tool, list(launch.command), {**os.environ, **launch.environment})
+    print(launch.shown, end="")
