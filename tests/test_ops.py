@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -134,17 +135,16 @@ def test_prebuilt_ops_of_other_versions_or_for_another_cpu_are_refused(
         ops.prebuilt()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_all_ops_are_those_of_every_preset(device: str) -> None:
-    wanted: set[str] = set()
+def test_all_ops_are_those_of_every_preset() -> None:
+    wanted: dict[str, set[str]] = {"cpu": set(), "cuda": set()}
     for optimizer, offload in product(("adamw", "lamb", "lion", "muon"), ("none", "cpu", "nvme")):
         stage = "stage3" if offload == "nvme" else "stage2"
-        try:
-            config = compose([f"optimizer={optimizer}", f"offload={offload}", f"zero={stage}"])
-            ds = ds_config.complete(config, world=2, device=device)
-        except ConfigError:
-            continue  # DeepSpeed has no such optimizer there
-        wanted |= set(ds_config.required_ops(ds, device=device, world=2))
-    every = ds_config.every_op(device)
-    assert wanted <= set(every) and len(wanted) >= 5
-    assert every.index("PinMemoryBuilder") < every.index("AsyncIOBuilder"), "which loads it"
+        config = compose([f"optimizer={optimizer}", f"offload={offload}", f"zero={stage}"])
+        for device, found in wanted.items():
+            with suppress(ConfigError):  # DeepSpeed has no such optimizer there
+                ds = ds_config.complete(config, world=2, device=device)
+                found |= set(ds_config.required_ops(ds, device=device, world=2))
+    for device, found in wanted.items():
+        every = ds_config.every_op(device)
+        assert found <= set(every) and len(found) >= 5
+        assert every.index("PinMemoryBuilder") < every.index("AsyncIOBuilder"), "which loads it"
