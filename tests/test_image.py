@@ -132,9 +132,8 @@ def train(*overrides: str) -> list[str]:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
+    """What the host mounts as /workspace/runs, for user 1000 to write."""
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents:
-        folder.chmod(folder.stat().st_mode | 0o011) if folder != Path("/") else None
     return tmp_path
 
 
@@ -195,17 +194,18 @@ def test_a_stopped_container_saves_and_says_so(container: str, runs: Path) -> No
     assert list((runs / "stop" / "checkpoints").glob("step-*"))
 
 
-def test_a_node_takes_the_clusters_key_and_no_other_and_trains_over_ssh(container: str, runs: Path) -> None:
-    """pdsh, the key and the hostfile as on two hosts; `--force_multi` takes that road with one."""
+def test_a_node_trains_over_ssh_and_lets_no_other_key_in(container: str, runs: Path) -> None:
+    """pdsh, sshd, key and hostfile as on two hosts; `--force_multi` takes that road with one."""
     for name in ("cluster_key", "other"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", runs / name], check=True)
-        (runs / name).chmod(0o644)
+        (runs / name).chmod(0o444)  # not user 1000's: ssh reads it whatever its mode
     (runs / "hosts").write_text("localhost slots=2\n")
-    options = ["--volume", f"{runs}:/workspace/runs", "--volume", f"{runs}/cluster_key:/run/secrets/cluster_key:ro"]
-    intruder = "install -m 600 runs/other /tmp/other; ssh -o IdentitiesOnly=yes -i /tmp/other localhost true 2>&1"
+    node = ["--volume", f"{runs}:/workspace/runs", "--volume", f"{runs}/cluster_key:/run/secrets/cluster_key:ro"]
     entry = settings()["Entrypoint"]
-    job = start(container, *entry, "sh", "-c", intruder.replace("-i", "-F none -p 2222 -i"), options=options)
-    assert "Host key verification failed" in job.communicate(timeout=60)[0] or job.returncode
-    deepspeed = ["deepspeed", "--force_multi", "--hostfile", "runs/hosts", "--master_addr", "127.0.0.1"]
-    run(container, *entry, *deepspeed, "recipes/pretrain.py", *SMALL, "name=ssh", options=options)
+    ssh = "ssh -F none -p 2222 -o BatchMode=yes"
+    assert run(container, *entry, "sh", "-c", f"{ssh} -i ~/.ssh/cluster_key localhost id -u", options=node) == "1000\n"
+    other = start(container, *entry, *f"{ssh} -i runs/other localhost id -u".split(), options=node)
+    assert "Permission denied (publickey)" in other.communicate(timeout=60)[0]
+    launcher = ["deepspeed", "--force_multi", "--hostfile", "runs/hosts", "--master_addr", "127.0.0.1"]
+    run(container, *entry, *launcher, "recipes/pretrain.py", *SMALL, "name=ssh", options=node)
     assert len([r for r in read(runs / "ssh" / "metrics.jsonl") if "loss" in r]) == 20
