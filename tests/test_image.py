@@ -87,7 +87,7 @@ def mounts() -> list[str]:
 @pytest.fixture(scope="module")
 def container() -> Iterator[str]:
     STORE.mkdir(parents=True, exist_ok=True)
-    paths = f'graphroot = "{STORE}/layers"\nrunroot = "{STORE}/run"'
+    paths = f'graphroot = "{STORE}/graph"\nrunroot = "{STORE}/run"'
     (STORE / "storage.conf").write_text(f'[storage]\ndriver = "overlay"\n{paths}\n')
     if not buildah("images", "--quiet", "--filter", f"reference={BASE}"):
         make_base()
