@@ -6,7 +6,14 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 LAUNCH := $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu .venv/bin/deepspeed --num_gpus 2,.venv/bin/deepspeed)
 OVERRIDES ?=
 
-.PHONY: demo test lint clean
+# make image: for NVIDIA GPUs.  make image DEVICE=cpu.  More arguments: IMAGE_ARGS='--build-arg CPU_ARCH=x86-64-v4'
+DEVICE ?= cuda
+IMAGE ?= deepspeed-toolkit$(if $(filter cpu,$(DEVICE)),:cpu)
+IMAGE_ARGS ?=
+CPU_ARGS := --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg RUNTIME_IMAGE=ubuntu:24.04
+BUILDER ?= $(shell docker info > /dev/null 2>&1 && echo docker || command -v podman || command -v buildah)
+
+.PHONY: demo test lint image image-test clean
 demo: .venv/.installed
 	$(LAUNCH) --log_level error recipes/pretrain.py experiment=demo $(OVERRIDES)
 
@@ -17,6 +24,15 @@ lint: .venv/.installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+image:
+	$(if $(BUILDER),,$(error make image needs docker, podman or buildah))
+	BUILDAH_FORMAT=docker $(BUILDER) build -f docker/Dockerfile -t $(IMAGE) --build-arg ACCELERATOR=$(DEVICE) \
+		$(if $(filter cpu,$(DEVICE)),$(CPU_ARGS)) --build-arg REVISION=$$(git rev-parse HEAD) $(IMAGE_ARGS) .
+
+# Builds the CPU image from nothing and runs it; needs root, buildah and debootstrap.
+image-test: .venv/.installed
+	TOOLKIT_IMAGE_TEST=build/image .venv/bin/pytest tests/test_image.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

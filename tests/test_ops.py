@@ -1,15 +1,20 @@
 """DeepSpeed's ops: built once, whoever asks, and no killed build blocks the next."""
 
+import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from io import StringIO
+from itertools import product
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from toolkit import ops
+from toolkit import ds_config, ops
+from toolkit.compose import compose
+from toolkit.errors import ConfigError, PlanError
 
 BUILD = "from rich.console import Console; from toolkit import ops; ops.ensure(['CPUAdagradBuilder'], Console())"
 
@@ -56,3 +61,90 @@ def test_the_directory_is_the_toolkits_own_and_knows_versions(monkeypatch: pytes
     path = ops.directory()
     assert path.parent == tmp_path / "deepspeed-toolkit" / "ops" and "deepspeed0." in path.name
     assert ops.directory() == path, "asked again, the same one"
+
+
+TINY_OP = """
+#include <Python.h>
+static PyObject* target(PyObject*, PyObject*) {
+#if defined(__AVX512F__) || defined(__AVX512__)
+    return PyUnicode_FromString("avx512");
+#elif defined(__AVX2__) && defined(__AVX256__)
+    return PyUnicode_FromString("avx2");
+#else
+    return PyUnicode_FromString("other");
+#endif
+}
+static PyMethodDef methods[] = {{"target", target, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny", nullptr, -1, methods};
+PyMODINIT_FUNC PyInit_tiny() { return PyModule_Create(&module); }
+"""
+LOAD_TINY = """
+import sys
+from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
+from rich.console import Console
+from toolkit import ops
+
+class TinyBuilder(CPUOpBuilder):
+    def __init__(self): super().__init__("tiny")
+    def absolute_name(self): return self.name
+    def sources(self): return [sys.argv[1]]
+
+ops.ensure([TinyBuilder()], Console(stderr=True))
+print(TinyBuilder().load().target())
+"""
+
+
+def test_ops_for_a_named_cpu_are_found_ready_without_a_compiler(tmp_path: Path) -> None:
+    """As an image has them: built on one machine for a kind of CPU, loaded on another by a user who cannot write."""
+    if not ops.CPU_FLAGS["x86-64-v3"] <= set(ops._cpu_flags().split()):
+        pytest.skip("this CPU is no x86-64-v3")
+    (tmp_path / "tiny.cpp").write_text(TINY_OP)
+    command = [sys.executable, "-c", LOAD_TINY, str(tmp_path / "tiny.cpp")]
+    base = os.environ | {"DS_ACCELERATOR": "cpu", "TOOLKIT_CPU_ARCH": "x86-64-v3"}
+    build = base | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "image")}
+    built = subprocess.run(command, env=build, capture_output=True, text=True, check=True)
+    assert built.stdout.splitlines()[-1] == "avx2", "neither this CPU's own instructions nor its vector width"
+    assert "Building the op 'tiny'" in built.stderr
+    (folder,) = (tmp_path / "image").iterdir()
+    assert folder.name.endswith("-x86-64-v3")
+
+    later = base | {"TOOLKIT_PREBUILT_OPS": str(tmp_path / "image"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
+    found = subprocess.run(command, env=later | {"CXX": "none"}, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "avx2" and "Building" not in found.stderr
+    assert not (tmp_path / "cache").exists(), "nothing was built"
+
+
+def test_prebuilt_ops_of_other_versions_or_for_another_cpu_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TOOLKIT_CPU_ARCH", "x86-64-v4")
+    assert ops.prebuilt() is None, "no image"
+    monkeypatch.setenv("TOOLKIT_PREBUILT_OPS", str(tmp_path))
+    (tmp_path / "torch1.0-deepspeed0.1-py9-x86-64-v4").mkdir()
+    with pytest.raises(PlanError, match=r"holds ops for torch1\.0-\S+, but this is torch\S+-x86-64-v4\. Build the"):
+        ops.prebuilt()
+    (tmp_path / ops._name()).mkdir()
+    monkeypatch.setattr(ops, "_cpu_flags", lambda: "flags : " + " ".join(ops.CPU_FLAGS["x86-64-v4"] - {"avx512bw"}))
+    with pytest.raises(PlanError, match=r"TOOLKIT_CPU_ARCH=x86-64-v4: this CPU lacks avx512bw\. "):
+        ops.prebuilt()
+    monkeypatch.setattr(ops, "_cpu_flags", lambda: "flags : " + " ".join(ops.CPU_FLAGS["x86-64-v4"]))
+    assert ops.prebuilt() == tmp_path / ops._name()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(PlanError, match=r"but this is torch.*-x86-64-v4-cuda"):  # its fused_adam is another op
+        ops.prebuilt()
+
+
+def test_all_ops_are_those_of_every_preset() -> None:
+    wanted: dict[str, set[str]] = {"cpu": set(), "cuda": set()}
+    for optimizer, offload in product(("adamw", "lamb", "lion", "muon"), ("none", "cpu", "nvme")):
+        stage = "stage3" if offload == "nvme" else "stage2"
+        config = compose([f"optimizer={optimizer}", f"offload={offload}", f"zero={stage}"])
+        for device, found in wanted.items():
+            with suppress(ConfigError):  # DeepSpeed has no such optimizer there
+                ds = ds_config.complete(config, world=2, device=device)
+                found |= set(ds_config.required_ops(ds, device=device, world=2))
+    for device, found in wanted.items():
+        every = ds_config.every_op(device)
+        assert found <= set(every) and len(found) >= 5
+        assert every.index("PinMemoryBuilder") < every.index("AsyncIOBuilder"), "which loads it"

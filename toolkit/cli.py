@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ops = commands.add_parser("build-ops", help="build DeepSpeed's C++ ops that a configuration needs")
     ops.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. offload=cpu")
     ops.add_argument("--world", type=int, default=2, help="ranks the job will have (default: 2)")
-    ops.set_defaults(call=lambda a: _build_ops(a.overrides, a.world))
+    ops.add_argument("--all", action="store_true", help="all that the presets can need, for an image")
+    ops.set_defaults(call=lambda a: _build_ops(a.overrides, a.world, a.all))
 
     machines = commands.add_parser("machines", help="the devices of conf/machine, what they can do and who says so")
     machines.add_argument("name", nargs="?", help="only this one, e.g. h100")
@@ -150,15 +151,17 @@ def _curves(runs: list[Path], keys: list[str] | None, out: Path | None) -> None:
     print(f"Drawn: {stem}.png, {stem}.svg")
 
 
-def _build_ops(overrides: list[str], world: int) -> None:
+def _build_ops(overrides: list[str], world: int, every: bool) -> None:
     from rich.console import Console
 
     from toolkit import ds_config, ops, ranks
     from toolkit.compose import compose
 
+    if every and overrides:
+        raise ConfigError(f"--all with {' '.join(overrides)}: all ops are for every configuration. Leave one out.")
     config, device = compose(overrides), ranks.device()
     ds = ds_config.complete(config, world=world, device=device)
-    builders = ds_config.required_ops(ds, device=device, world=world)
+    builders = ds_config.every_op(device) if every else ds_config.required_ops(ds, device=device, world=world)
     ops.ensure(builders, Console())
     print(f"Ready in {ops.directory()}: {', '.join(builders)}")
 

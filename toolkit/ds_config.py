@@ -144,6 +144,13 @@ def required_ops(ds: Mapping[str, Any], *, device: str, world: int) -> list[str]
     return [name for name, needed in wanted.items() if name and needed]
 
 
+def every_op(device: str) -> list[str]:
+    """The op builders of all presets: optimizers on the device and on the host, and NVMe offload."""
+    host = ["CPUAdamBuilder", "CPUAdagradBuilder", "CPULionBuilder", "PinMemoryBuilder", "AsyncIOBuilder"]
+    own = ["ShareMemCommBuilder"] if device == "cpu" else ["FusedLambBuilder", "FusedLionBuilder"]
+    return ["FusedAdamBuilder", *own, *host]
+
+
 def largest_parameter(config: RunConfig, vocab_size: int | None = None) -> int:
     """Elements of the largest parameter of the model: the word embedding, but for tiny vocabularies."""
     model = config.model

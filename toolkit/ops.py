@@ -4,6 +4,9 @@
 
 Left to itself DeepSpeed compiles at first use, silently and for minutes, and waits without limit for
 the lock file that a killed build leaves behind.
+
+Two variables serve images: TOOLKIT_CPU_ARCH (x86-64-v3) compiles for that architecture instead of this very CPU, and
+TOOLKIT_PREBUILT_OPS is where ops that were built so lie ready; only what is missing there is built, in directory().
 """
 
 import hashlib
@@ -17,31 +20,69 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from filelock import FileLock, Timeout
 
-from toolkit import nvme
+from toolkit import nvme, ranks
 from toolkit.config import cache_dir
 from toolkit.errors import PlanError
+
+V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"}  # the x86-64 psABI's levels, as /proc/cpuinfo names them
+CPU_FLAGS = {"x86-64-v3": V3, "x86-64-v4": V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}}
+SIMD = {"x86-64-v3": "-D__AVX256__", "x86-64-v4": "-D__AVX512__"}  # DeepSpeed's csrc/includes/simd.h
 
 
 def directory() -> Path:
     """Where ops are built: under TORCH_EXTENSIONS_DIR or the toolkit's cache, a folder per version and CPU."""
-    from importlib.metadata import version
-
-    name = f"torch{version('torch')}-deepspeed{version('deepspeed')}-py{sys.version_info.minor}-{_cpu_kind()}"
     base = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_dir("ops"))
-    path = base if base.name == name else base / name
+    path = base if base.name == _name() else base / _name()
     path.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(path)
     return path
 
 
-def _cpu_kind() -> str:
-    """Ops are compiled for the very CPU (-march=native); a home directory may serve several kinds."""
+def prebuilt() -> Path | None:
+    """The folder of TOOLKIT_PREBUILT_OPS for these versions and this architecture; None without the variable.
+
+    Raises PlanError if there is none for them, or this CPU cannot run them.
+    """
+    if not (base := os.environ.get("TOOLKIT_PREBUILT_OPS")):
+        return None
+    folder = Path(base) / _name()
+    if not folder.is_dir():
+        found = ", ".join(sorted(p.name for p in Path(base).glob("torch*"))) or "nothing"
+        raise PlanError(
+            f"TOOLKIT_PREBUILT_OPS={base} holds ops for {found}, but this is {folder.name}. Build the image again, or "
+            "unset the variable: ops are then compiled at first use."
+        )
+    if lacking := sorted(CPU_FLAGS.get(march(), set()) - set(_cpu_flags().split())):
+        raise PlanError(
+            f"TOOLKIT_CPU_ARCH={march()}: this CPU lacks {', '.join(lacking)}. Build the image for an older CPU "
+            "(--build-arg CPU_ARCH=x86-64-v2), or unset TOOLKIT_CPU_ARCH and TOOLKIT_PREBUILT_OPS to compile here."
+        )
+    return folder
+
+
+def march() -> str:
+    """What ops are compiled for: TOOLKIT_CPU_ARCH, or this very CPU."""
+    return os.environ.get("TOOLKIT_CPU_ARCH") or "native"
+
+
+def _name() -> str:
+    """What ops depend on. A home directory may serve several kinds of CPU; fused_adam is another op on each device."""
+    from importlib.metadata import version
+
+    machine = hashlib.sha256((platform.machine() + _cpu_flags()).encode()).hexdigest()[:8]
+    kind = machine if march() == "native" else march()
+    device = "" if ranks.device() == "cpu" else f"-{ranks.device()}"
+    return f"torch{version('torch')}-deepspeed{version('deepspeed')}-py{sys.version_info.minor}-{kind}{device}"
+
+
+def _cpu_flags() -> str:
     info = Path("/proc/cpuinfo")
-    flags = next((x for x in info.read_text().splitlines() if x.startswith("flags")), "") if info.exists() else ""
-    return hashlib.sha256((platform.machine() + flags).encode()).hexdigest()[:8]
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def ensure(builders: Sequence[Any], console: Any) -> None:
@@ -59,8 +100,9 @@ def ensure(builders: Sequence[Any], console: Any) -> None:
     if "AsyncIOBuilder" in builders:
         nvme.require_libaio()
     ops = [get_accelerator().create_op_builder(b) if isinstance(b, str) else b for b in builders]
-    root = directory()
+    ready = prebuilt()
     for op in (o for o in ops if not installed_ops.get(o.name)):
+        root = ready if ready and _built(ready, op.name) else directory()
         if not _built(root, op.name):
             with _locked(root / "toolkit.lock", console):
                 _clear_stale_lock(root / op.name, console)
@@ -96,9 +138,23 @@ def _build(op: Any, console: Any) -> None:
         raise PlanError(f"{name} cannot be built on this machine: {hint}. {op.error_log or ''}")
     start = time.monotonic()
     console.print(f"Building {name}: once on this machine, a minute or two …")
-    with console.status("compiling"):
+    with console.status("compiling"), _target(op):
         op.load(verbose=False)
     console.print(f"Built {name} in {time.monotonic() - start:.0f} s.")
+
+
+@contextmanager
+def _target(op: Any) -> Iterator[None]:
+    """Compile for what TOOLKIT_CPU_ARCH and TORCH_CUDA_ARCH_LIST name; DeepSpeed looks at the machine it is on."""
+    if march() != "native":
+        op.cpu_arch = lambda: f"-march={march()}"
+        op.simd_width = lambda: SIMD.get(march(), "-D__SCALAR__")
+    if ranks.device() == "cuda" and os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        # `docker build` sees no GPU, and jit_load would take CUDA's async_io for one of the CPU: linked without libaio.
+        with patch("torch.cuda.is_available", return_value=True):
+            yield
+    else:
+        yield
 
 
 def _clear_stale_lock(folder: Path, console: Any) -> None:

@@ -55,7 +55,7 @@ class ReductionsBuilder(OpBuilder):  # type: ignore[misc]
         return [str(SOURCE)]
 
     def cxx_args(self) -> list[str]:
-        return ["-O3", "-march=native", "-pthread"]
+        return ["-O3", f"-march={ops.march()}", "-pthread"]
 
 
 def load(console: Any) -> Any:
