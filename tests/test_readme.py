@@ -87,7 +87,8 @@ def options(group: Path) -> set[str]:
 def test_the_options_of_every_group_are_listed() -> None:
     section = (ROOT / "README.md").read_text().split("## Configuration")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
-    groups = {p.name: options(p) for p in (ROOT / "conf").iterdir() if p.is_dir()}
+    folders = [p for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "reproduce"]  # published numbers
+    groups = {p.name: options(p) for p in folders}
     listed = {group: set(re.findall(r"`([\w/*]+)`", options)) for group, options in rows.items()}
     listed["zero"] |= {"stage1", "stage2"}  # the table says stage0 … stage3
     assert listed == groups

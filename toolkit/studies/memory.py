@@ -164,6 +164,17 @@ def state(ds: Any) -> dict[str, list[Tensor]]:
     return found
 
 
+def sizes(ds: Any) -> dict[str, int]:
+    """Bytes of :func:`state`, each storage once, under the first category that has it."""
+    seen: set[int] = set()
+    found: Counter[str] = Counter()
+    for category, tensors in state(ds).items():
+        for storage in (t.untyped_storage() for t in tensors):
+            found[category] += 0 if storage._cdata in seen else storage.nbytes()
+            seen.add(storage._cdata)
+    return dict(found)
+
+
 def _gradients(parameters: list[Any]) -> list[Tensor]:
     """Those with memory of their own; slices of DeepSpeed's buckets are workspace."""
     found = [p.grad for p in parameters if p.grad is not None]
