@@ -17,7 +17,12 @@ from toolkit.models.pretraining import MODELS
 from toolkit.plan.shapes import model_shape
 from toolkit.tasks import kind
 
-SMALL = ("model.num_hidden_layers=3", "model.hidden_size=48", "model.num_attention_heads=3", "model.intermediate_size=80")
+SMALL = (
+    "model.num_hidden_layers=3",
+    "model.hidden_size=48",
+    "model.num_attention_heads=3",
+    "model.intermediate_size=80",
+)
 CASES = {
     "pretrain, bert_base": ["model=bert_base"],
     "pretrain, bert_large": ["model=bert_large"],
@@ -43,7 +48,9 @@ def real_model(config: Any) -> Any:
         hf_config = bert_config(shape, vocab_size=vocab, pad_id=0)
         hf_config.num_labels = len(config.data.labels or kind(config).label_names) if task != "pretrain" else 2
         model_class = (
-            MODELS[config.task.objective] if task == "pretrain" else getattr(transformers, kind(config).models)[type(hf_config)]
+            MODELS[config.task.objective]
+            if task == "pretrain"
+            else getattr(transformers, kind(config).models)[type(hf_config)]
         )
     with torch.device("meta"), no_init_weights():
         model = model_class(hf_config)

@@ -42,5 +42,7 @@ def published(name: str) -> dict[str, Any]:
 
     files = {f.stem: f for f in (conf_dir() / "reproduce").glob("*.yaml")}
     if name not in files:
-        raise ConfigError(f"{name}: nothing published under that name.{nearest(name, files)} Known: {', '.join(files)}.")
+        raise ConfigError(
+            f"{name}: nothing published under that name.{nearest(name, files)} Known: {', '.join(files)}."
+        )
     return dict(OmegaConf.to_container(OmegaConf.load(files[name])))  # type: ignore[arg-type]

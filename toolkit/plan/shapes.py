@@ -86,8 +86,7 @@ def model_shape(config: RunConfig) -> ModelShape:
     keys = _own_keys(model, config.tokenizer.vocab_size) if model.weights is None else _read(model.weights)
     if keys["model_type"] not in KINDS:
         raise PlanError(
-            f"model.weights={model.weights}: a {keys['model_type']} model cannot be planned."
-            f" Known: {', '.join(KINDS)}."
+            f"model.weights={model.weights}: a {keys['model_type']} model cannot be planned. Known: {', '.join(KINDS)}."
         )
     if (keys["model_type"] == "marian") != (task.kind == "translate") or task.kind in ("linear", "denoise"):
         raise PlanError(

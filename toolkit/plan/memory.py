@@ -1,0 +1,304 @@
+"""What DeepSpeed 0.19.8 really holds on a device, its host and NVMe, in bytes by part, each with its formula.
+
+memory = memory_of(shape, layout, pipe_stage=0)
+memory.peak, memory.at_peak                     # bytes of the device at the worst moment, and its parts
+
+Any of four moments can be the worst: the backward pass begins (all activations are there), its first gradients are
+made (the buckets are there, too), it ends (all gradients are), the optimizer works. Files in comments are DeepSpeed's. The ZeRO paper's accounting of 16 bytes
+a parameter is toolkit/plan/paper.py: in half precision DeepSpeed also sums gradients in fp32 (4 bytes instead of 2)
+and turns them into fp32 for the optimizer, which makes it 18 (stages 1 to 3) or 20 (a copy while the optimizer works).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from toolkit.plan.activations import activations
+from toolkit.plan.layout import BYTES, Layout
+from toolkit.plan.shapes import Layer, ModelShape, Parameter
+from toolkit.plan.stages import stages
+
+MOMENTS = {
+    "b": "the loss begins the backward pass", "g": "the last layer's gradients are made",
+    "r": "the backward pass ends", "o": "the optimizer works",
+}  # fmt: skip
+ALL = "bgro"
+ALLREDUCE = 500_000_000  # elements that stage 0 flattens at a time (runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE)
+# fp32 numbers of state for each parameter, besides the master weight
+STATES = {
+    "FusedAdam": 2, "DeepSpeedCPUAdam": 2, "torch.Adam": 2, "torch.AdamW": 2, "torch.NAdam": 2, "torch.RAdam": 2,
+    "FusedLamb": 2, "FusedLion": 1,
+    "DeepSpeedCPULion": 2,  # the second is never used (ops/lion/cpu_lion.py)
+    "torch.Adagrad": 1, "DeepSpeedCPUAdagrad": 1, "torch.RMSprop": 1, "torch.Adamax": 2, "torch.Adafactor": 0,
+    "torch.ASGD": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """``place``: device, host or nvme; ``moments``: letters of MOMENTS at which it is there."""
+
+    name: str
+    group: str  # weights, gradients, optimizer, buffers, activations, workspace
+    place: str
+    bytes: int
+    formula: str
+    moments: str = ALL
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank: every part, wherever and whenever it is there."""
+
+    parts: tuple[Part, ...]
+
+    def at(self, moment: str) -> tuple[Part, ...]:
+        return tuple(p for p in self.parts if p.place == "device" and moment in p.moments)
+
+    @property
+    def moment(self) -> str:
+        """When the device holds most."""
+        return max(MOMENTS, key=lambda m: sum(p.bytes for p in self.at(m)))
+
+    @property
+    def at_peak(self) -> tuple[Part, ...]:
+        return self.at(self.moment)
+
+    @property
+    def peak(self) -> int:
+        return sum(p.bytes for p in self.at_peak)
+
+    def total(self, place: str, *, pinned: bool = False) -> int:
+        """Bytes on the host (pinned ones only, where asked for) or on NVMe."""
+        return sum(p.bytes for p in self.parts if p.place == place and (p.pinned or not pinned))
+
+    def most(self, group: str) -> int:
+        """The most bytes that a group has on the device at any moment."""
+        return max(sum(p.bytes for p in self.at(m) if p.group == group) for m in MOMENTS)
+
+
+def memory_of(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> Memory:
+    """Of a rank of this pipe stage. What the CUDA context and the allocator take is not in it: see assumptions."""
+    layers = stages(shape, count=layout.pipe, how=layout.partition)[pipe_stage]
+    own = _Own.of(layers, layout)
+    rules = {0: _stage0, 1: _bf16_optimizer if layout.bf16_optimizer else _stage1_2, 2: _stage1_2, 3: _stage3}
+    found = [*rules[layout.stage](own, layout), *_activations(shape, layout, layers, pipe_stage)]
+    return Memory(tuple(p for p in found if p.bytes))
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The elements of one rank's layers after tensor parallelism."""
+
+    sizes: tuple[int, ...]  # of every trained parameter
+    matrices: int  # elements of parameters of two dimensions: the group that decays
+    states: float  # fp32 numbers of optimizer state for each element
+    frozen: int
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], layout: Layout) -> "_Own":
+        every = [p for layer in layers for p in layer.parameters]
+        names = [f"{i}.{p.name}" for i, layer in enumerate(layers) for p in layer.parameters]
+        seen: dict[str, Parameter] = {}
+        for name, p in zip(names, every, strict=True):
+            seen["word" if p.name == "word" else name] = p  # tied: once, though the head of the same stage has it, too
+        trained = [p for p in seen.values() if p.trained]
+        size = [_split(p, layout.tensor) for p in trained]
+        matrices = [s for p, s in zip(trained, size, strict=True) if len(p.shape) > 1]
+        frozen = sum(p.size for p in seen.values() if not p.trained)
+        return cls(tuple(size), sum(matrices), _states(trained, size, layout), frozen)
+
+    @property
+    def count(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes, default=0)
+
+    @property
+    def group(self) -> int:
+        """Elements of the larger of the two groups, with and without weight decay."""
+        return max(self.matrices, self.count - self.matrices)
+
+    def shard(self, layout: Layout) -> int:
+        """A rank's share of flat groups (stages 1, 2), or of parameters each for itself (stage 3), with padding."""
+        if layout.stage == 3:
+            return sum(ceil(s / layout.data) for s in self.sizes)
+        align = 2 * layout.data
+        return sum(ceil(g / align) * 2 for g in (self.matrices, self.count - self.matrices))
+
+
+def _split(parameter: Parameter, tensor: int) -> int:
+    return parameter.size if parameter.split is None else parameter.size // tensor
+
+
+def _states(trained: Sequence[Parameter], sizes: Sequence[int], layout: Layout) -> float:
+    name, params = layout.optimizer, layout.optimizer_params
+    if name == "torch.SGD":
+        return 1.0 if params.get("momentum") else 0.0
+    if name == "MuonWithAuxAdam":  # one momentum for matrices that are no embeddings, Adam for the rest
+        muon = sum(s for p, s in zip(trained, sizes, strict=True) if len(p.shape) > 1 and p.name not in EMBEDDINGS)
+        return 2 - muon / max(1, sum(sizes))
+    return float(STATES.get(name, 2))
+
+
+EMBEDDINGS = ("word", "position", "type")  # deepspeed/__init__.py, set_optimizer_flags
+
+
+def _part(group: str, name: str, count: float, size: float, *, why: str = "", moments: str = ALL, place: str = "device",
+          pinned: bool = False) -> Part:  # fmt: skip
+    formula = f"{int(count):,} x {size:g} B" + (f": {why}" if why else "")
+    return Part(name, group, place, int(count * size), formula, moments, pinned)
+
+
+def _stage0(own: _Own, layout: Layout) -> Iterator[Part]:
+    count, size = own.count, layout.bytes
+    yield _part("weights", "weights", count + own.frozen, size)
+    before = ALL if layout.accumulation > 1 else "ro"
+    yield _part("gradients", "gradients", count, size, moments=before)
+    if layout.dtype != "fp32":  # runtime/fp16/fused_optimizer.py
+        yield _part("optimizer", "master weights", count, 4, why="fp32")
+        yield _part("workspace", "fp32 gradients", own.group, 4, why="one group at a time", moments="o")
+    yield _part("optimizer", "optimizer states", count * own.states, 4, why=layout.optimizer)
+    if layout.data > 1:
+        flat = min(count, ALLREDUCE)
+        yield _part("buffers", "all-reduce buffer", flat, size, why="gradients flattened", moments="r")
+        if layout.communication_dtype != layout.dtype:
+            yield _part("buffers", "all-reduce copy", flat, BYTES[layout.communication_dtype], moments="r")
+    yield from _torch_work(own, layout, count)
+
+
+def _stage1_2(own: _Own, layout: Layout) -> Iterator[Part]:
+    """runtime/zero/stage_1_and_2.py."""
+    count, size, shard = own.count, layout.bytes, own.shard(layout)
+    sums, wire = BYTES[layout.accumulation_dtype], BYTES[layout.communication_dtype]
+    apart = layout.accumulation_dtype != layout.dtype  # sums in a type of their own
+    offload, several = layout.offload != "none", layout.accumulation > 1
+    share = f"of {layout.data} shares"
+    yield _part("weights", "weights", count + own.frozen, size, why="flat, whole on every rank")
+    yield from _master(own, layout, shard)
+    bucket, staged = layout.zero["reduce_bucket_size"], sums if layout.stage == 1 and apart else size
+    buffers = 2 if layout.overlap or layout.pipe > 1 else 1
+    kept = several and layout.stage == 1  # stage 1 makes them in the first micro-batch and keeps them to the last
+    if kept:
+        first = 1 if layout.pipe > 1 else buffers
+        yield _part("gradients", "gradients", count, sums, why="summed whole, reduced once a step", moments="bgr")
+        yield _part("buffers", "reduction buckets", first * bucket, staged, why=f"{first} buckets", moments="b")
+    yield _part("buffers", "reduction buckets", buffers * bucket, staged, why=f"{buffers} buckets", moments="gr")
+    yield _part("workspace", "bucket while reduced", min(bucket, count), wire, moments="r")
+    yield _part("workspace", "largest gradient", own.largest, size, moments="r")
+    if layout.stage == 2 and apart:
+        yield _part("gradients", "gradient sums", shard, sums, why=share, moments=ALL if several else "gro")
+    elif not offload:
+        yield _part("gradients", "gradient sums", shard, sums, why=share,
+                    moments=ALL if several and layout.stage == 2 else "gro")  # fmt: skip
+        if several and layout.stage == 2:
+            yield _part("gradients", "gradients of a micro-batch", shard, size, why=share, moments="r")
+        yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
+    if offload:
+        yield from _offload1_2(own, layout, shard, accumulates=several and layout.stage == 2 and not apart)
+    else:
+        yield from _torch_work(own, layout, shard)
+
+
+def _offload1_2(own: _Own, layout: Layout, shard: int, accumulates: bool) -> Iterator[Part]:
+    size, host = layout.bytes, {"place": "host", "pinned": layout.pinned}
+    yield _part("buffers", "gradient on its way", own.largest, size, why="largest parameter")
+    yield _part("gradients", "host gradients", shard, 4, why="fp32, of this rank's share", **host)  # type: ignore[arg-type]
+    yield _part("buffers", "host weights to send", shard, size, **host)  # type: ignore[arg-type]
+    yield _part("buffers", "host gradient on its way", own.largest, size, **host)  # type: ignore[arg-type]
+    if accumulates:
+        yield _part("gradients", "host gradient sums", shard, size, why="over micro-batches", **host)  # type: ignore[arg-type]
+
+
+def _bf16_optimizer(own: _Own, layout: Layout) -> Iterator[Part]:
+    """runtime/bf16_optimizer.py: gradients in bf16 are kept, too, as zeros (immediate_grad_update is off)."""
+    count, shard = own.count, own.shard(layout)
+    yield _part("weights", "weights", count + own.frozen, layout.bytes)
+    yield from _master(own, layout, shard)
+    yield _part("gradients", "gradient sums", count, 4, why="fp32, whole on every rank")
+    before = ALL if layout.accumulation > 1 else "ro"
+    yield _part("gradients", "gradients", count, layout.bytes, moments=before)
+    if layout.data > 1:
+        yield _part("buffers", "all-reduce buffer", min(count, ALLREDUCE), 4, moments="r")
+    yield from _torch_work(own, layout, shard)
+
+
+def _stage3(own: _Own, layout: Layout) -> Iterator[Part]:
+    """runtime/zero/stage3.py and partitioned_param_coordinator.py."""
+    size, shard, zero = layout.bytes, own.shard(layout), layout.zero
+    sums, wire = BYTES[layout.accumulation_dtype], BYTES[layout.communication_dtype]
+    offload = layout.offload != "none"
+    share = f"of {layout.data} shares"
+    whole = sum(s for s in own.sizes if s <= zero["stage3_param_persistence_threshold"])
+    place = {"none": "device", "cpu": "host", "nvme": "nvme"}
+    frozen = ceil(own.frozen / layout.data)
+    yield _part("weights", "weights", shard + frozen, size, why=share, place=place[layout.offload_params],
+                pinned=layout.offload_params == "cpu" and layout.pinned)  # fmt: skip
+    yield _part("weights", "whole weights", whole, size, why="never shared: below the persistence threshold")
+    # The prefetcher passes over weights that are there and keeps them for their next use: all stay to the end
+    live = min(own.count - whole, max(zero["stage3_max_live_parameters"], own.largest))
+    yield _part("weights", "gathered weights", live, size, why="up to stage3_max_live_parameters", moments="bg")
+    ahead = min(own.count - whole, own.largest + zero["stage3_prefetch_bucket_size"])
+    yield _part("weights", "gathered weights", ahead, size, why="prefetched", moments="r")
+    yield from _master(own, layout, shard)
+    yield _part("gradients", "gradient sums", shard, sums, why=share, place="host" if offload else "device",
+                pinned=layout.pinned)  # fmt: skip
+    yield _part("buffers", "reduction buckets", zero["reduce_bucket_size"], wire, why="one bucket")
+    yield _part("workspace", "bucket while reduced", min(zero["reduce_bucket_size"], own.count), wire, moments="r")
+    yield _part("workspace", "largest gradient", own.largest, size, moments="r")
+    if layout.offload == "cpu":
+        yield _part("gradients", "host gradients", shard, 4, why="fp32", place="host", pinned=layout.pinned)
+    elif layout.offload == "none":
+        yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
+        yield from _torch_work(own, layout, shard)
+    if "nvme" in (layout.offload, layout.offload_params):
+        yield from _swap_buffers(own, layout)
+
+
+def _master(own: _Own, layout: Layout, shard: int) -> Iterator[Part]:
+    """Weights in fp32 and the optimizer's states; on NVMe the gradients lie beside them."""
+    place = {"none": "device", "cpu": "host", "nvme": "nvme"}[layout.offload]
+    share = f"of {layout.data} shares"
+    pinned = place == "host" and layout.pinned and layout.stage < 3
+    yield _part("optimizer", "master weights", shard, 4, why=f"fp32, {share}", place=place, pinned=pinned)
+    yield _part("optimizer", "optimizer states", shard * own.states, 4, why=f"{layout.optimizer}, {share}", place=place)
+    if place == "nvme":
+        yield _part("gradients", "swapped gradients", shard, 4, why=share, place=place)
+
+
+def _swap_buffers(own: _Own, layout: Layout) -> Iterator[Part]:
+    """runtime/swap_tensor: pinned memory through which everything goes to and from NVMe."""
+    if layout.offload == "nvme":
+        part = ceil(own.largest / layout.data)
+        yield _part(
+            "buffers", "swap buffers", layout.swap_buffers * part, 4, why="optimizer", place="host", pinned=True
+        )
+    if layout.offload_params == "nvme":
+        count, elements = layout.param_swap
+        yield _part("buffers", "weight swap buffers", count * elements, layout.bytes, place="host", pinned=True)
+
+
+def _torch_work(own: _Own, layout: Layout, shard: int) -> Iterator[Part]:
+    """PyTorch's own optimizers make a new tensor of each group; DeepSpeed's kernels work in place."""
+    if layout.optimizer.startswith("torch."):
+        yield _part("workspace", "optimizer's work", own.group * shard / max(1, own.count), 4, moments="o")
+
+
+def _activations(shape: ModelShape, layout: Layout, layers: Sequence[Layer], pipe_stage: int) -> Iterator[Part]:
+    kept = activations(shape, layout, layers)
+    waiting = {"1f1b": min(layout.pipe - pipe_stage, layout.accumulation), "gpipe": layout.accumulation}
+    flight = waiting[layout.schedule] if layout.pipe > 1 else 1
+    why = f"{flight} micro-batch{'es' * (flight > 1)} of {layout.micro}: {kept.formula}"
+    begin = flight * (kept.each + kept.head)
+    yield Part("activations", "activations", "device", begin, why, "b")
+    yield Part("activations", "activations", "device", begin - kept.head + kept.once, why, "g")
+    yield Part("moved activations", "activations", "host", flight * kept.moved, why, "bg", layout.device == "cuda")
+    yield Part("work of the loss", "workspace", "device", kept.loss, "two gradients of the logits in fp32", "b")
+    yield Part("work of a layer", "workspace", "device", kept.backward, "gradients within the last layer", "g")
+    if layout.pipe > 1:
+        count = (flight if pipe_stage < layout.pipe - 1 else 0) + 1
+        size = layout.tokens * shape.hidden * layout.bytes
+        yield _part("buffers", "between pipe stages", count, size, why="outputs and a gradient", moments="bgr")
