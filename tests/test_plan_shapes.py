@@ -47,11 +47,8 @@ def real_model(config: Any) -> Any:
     else:
         hf_config = bert_config(shape, vocab_size=vocab, pad_id=0)
         hf_config.num_labels = len(config.data.labels or kind(config).label_names) if task != "pretrain" else 2
-        model_class = (
-            MODELS[config.task.objective]
-            if task == "pretrain"
-            else getattr(transformers, kind(config).models)[type(hf_config)]
-        )
+        classes = MODELS if task == "pretrain" else getattr(transformers, kind(config).models)
+        model_class = classes[config.task.objective if task == "pretrain" else type(hf_config)]
     with torch.device("meta"), no_init_weights():
         model = model_class(hf_config)
     model.tie_weights()
@@ -99,5 +96,5 @@ def test_a_folder_without_a_known_model_is_refused(text: str | None, said: str, 
 
 
 def test_a_task_that_the_model_cannot_do_is_refused() -> None:
-    with pytest.raises(PlanError, match="task.kind=translate with a bert model"):
+    with pytest.raises(PlanError, match=r"task.kind=translate with a bert model"):
         model_shape(compose(["task=translate", "model=bert_base"]))

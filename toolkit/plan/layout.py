@@ -80,7 +80,7 @@ class Layout:
             pinned=bool(facts["zero_optimization.offload_optimizer.pin_memory"]), swap_buffers=facts.swap_buffers,
             param_swap=(int(swap.get("buffer_count", 5)), int(swap.get("buffer_size", 1e8))),
             overlap=(facts.stage == 3 if overlap is None else overlap) and config.pipeline.stages == 1,
-            zero={key: int(zero.get(key, zero.get(key.removeprefix("stage3_"), d))) for key, d in ZERO_DEFAULTS.items()},
+            zero={k: int(zero.get(k, zero.get(k.removeprefix("stage3_"), d))) for k, d in ZERO_DEFAULTS.items()},
             micro=config.batch.micro_size, accumulation=int(ds["gradient_accumulation_steps"]),
             samples=config.batch.global_size,
             sequences=len(config.data.columns.endings) if config.task.kind == "choose" else 1,

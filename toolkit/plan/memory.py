@@ -4,9 +4,11 @@ memory = memory_of(shape, layout, pipe_stage=0)
 memory.peak, memory.at_peak                     # bytes of the device at the worst moment, and its parts
 
 Any of four moments can be the worst: the backward pass begins (all activations are there), its first gradients are
-made (the buckets are there, too), it ends (all gradients are), the optimizer works. Files in comments are DeepSpeed's. The ZeRO paper's accounting of 16 bytes
-a parameter is toolkit/plan/paper.py: in half precision DeepSpeed also sums gradients in fp32 (4 bytes instead of 2)
-and turns them into fp32 for the optimizer, which makes it 18 (stages 1 to 3) or 20 (a copy while the optimizer works).
+made (the buckets are there, too), it ends (all gradients are), the optimizer works. Files in comments are DeepSpeed's.
+
+The ZeRO paper's accounting of 16 bytes a parameter is toolkit/plan/paper.py. In half precision DeepSpeed sums gradients
+in fp32 where it is told to (4 bytes instead of 2: 18), keeps those in bf16 beside them (ZeRO 1: 20), or turns those in
+half precision into fp32 for the optimizer (20).
 """
 
 from collections.abc import Iterator, Sequence
