@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from toolkit.plan.activations import activations
+from toolkit.plan.elements import Elements
 from toolkit.plan.layout import BYTES, Layout
-from toolkit.plan.shapes import Layer, ModelShape, Parameter
+from toolkit.plan.shapes import Layer, ModelShape
 from toolkit.plan.stages import stages
 
 MOMENTS = {
@@ -26,14 +27,6 @@ MOMENTS = {
 }  # fmt: skip
 ALL = "bgro"
 ALLREDUCE = 500_000_000  # elements that stage 0 flattens at a time (runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE)
-# fp32 numbers of state for each parameter, besides the master weight
-STATES = {
-    "FusedAdam": 2, "DeepSpeedCPUAdam": 2, "torch.Adam": 2, "torch.AdamW": 2, "torch.NAdam": 2, "torch.RAdam": 2,
-    "FusedLamb": 2, "FusedLion": 1,
-    "DeepSpeedCPULion": 2,  # the second is never used (ops/lion/cpu_lion.py)
-    "torch.Adagrad": 1, "DeepSpeedCPUAdagrad": 1, "torch.RMSprop": 1, "torch.Adamax": 2, "torch.Adafactor": 0,
-    "torch.ASGD": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,70 +76,10 @@ class Memory:
 def memory_of(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> Memory:
     """Of a rank of this pipe stage. What the CUDA context and the allocator take is not in it: see assumptions."""
     layers = stages(shape, count=layout.pipe, how=layout.partition)[pipe_stage]
-    own = _Own.of(layers, layout)
+    own = Elements.of(layers, layout)
     rules = {0: _stage0, 1: _bf16_optimizer if layout.bf16_optimizer else _stage1_2, 2: _stage1_2, 3: _stage3}
     found = [*rules[layout.stage](own, layout), *_activations(shape, layout, layers, pipe_stage)]
     return Memory(tuple(p for p in found if p.bytes))
-
-
-@dataclass(frozen=True)
-class _Own:
-    """The elements of one rank's layers after tensor parallelism."""
-
-    sizes: tuple[int, ...]  # of every trained parameter
-    matrices: int  # elements of parameters of two dimensions: the group that decays
-    states: float  # fp32 numbers of optimizer state for each element
-    frozen: int
-
-    @classmethod
-    def of(cls, layers: Sequence[Layer], layout: Layout) -> "_Own":
-        every = [p for layer in layers for p in layer.parameters]
-        names = [f"{i}.{p.name}" for i, layer in enumerate(layers) for p in layer.parameters]
-        seen: dict[str, Parameter] = {}
-        for name, p in zip(names, every, strict=True):
-            seen["word" if p.name == "word" else name] = p  # tied: once, though the head of the same stage has it, too
-        trained = [p for p in seen.values() if p.trained]
-        size = [_split(p, layout.tensor) for p in trained]
-        matrices = [s for p, s in zip(trained, size, strict=True) if len(p.shape) > 1]
-        frozen = sum(p.size for p in seen.values() if not p.trained)
-        return cls(tuple(size), sum(matrices), _states(trained, size, layout), frozen)
-
-    @property
-    def count(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    def largest(self) -> int:
-        return max(self.sizes, default=0)
-
-    @property
-    def group(self) -> int:
-        """Elements of the larger of the two groups, with and without weight decay."""
-        return max(self.matrices, self.count - self.matrices)
-
-    def shard(self, layout: Layout) -> int:
-        """A rank's share of flat groups (stages 1, 2), or of parameters each for itself (stage 3), with padding."""
-        if layout.stage == 3:
-            return sum(ceil(s / layout.data) for s in self.sizes)
-        align = 2 * layout.data
-        return sum(ceil(g / align) * 2 for g in (self.matrices, self.count - self.matrices))
-
-
-def _split(parameter: Parameter, tensor: int) -> int:
-    return parameter.size if parameter.split is None else parameter.size // tensor
-
-
-def _states(trained: Sequence[Parameter], sizes: Sequence[int], layout: Layout) -> float:
-    name, params = layout.optimizer, layout.optimizer_params
-    if name == "torch.SGD":
-        return 1.0 if params.get("momentum") else 0.0
-    if name == "MuonWithAuxAdam":  # one momentum for matrices that are no embeddings, Adam for the rest
-        muon = sum(s for p, s in zip(trained, sizes, strict=True) if len(p.shape) > 1 and p.name not in EMBEDDINGS)
-        return 2 - muon / max(1, sum(sizes))
-    return float(STATES.get(name, 2))
-
-
-EMBEDDINGS = ("word", "position", "type")  # deepspeed/__init__.py, set_optimizer_flags
 
 
 def _part(group: str, name: str, count: float, size: float, *, why: str = "", moments: str = ALL, place: str = "device",
@@ -155,7 +88,7 @@ def _part(group: str, name: str, count: float, size: float, *, why: str = "", mo
     return Part(name, group, place, int(count * size), formula, moments, pinned)
 
 
-def _stage0(own: _Own, layout: Layout) -> Iterator[Part]:
+def _stage0(own: Elements, layout: Layout) -> Iterator[Part]:
     count, size = own.count, layout.bytes
     yield _part("weights", "weights", count + own.frozen, size)
     before = ALL if layout.accumulation > 1 else "ro"
@@ -172,7 +105,7 @@ def _stage0(own: _Own, layout: Layout) -> Iterator[Part]:
     yield from _torch_work(own, layout, count)
 
 
-def _stage1_2(own: _Own, layout: Layout) -> Iterator[Part]:
+def _stage1_2(own: Elements, layout: Layout) -> Iterator[Part]:
     """runtime/zero/stage_1_and_2.py."""
     count, size, shard = own.count, layout.bytes, own.shard(layout)
     sums, wire = BYTES[layout.accumulation_dtype], BYTES[layout.communication_dtype]
@@ -205,7 +138,7 @@ def _stage1_2(own: _Own, layout: Layout) -> Iterator[Part]:
         yield from _torch_work(own, layout, shard)
 
 
-def _offload1_2(own: _Own, layout: Layout, shard: int, accumulates: bool) -> Iterator[Part]:
+def _offload1_2(own: Elements, layout: Layout, shard: int, accumulates: bool) -> Iterator[Part]:
     size, host = layout.bytes, {"place": "host", "pinned": layout.pinned}
     yield _part("buffers", "gradient on its way", own.largest, size, why="largest parameter")
     yield _part("gradients", "host gradients", shard, 4, why="fp32, of this rank's share", **host)  # type: ignore[arg-type]
@@ -215,7 +148,7 @@ def _offload1_2(own: _Own, layout: Layout, shard: int, accumulates: bool) -> Ite
         yield _part("gradients", "host gradient sums", shard, size, why="over micro-batches", **host)  # type: ignore[arg-type]
 
 
-def _bf16_optimizer(own: _Own, layout: Layout) -> Iterator[Part]:
+def _bf16_optimizer(own: Elements, layout: Layout) -> Iterator[Part]:
     """runtime/bf16_optimizer.py: gradients in bf16 are kept, too, as zeros (immediate_grad_update is off)."""
     count, shard = own.count, own.shard(layout)
     yield _part("weights", "weights", count + own.frozen, layout.bytes)
@@ -228,7 +161,7 @@ def _bf16_optimizer(own: _Own, layout: Layout) -> Iterator[Part]:
     yield from _torch_work(own, layout, shard)
 
 
-def _stage3(own: _Own, layout: Layout) -> Iterator[Part]:
+def _stage3(own: Elements, layout: Layout) -> Iterator[Part]:
     """runtime/zero/stage3.py and partitioned_param_coordinator.py."""
     size, shard, zero = layout.bytes, own.shard(layout), layout.zero
     sums, wire = BYTES[layout.accumulation_dtype], BYTES[layout.communication_dtype]
@@ -260,7 +193,7 @@ def _stage3(own: _Own, layout: Layout) -> Iterator[Part]:
         yield from _swap_buffers(own, layout)
 
 
-def _master(own: _Own, layout: Layout, shard: int) -> Iterator[Part]:
+def _master(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
     """Weights in fp32 and the optimizer's states; on NVMe the gradients lie beside them."""
     place = {"none": "device", "cpu": "host", "nvme": "nvme"}[layout.offload]
     share = f"of {layout.data} shares"
@@ -271,7 +204,7 @@ def _master(own: _Own, layout: Layout, shard: int) -> Iterator[Part]:
         yield _part("gradients", "swapped gradients", shard, 4, why=share, place=place)
 
 
-def _swap_buffers(own: _Own, layout: Layout) -> Iterator[Part]:
+def _swap_buffers(own: Elements, layout: Layout) -> Iterator[Part]:
     """runtime/swap_tensor: pinned memory through which everything goes to and from NVMe."""
     if layout.offload == "nvme":
         part = ceil(own.largest / layout.data)
@@ -283,7 +216,7 @@ def _swap_buffers(own: _Own, layout: Layout) -> Iterator[Part]:
         yield _part("buffers", "weight swap buffers", count * elements, layout.bytes, place="host", pinned=True)
 
 
-def _torch_work(own: _Own, layout: Layout, shard: int) -> Iterator[Part]:
+def _torch_work(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
     """PyTorch's own optimizers make a new tensor of each group; DeepSpeed's kernels work in place."""
     if layout.optimizer.startswith("torch."):
         yield _part("workspace", "optimizer's work", own.group * shard / max(1, own.count), 4, moments="o")
