@@ -4,7 +4,7 @@ print(*told(), sep="\\n")
 """
 
 # Share of the data sheet's rate that a step's matrix products reach. DeepSpeed's BERT-large: 64 of a V100's 125 TFLOP/s
-# at length 128, 53 at 512 (its page on the fastest BERT training, 2020); without tensor cores it is nearer to the sheet.
+# at length 128, 53 at 512 (its page on the fastest BERT training, 2020); without tensor cores it is nearer to it.
 EFFICIENCY = {"fp32": 0.7, "tf32": 0.45, "bf16": 0.45, "fp16": 0.45}
 LINK_EFFICIENCY = 0.8  # of links, of PCIe and of drives: headers, latency, rings that are not full
 OVERLAP = 0.8  # share of the backward pass behind which overlap_comm, or a prefetch, can hide communication

@@ -110,14 +110,14 @@ def _own_keys(model: Model, vocab_size: int) -> dict[str, Any]:
 
 
 def _read(weights: str) -> dict[str, Any]:
-    """A local Hugging Face folder's config.json, or that of a run's export."""
-    places = [Path(weights) / name for name in ("config.json", "export/config.json", "model/config.json")]
+    """A local Hugging Face folder's config.json, or that of a run's export. Raises PlanError."""
+    places = [Path(weights) / name for name in ("config.json", "export/config.json")]
     file = next((p for p in places if p.is_file()), None)
     if file is None:
         around = [p.name for p in Path(weights).parent.glob("*")] if Path(weights).parent.is_dir() else []
         raise PlanError(
             f"model.weights={weights}: no config.json there, and a plan reads local folders only."
-            f"{nearest(Path(weights).name, around)} Name a Hugging Face folder or a run."
+            f"{nearest(Path(weights).name, around)} Name a Hugging Face folder, or a run with an export."
         )
     try:
         keys = json.loads(file.read_text())

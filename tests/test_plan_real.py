@@ -1,0 +1,138 @@
+"""Plans against real training on CPU ranks: bytes of tensors by category, and bytes sent, of every kind of layout."""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import pytest
+from launching import launch_many, read
+from omegaconf import OmegaConf
+
+from toolkit.config import RunConfig, load
+from toolkit.ds_config import complete
+from toolkit.plan.layout import Layout
+from toolkit.plan.memory import Memory, memory_of
+from toolkit.plan.shapes import ModelShape, model_shape
+from toolkit.plan.traffic import traffic
+
+COMMON = (
+    "model.hidden_size=64", "model.num_hidden_layers=4", "model.num_attention_heads=4", "model.intermediate_size=256",
+    "model.max_position_embeddings=64", "data.max_length=64", "data.max_predictions=10", "data.workers=0",
+    "train.steps=4", "train.communication=true", "train.save_every=null", "train.eval_samples=8",
+)  # fmt: skip
+ZERO = "deepspeed.zero_optimization."
+BUCKETS = (f"{ZERO}reduce_bucket_size=50000", f"{ZERO}allgather_bucket_size=50000")
+STAGE3 = (f"{ZERO}reduce_bucket_size=50000", f"{ZERO}stage3_prefetch_bucket_size=50000")
+SHARED = (*STAGE3, f"{ZERO}stage3_param_persistence_threshold=0")
+RELEASED = (*SHARED, f"{ZERO}stage3_max_live_parameters=0", f"{ZERO}stage3_max_reuse_distance=0")
+TWO = {
+    "ZeRO 0": ("zero=stage0",),
+    "ZeRO 1": ("zero=stage1", *BUCKETS),
+    "ZeRO 2": ("zero=stage2", *BUCKETS),
+    "ZeRO 2, one micro-batch, no dropout": ("zero=stage2", "batch.global_size=8", "model.dropout=0", *BUCKETS),
+    "ZeRO 3": ("zero=stage3", *STAGE3),
+    "ZeRO 3, all shared": ("zero=stage3", *SHARED),
+    "ZeRO 3, released between passes": ("zero=stage3", *RELEASED),
+    "ZeRO 1, bf16": ("zero=stage1", "precision=bf16", *BUCKETS),
+    "ZeRO 2, bf16": ("zero=stage2", "precision=bf16", *BUCKETS),
+    "ZeRO 3, bf16, optimizer on the host": ("zero=stage3", "precision=bf16", "offload=cpu", *STAGE3),
+    "ZeRO 2, optimizer on the host": ("zero=stage2", "offload=cpu", *BUCKETS),
+    "ZeRO 3, weights on the host": ("zero=stage3", "offload=cpu_params", *STAGE3),
+    "recompute": ("zero=stage2", "activation=recompute", *BUCKETS),
+    "activations on the host": ("zero=stage2", "activation=offload_cpu", *BUCKETS),
+    "inputs on the host": ("zero=stage3", "activation=recompute_offload", *STAGE3),
+    "SGD with momentum": ("zero=stage2", "optimizer=sgd", *BUCKETS),
+    "tensor": ("zero=stage0", "parallel=tensor"),
+    "pipeline": ("zero=stage0", "pipeline=two"),
+    "pipeline, ZeRO 1": ("zero=stage1", "pipeline=two", *BUCKETS),
+    "pipeline, fill and drain": ("zero=stage0", "pipeline=two", "pipeline.schedule=gpipe"),
+}
+FOUR = {
+    "4 ranks, ZeRO 2": ("zero=stage2", *BUCKETS),
+    "4 ranks, ZeRO 3": ("zero=stage3", *SHARED),
+    "4 ranks, pipeline x data": ("zero=stage1", "pipeline=two", *BUCKETS),
+    "4 ranks, 4 pipe stages, recompute": ("zero=stage0", "pipeline.stages=4", "activation=recompute"),
+    "4 ranks, tensor x data": ("zero=stage1", "parallel=tensor", *BUCKETS),
+}
+CASES = [*TWO, *FOUR]
+
+
+class Measured(NamedTuple):
+    """A run, and the rank of it that a row of its memory.json is of."""
+
+    config: RunConfig
+    ranks: list[dict[str, Any]]
+    sent: float  # bytes a step, mean over ranks
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+    found = {}
+    for world, cases in ((2, TWO), (4, FOUR)):
+        folder = tmp_path_factory.mktemp(f"plan{world}")
+        names = {f"run{i}": case for i, case in enumerate(cases)}
+        overrides = {name: (*COMMON, *cases[case]) for name, case in names.items()}
+        assert not launch_many(folder, overrides, ranks=world, memory=True).errors
+        found |= {case: measured(folder / name) for name, case in names.items()}
+    return found
+
+
+def measured(run: Path) -> Measured:
+    records = [r for r in read(run / "metrics.jsonl") if r.get("comm_mib") is not None]
+    config = load(OmegaConf.load(run / "config.yaml"))
+    return Measured(config, json.loads((run / "memory.json").read_text()), records[-1]["comm_mib"] * 2**20)
+
+
+def planned(run: Measured) -> tuple[ModelShape, Layout]:
+    world = len(run.ranks)
+    shape = model_shape(run.config)
+    ds = complete(run.config, world=world, device="cpu", vocab_size=shape.vocab_size)
+    return shape, Layout.of(run.config, ds, world=world, device="cpu")
+
+
+def memories(run: Measured) -> list[tuple[Memory, dict[str, Any]]]:
+    """The plan of every rank beside what it had."""
+    shape, layout = planned(run)
+    per_stage = len(run.ranks) // layout.pipe
+    return [(memory_of(shape, layout, rank // per_stage), found) for rank, found in enumerate(run.ranks)]
+
+
+def bytes_of(memory: Memory, group: str, place: str = "device", moment: str = "o") -> int:
+    return sum(p.bytes for p in memory.parts if (p.group, p.place) == (group, place) and moment in p.moments)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_optimizer_states_are_as_planned(case: str, runs: dict[str, Measured]) -> None:
+    for memory, found in memories(runs[case]):
+        for category in ("weights", "optimizer"):
+            assert bytes_of(memory, category) == pytest.approx(found["state"].get(category, 0), rel=0.02), category
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if ("host" in c and "ptimizer" in c) or "weights on" in c])
+def test_what_is_on_the_host_is_as_planned(case: str, runs: dict[str, Measured]) -> None:
+    for memory, found in memories(runs[case]):
+        # The count takes a buffer of the device for one of the host, and misses the weights that are ready to be sent.
+        extra = {p.name: p.bytes for p in memory.parts}
+        counted = memory.total("host") - extra.get("host weights to send", 0) + extra.get("gradient on its way", 0)
+        assert counted == pytest.approx(found["state"]["offloaded"], rel=0.02)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_as_planned(case: str, runs: dict[str, Measured]) -> None:
+    for memory, found in memories(runs[case]):
+        assert memory.most("activations") == pytest.approx(found["peak"]["activations"], rel=0.1)
+        assert bytes_of(memory, "activations", "host", "b") == pytest.approx(found["peak"].get("moved", 0), rel=0.02)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_is_as_planned(case: str, runs: dict[str, Measured]) -> None:
+    for memory, found in memories(runs[case]):
+        assert memory.peak == pytest.approx(sum(found["at_peak"].values()), rel=0.1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_sent_is_as_planned(case: str, runs: dict[str, Measured]) -> None:
+    shape, layout = planned(runs[case])
+    stages = [sum(sent.bytes for sent in traffic(shape, layout, stage)) for stage in range(layout.pipe)]
+    assert mean(stages) == pytest.approx(runs[case].sent, rel=0.02)
