@@ -6,6 +6,7 @@ own.count, own.shard(layout)                 # of all parameters, and of this ra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 
 from toolkit.plan.layout import Layout
@@ -26,8 +27,7 @@ STATES = {
 class Elements:
     """The elements of one rank's layers after tensor parallelism."""
 
-    sizes: tuple[int, ...]  # of every trained parameter
-    matrices: int  # elements of parameters of two dimensions: the group that decays
+    groups: tuple[tuple[int, ...], ...]  # of trained matrices, which decay, and of trained vectors: size by size
     states: float  # fp32 numbers of optimizer state for each element
     frozen: int
 
@@ -40,9 +40,15 @@ class Elements:
             seen["word" if p.name == "word" else name] = p  # tied: once, though the head of the same stage has it, too
         trained = [p for p in seen.values() if p.trained]
         size = [_split(p, layout.tensor) for p in trained]
-        matrices = [s for p, s in zip(trained, size, strict=True) if len(p.shape) > 1]
+        groups = [
+            tuple(s for p, s in zip(trained, size, strict=True) if (len(p.shape) > 1) is m) for m in (True, False)
+        ]
         frozen = sum(p.size for p in seen.values() if not p.trained)
-        return cls(tuple(size), sum(matrices), _states(trained, size, layout), frozen)
+        return cls(tuple(groups), _states(trained, size, layout), frozen)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(size for group in self.groups for size in group)
 
     @property
     def count(self) -> int:
@@ -55,14 +61,23 @@ class Elements:
     @property
     def group(self) -> int:
         """Elements of the larger of the two groups, with and without weight decay."""
-        return max(self.matrices, self.count - self.matrices)
+        return max(map(sum, self.groups))
 
     def shard(self, layout: Layout) -> int:
         """A rank's share of flat groups (stages 1, 2), or of parameters each for itself (stage 3), with padding."""
         if layout.stage == 3:
             return sum(ceil(s / layout.data) for s in self.sizes)
-        align = 2 * layout.data
-        return sum(ceil(g / align) * 2 for g in (self.matrices, self.count - self.matrices))
+        return sum(ceil(sum(group) / layout.data / 2) * 2 for group in self.groups)
+
+    def touched(self, layout: Layout) -> int:
+        """Elements of all parameters that reach into a rank's flat share, whole ones; of the rank with most."""
+        found = [0] * layout.data
+        for group in self.groups:
+            part = max(1, ceil(sum(group) / layout.data / 2) * 2)
+            for size, end in zip(group, accumulate(group), strict=True):
+                for rank in range((end - size) // part, min((end - 1) // part + 1, layout.data)):
+                    found[rank] += size
+        return max(found)
 
 
 def _split(parameter: Parameter, tensor: int) -> int:

@@ -11,6 +11,7 @@ in fp32 where it is told to (4 bytes instead of 2: 18), keeps those in bf16 besi
 half precision into fp32 for the optimizer (20).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -116,21 +117,24 @@ def _stage1_2(own: Elements, layout: Layout) -> Iterator[Part]:
     yield from _master(own, layout, shard)
     bucket, staged = layout.zero["reduce_bucket_size"], sums if layout.stage == 1 and apart else size
     buffers = 2 if layout.overlap or layout.pipe > 1 else 1
-    kept = several and layout.stage == 1  # stage 1 makes them in the first micro-batch and keeps them to the last
-    if kept:
-        first = 1 if layout.pipe > 1 else buffers
+    first = 1 if layout.pipe > 1 else buffers  # a pipeline makes the second one when it reduces
+    said = f"{first} bucket{'s' * (first > 1)}"
+    if several and layout.stage == 1:
         yield _part("gradients", "gradients", count, sums, why="summed whole, reduced once a step", moments="bgr")
-        yield _part("buffers", "reduction buckets", first * bucket, staged, why=f"{first} buckets", moments="b")
-    yield _part("buffers", "reduction buckets", buffers * bucket, staged, why=f"{buffers} buckets", moments="gr")
+        yield _part("buffers", "reduction buckets", first * bucket, staged, why=f"{said}, kept", moments="b")
+    yield _part("buffers", "reduction buckets", first * bucket, staged, why=said, moments="g")
+    yield _part("buffers", "reduction buckets", buffers * bucket, staged, why=f"{buffers} buckets", moments="r")
     yield _part("workspace", "bucket while reduced", min(bucket, count), wire, moments="r")
     yield _part("workspace", "largest gradient", own.largest, size, moments="r")
-    if layout.stage == 2 and apart:
-        yield _part("gradients", "gradient sums", shard, sums, why=share, moments=ALL if several else "gro")
+    after = ALL if several and layout.stage == 2 else "ro" if layout.pipe > 1 else "gro"
+    if apart:
+        yield _part("gradients", "gradient sums", shard, sums, why=share, moments=after)
     elif not offload:
-        yield _part("gradients", "gradient sums", shard, sums, why=share,
-                    moments=ALL if several and layout.stage == 2 else "gro")  # fmt: skip
+        touched = own.touched(layout)
+        yield _part("gradients", "gradient sums", touched, sums, why="whole parameters, " + share, moments=after)
         if several and layout.stage == 2:
-            yield _part("gradients", "gradients of a micro-batch", shard, size, why=share, moments="r")
+            yield _part("gradients", "gradients of a micro-batch", touched, size, why=share, moments="r")
+    if not offload:
         yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
     if offload:
         yield from _offload1_2(own, layout, shard, accumulates=several and layout.stage == 2 and not apart)
@@ -139,13 +143,14 @@ def _stage1_2(own: Elements, layout: Layout) -> Iterator[Part]:
 
 
 def _offload1_2(own: Elements, layout: Layout, shard: int, accumulates: bool) -> Iterator[Part]:
-    size, host = layout.bytes, {"place": "host", "pinned": layout.pinned}
+    size = layout.bytes
+    host = functools.partial(_part, place="host", pinned=layout.pinned)
     yield _part("buffers", "gradient on its way", own.largest, size, why="largest parameter")
-    yield _part("gradients", "host gradients", shard, 4, why="fp32, of this rank's share", **host)  # type: ignore[arg-type]
-    yield _part("buffers", "host weights to send", shard, size, **host)  # type: ignore[arg-type]
-    yield _part("buffers", "host gradient on its way", own.largest, size, **host)  # type: ignore[arg-type]
+    yield host("gradients", "host gradients", shard, 4, why="fp32, of this rank's share")
+    yield host("buffers", "host weights to send", shard, size)
+    yield host("buffers", "host gradient on its way", own.largest, size)
     if accumulates:
-        yield _part("gradients", "host gradient sums", shard, size, why="over micro-batches", **host)  # type: ignore[arg-type]
+        yield host("gradients", "host gradient sums", own.touched(layout), size, why="over micro-batches")
 
 
 def _bf16_optimizer(own: Elements, layout: Layout) -> Iterator[Part]:
