@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = commands.add_parser("plan", help="memory and time of a configuration on a machine")
     plan.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. zero=stage3 machine=h100 machine.nodes=4")
     plan.add_argument("--world", type=int, help="ranks of the job (default: all devices of the machine)")
-    plan.add_argument("--explain", action="store_true", help="the formula behind each number, and what is assumed")
+    plan.add_argument("--explain", action="store_true", help="the formula behind each number")
     plan.add_argument("--json", action="store_true", help="everything as one JSON object")
     plan.set_defaults(call=lambda a: _plan(a.overrides, a.world, a.explain, a.json))
 

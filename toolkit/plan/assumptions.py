@@ -22,5 +22,5 @@ def told() -> list[str]:
         f"{OVERLAP:.0%} of the backward pass can hide communication.",
         f"A GPU holds {CONTEXT_GIB} GiB besides tensors, the allocator {SLACK:.0%} more than it is asked for; host "
         f"memory {HOST_GBS:g} GB/s a node.",
-        "Every sequence is as long as data.max_length and has all its predictions.",
+        "Every sequence is as long as data.max_length and has all its predictions; pipe stages take equally long.",
     ]

@@ -23,9 +23,11 @@ from toolkit.plan.shapes import Layer, ModelShape
 from toolkit.plan.stages import stages
 
 MOMENTS = {
-    "b": "the loss begins the backward pass", "g": "the last layer's gradients are made",
-    "r": "the backward pass ends", "o": "the optimizer works",
-}  # fmt: skip
+    "b": "the loss begins the backward pass",
+    "g": "the last layer's gradients are made",
+    "r": "the backward pass ends",
+    "o": "the optimizer works",
+}
 ALL = "bgro"
 ALLREDUCE = 500_000_000  # elements that stage 0 flattens at a time (runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE)
 
@@ -134,11 +136,10 @@ def _stage1_2(own: Elements, layout: Layout) -> Iterator[Part]:
         yield _part("gradients", "gradient sums", touched, sums, why="whole parameters, " + share, moments=after)
         if several and layout.stage == 2:
             yield _part("gradients", "gradients of a micro-batch", touched, size, why=share, moments="r")
-    if not offload:
-        yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
     if offload:
         yield from _offload1_2(own, layout, shard, accumulates=several and layout.stage == 2 and not apart)
     else:
+        yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
         yield from _torch_work(own, layout, shard)
 
 

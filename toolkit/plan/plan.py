@@ -65,37 +65,42 @@ class Plan:
 
 def plan(config: RunConfig, *, world: int | None = None) -> Plan:
     """``world`` ranks, or all devices of the machine. Raises ConfigError and PlanError, a line for each problem."""
-    machine = machines.here() if config.machine.name == "this" else config.machine
-    machine = machine.model_copy(update={"nodes": config.machine.nodes})
-    gpu = machine.device_name is not None or machine.name not in ("this", "xeon_8180")
-    ranks = world or machine.nodes * machine.devices_per_node
-    if machine.name == "this" and ranks > machine.devices_per_node:
-        machine = machine.model_copy(update={"devices_per_node": ranks})  # a CPU has as many as are started
-    if ranks > machine.nodes * machine.devices_per_node:
-        raise PlanError(f"--world {ranks}: {_told(machine)} has fewer. Add machine.nodes, or leave --world out.")
+    machine, ranks, device = _machine(config, world)
     shape = model_shape(config)
-    device = "cuda" if gpu else "cpu"
     ds = ds_config.complete(config, world=ranks, device=device, vocab_size=shape.vocab_size)
     layout = Layout.of(config, ds, world=ranks, device=device)
     _refuse(config, shape, layout)
-    if not gpu:  # its ranks share the host's memory
-        machine = machine.model_copy(update={"memory_gib": (machine.host_memory_gib or 0) / ranks or None})
-    memories = [memory_of(shape, layout, stage) for stage in range(layout.pipe)]
-    worst = max(range(layout.pipe), key=lambda stage: memories[stage].peak)
-    speed = speed_of(shape, layout, machine, memories[worst], tf32=config.train.tf32)
+    stages = [memory_of(shape, layout, stage) for stage in range(layout.pipe)]
+    worst = max(range(layout.pipe), key=lambda stage: stages[stage].peak)
+    per_node = min(ranks, machine.devices_per_node) / layout.pipe / GIB
+    host, pinned = (per_node * sum(m.total("host", pinned=only) for m in stages) for only in (False, True))
+    if device == "cpu" and machine.host_memory_gib:  # its ranks share the host's memory
+        machine = machine.model_copy(update={"memory_gib": (machine.host_memory_gib - host) / ranks})
+    speed = speed_of(shape, layout, machine, stages[worst], tf32=config.train.tf32)
     steps, seconds = config.train.steps if config.train.epochs is None else None, speed.step_seconds
-    per_node = min(ranks, machine.devices_per_node)
-    node = [per_node * sum(m.total(place, pinned=pinned) for m in memories) / layout.pipe / GIB
-            for place, pinned in (("host", False), ("host", True), ("nvme", False))]  # fmt: skip
     return Plan(
-        machine=machine, parameters=shape.by_part(), layout=layout, pipe_stage=worst, memory=memories[worst],
-        device_gib=_device_gib(memories[worst], layout), device_limit_gib=machine.memory_gib,
-        host_gib=node[0], pinned_gib=node[1], host_limit_gib=machine.host_memory_gib,
-        nvme_gib=node[2], nvme_limit_gib=machine.nvme_gib,
+        machine=machine, parameters=shape.by_part(), layout=layout, pipe_stage=worst, memory=stages[worst],
+        device_gib=_device_gib(stages[worst], layout), device_limit_gib=machine.memory_gib,
+        host_gib=host, pinned_gib=pinned, host_limit_gib=machine.host_memory_gib,
+        nvme_gib=per_node * sum(m.total("nvme") for m in stages), nvme_limit_gib=machine.nvme_gib,
         largest_micro=_largest_micro(shape, layout, machine.memory_gib),
         speed=speed, hours=steps * seconds / 3600 if steps and seconds else None,
         assumptions=tuple(assumptions.told()),
     )  # fmt: skip
+
+
+def _machine(config: RunConfig, world: int | None) -> tuple[Machine, int, str]:
+    """The machine, the ranks to plan for, and DeepSpeed's word for its devices."""
+    machine = config.machine
+    if machine.name == "this":
+        machine = machines.here().model_copy(update={"nodes": machine.nodes})
+    ranks = world or machine.nodes * machine.devices_per_node
+    if machine.name == "this" and not machine.device_name:  # a CPU has as many as are started
+        machine = machine.model_copy(update={"devices_per_node": -(-ranks // machine.nodes)})
+    if ranks > machine.nodes * machine.devices_per_node:
+        raise PlanError(f"--world {ranks}: {_told(machine)} has fewer. Add machine.nodes, or leave --world out.")
+    cpu = machine.name == "xeon_8180" or (machine.name == "this" and not machine.device_name)
+    return machine, ranks, "cpu" if cpu else "cuda"
 
 
 def _told(machine: Machine) -> str:

@@ -10,7 +10,7 @@ from toolkit.plan.plan import GIB, Plan
 
 
 def show(plan: Plan, console: Any, *, explain: bool) -> None:
-    """What fits, then how fast; with ``explain`` the formula behind each number, and what is assumed."""
+    """What fits, then how fast; what is assumed; with ``explain`` the formula behind each number."""
     console.print(_head(plan), highlight=False)
     console.print(_memory(plan, explain))
     console.print(*_verdict(plan), sep="\n", highlight=False)
@@ -20,21 +20,22 @@ def show(plan: Plan, console: Any, *, explain: bool) -> None:
     else:
         console.print(_time(plan, explain))
         console.print(_rates(plan), highlight=False)
-    for line in plan.assumptions if explain else ["Assumptions and formulas: --explain."]:
+    for line in plan.assumptions:
         console.print(line, highlight=False, style="dim")
 
 
 def _head(plan: Plan) -> str:
     layout, machine = plan.layout, plan.machine
+    name = machine.name if machine.name != "this" else machine.device_name or "CPU"
     split = {"pipe stages": layout.pipe, "tensor ranks": layout.tensor}
-    parts = [f"{n} {name}" for name, n in split.items() if n > 1]
-    size = f"{sum(plan.parameters.values()):,} parameters"
-    nodes = f"{machine.nodes} node{'s' * (machine.nodes > 1)}"
-    ranks = (
-        f"{layout.ranks} {machine.name if machine.name != 'this' else machine.device_name or 'CPU'} ranks on {nodes}"
+    how = [f"ZeRO {layout.stage}", layout.dtype, layout.optimizer, *(f"{n} {s}" for s, n in split.items() if n > 1)]
+    parts = (
+        f"{sum(plan.parameters.values()):,} parameters",
+        f"{layout.ranks} {name} ranks on {machine.nodes} node{'s' * (machine.nodes > 1)}",
+        ", ".join(how),
+        f"{layout.samples} samples = {layout.micro} x {layout.accumulation} x {layout.data}",
     )
-    batch = f"{layout.samples} samples = {layout.micro} x {layout.accumulation} x {layout.data}"
-    return f"{size}; {ranks}; {', '.join([f'ZeRO {layout.stage}', layout.dtype, layout.optimizer, *parts])}; {batch}"
+    return "; ".join(parts)
 
 
 def _memory(plan: Plan, explain: bool) -> Any:
@@ -46,8 +47,10 @@ def _memory(plan: Plan, explain: bool) -> Any:
 
 
 def _time(plan: Plan, explain: bool) -> Any:
-    hidden = {True: ", hidden", False: ""}
-    rows = [(s.name + hidden[s.hidden == s.seconds], s.seconds, s.formula) for s in plan.speed.shares if s.seconds]
+    shares = [s for s in plan.speed.shares if s.seconds]
+    rows = [
+        (f"{s.name}, {s.hidden / s.seconds:.0%} hidden" if s.hidden else s.name, s.seconds, s.formula) for s in shares
+    ]
     return _table("Seconds of a step", rows, explain)
 
 
@@ -66,23 +69,21 @@ def _table(title: str, rows: list[tuple[str, float, str]], explain: bool) -> Any
 
 
 def _verdict(plan: Plan) -> list[str]:
-    limit, left = plan.device_limit_gib, plan.left_gib
-    of = (
-        ""
-        if limit is None or left is None
-        else f" of {limit:.4g}, {abs(left):.1f} {'left' if left >= 0 else 'too much'}"
-    )
-    lines = [f"Device: {plan.device_gib:.2f} GiB{of}"]
-    for name, need, most in (
-        ("Host", plan.host_gib, plan.host_limit_gib),
-        ("NVMe", plan.nvme_gib, plan.nvme_limit_gib),
-    ):
-        pinned = f" ({plan.pinned_gib:.2f} pinned)" if name == "Host" else ""
-        if need:
-            lines.append(f"{name} of a node: {need:.2f} GiB{pinned}" + (f" of {most:,.4g}" if most else ""))
+    lines = [f"Device: {plan.device_gib:.2f} GiB{_of(plan.device_gib, plan.device_limit_gib)}"]
+    if plan.host_gib:
+        pinned = f" ({plan.pinned_gib:.2f} pinned)"
+        lines.append(f"Host of a node: {plan.host_gib:.2f} GiB{pinned}{_of(plan.host_gib, plan.host_limit_gib)}")
+    if plan.nvme_gib:
+        lines.append(f"NVMe of a node: {plan.nvme_gib:.2f} GiB{_of(plan.nvme_gib, plan.nvme_limit_gib)}")
     verdict = {True: "It fits", False: "It does not fit", None: "Whether it fits is unknown: the limit is"}[plan.fits]
     micro = f"; the largest micro-batch that fits is {plan.largest_micro}" if plan.largest_micro else ""
     return [*lines, f"{verdict}{micro}."]
+
+
+def _of(need: float, limit: float | None) -> str:
+    if limit is None:
+        return ""
+    return f" of {limit:,.1f}, {abs(limit - need):,.1f} {'left' if need <= limit else 'too much'}"
 
 
 def _rates(plan: Plan) -> str:
