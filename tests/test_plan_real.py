@@ -3,18 +3,24 @@
 import json
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from launching import launch_many, read
 from omegaconf import OmegaConf
 
+from toolkit.compose import compose
 from toolkit.config import RunConfig, load
 from toolkit.ds_config import complete
+from toolkit.models import seq2seq
 from toolkit.plan.layout import Layout
 from toolkit.plan.memory import Memory, memory_of
 from toolkit.plan.shapes import ModelShape, model_shape
 from toolkit.plan.traffic import traffic
+from toolkit.studies.memory import Tracker
+from toolkit.tasks.translate import summed_loss
 
 COMMON = (
     "model.hidden_size=64", "model.num_hidden_layers=4", "model.num_attention_heads=4", "model.intermediate_size=256",
@@ -26,19 +32,21 @@ BUCKETS = (f"{ZERO}reduce_bucket_size=50000", f"{ZERO}allgather_bucket_size=5000
 STAGE3 = (f"{ZERO}reduce_bucket_size=50000", f"{ZERO}stage3_prefetch_bucket_size=50000")
 SHARED = (*STAGE3, f"{ZERO}stage3_param_persistence_threshold=0")
 RELEASED = (*SHARED, f"{ZERO}stage3_max_live_parameters=0", f"{ZERO}stage3_max_reuse_distance=0")
+STATES = ("batch.micro_size=1", "batch.global_size=4", "data.max_length=16", "data.max_predictions=3")  # little else
 TWO = {
     "ZeRO 0": ("zero=stage0",),
     "ZeRO 1": ("zero=stage1", *BUCKETS),
     "ZeRO 2, one micro-batch, no dropout": ("zero=stage2", "batch.global_size=8", "model.dropout=0", *BUCKETS),
     "ZeRO 3, released between passes": ("zero=stage3", *RELEASED),
     "ZeRO 1, bf16": ("zero=stage1", "precision=bf16", *BUCKETS),
-    "ZeRO 2, bf16, optimizer on the host": ("zero=stage2", "precision=bf16", "offload=cpu", *BUCKETS),
+    "ZeRO 2, bf16, optimizer on the host": ("zero=stage2", "precision=bf16", "offload=cpu", *STATES, *BUCKETS),
     "ZeRO 2, optimizer on the host": ("zero=stage2", "offload=cpu", *BUCKETS),
     "ZeRO 3, weights on the host": ("zero=stage3", "offload=cpu_params", *STAGE3),
     "recompute": ("zero=stage2", "activation=recompute", *BUCKETS),
     "activations on the host": ("zero=stage2", "activation=offload_cpu", *BUCKETS),
-    "SGD with momentum": ("zero=stage2", "optimizer=sgd", *BUCKETS),
+    "SGD with momentum": ("zero=stage2", "optimizer=sgd", *STATES, *BUCKETS),
     "tensor": ("zero=stage0", "parallel=tensor"),
+    "pipeline, ZeRO 1": ("zero=stage1", "pipeline=two", *STATES, *BUCKETS),
     "pipeline, fill and drain": ("zero=stage0", "pipeline=two", "pipeline.schedule=gpipe"),
 }
 FOUR = {
@@ -114,6 +122,31 @@ def test_activations_are_as_planned(case: str, runs: dict[str, Measured]) -> Non
     for memory, found in memories(runs[case]):
         assert memory.most("activations") == pytest.approx(found["peak"]["activations"], rel=0.1)
         assert bytes_of(memory, "activations", "host", "b") == pytest.approx(found["peak"].get("moved", 0), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("model.decoder_layers=2",), ("model.decoder_layers=4", "model.dropout=0"), ("model.attention=eager",)],
+)
+def test_activations_of_an_encoder_decoder_are_as_planned(overrides: tuple[str, ...]) -> None:
+    small = ("tokenizer.vocab_size=800", "model.num_hidden_layers=3", "data.max_length=48", "task.max_target=48")
+    batch = ("batch.micro_size=4", "batch.global_size=4", "zero=stage0")
+    config = compose(["task=translate", "model=transformer_tiny", *small, *batch, *overrides])
+    hf_config = seq2seq.marian_config(config.model, seq2seq.Special(0, 1, 0), 800)
+    seq2seq.without_cache(hf_config)
+    hf_config._attn_implementation = config.model.attention
+    model = seq2seq.model_class(hf_config)(hf_config).train()
+    ids = torch.randint(2, 800, (4, 48))
+    mask = torch.ones_like(ids)
+    mask[1, 30:] = 0
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    ds = SimpleNamespace(module=model, optimizer=optimizer, config={}, _take_model_step=optimizer.step)
+    with Tracker(ds) as tracker:
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
+        summed_loss(logits, ids, 0.1).backward()
+    layout = Layout.of(config, complete(config, world=1, device="cpu"), world=1, device="cpu")
+    memory = memory_of(model_shape(config), layout)
+    assert memory.most("activations") == pytest.approx(tracker.peak["activations"], rel=0.1)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -34,16 +34,12 @@ class Elements:
     @classmethod
     def of(cls, layers: Sequence[Layer], layout: Layout) -> "Elements":
         every = [p for layer in layers for p in layer.parameters]
-        names = [f"{i}.{p.name}" for i, layer in enumerate(layers) for p in layer.parameters]
-        seen: dict[str, Parameter] = {}
-        for name, p in zip(names, every, strict=True):
-            seen["word" if p.name == "word" else name] = p  # tied: once, though the head of the same stage has it, too
-        trained = [p for p in seen.values() if p.trained]
+        trained = [p for p in every if p.trained]
         size = [_split(p, layout.tensor) for p in trained]
         groups = [
             tuple(s for p, s in zip(trained, size, strict=True) if (len(p.shape) > 1) is m) for m in (True, False)
         ]
-        frozen = sum(p.size for p in seen.values() if not p.trained)
+        frozen = sum(p.size for p in every if not p.trained)
         return cls(tuple(groups), _states(trained, size, layout), frozen)
 
     @property

@@ -122,7 +122,9 @@ def _stage1_2(own: Elements, layout: Layout) -> Iterator[Part]:
     first = 1 if layout.pipe > 1 else buffers  # a pipeline makes the second one when it reduces
     said = f"{first} bucket{'s' * (first > 1)}"
     if several and layout.stage == 1:
-        yield _part("gradients", "gradients", count, sums, why="summed whole, reduced once a step", moments="bgr")
+        yield _part("gradients", "gradients", count, sums, why="summed whole, reduced once a step", moments="bg")
+        left = count - own.touched(layout)  # they go as they are reduced
+        yield _part("gradients", "gradients", left, sums, why="but for this rank's", moments="r")
         yield _part("buffers", "reduction buckets", first * bucket, staged, why=f"{said}, kept", moments="b")
     yield _part("buffers", "reduction buckets", first * bucket, staged, why=said, moments="g")
     yield _part("buffers", "reduction buckets", buffers * bucket, staged, why=f"{buffers} buckets", moments="r")

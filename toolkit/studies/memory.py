@@ -77,6 +77,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handles = [
             p.register_post_accumulate_grad_hook(lambda p: self._count("gradients", _gradients([p])))
             for p in self.ds.module.parameters()
+            if p.requires_grad  # the positions of an encoder-decoder do not
         ]
         self._enter_hooks, tracker = saved_tensors_hooks.__enter__, self
         # Only the innermost hooks are asked, so each pair is watched as it is entered; the outermost is our own.
