@@ -14,6 +14,7 @@ from launching import ROOT
 
 from toolkit.compose import compose
 from toolkit.errors import ConfigError, PlanError
+from toolkit.plan.activations import block_bytes
 from toolkit.plan.machines import table
 from toolkit.plan.memory import memory_of
 from toolkit.plan.plan import GIB, Plan, plan
@@ -41,6 +42,14 @@ def test_one_device_holds_18_to_20_bytes_a_parameter_where_the_paper_counts_16(z
     groups = ("weights", "gradients", "optimizer")
     states = sum(p.bytes for p in found.memory.at("o") if p.group in groups)
     assert states / sum(found.parameters.values()) == pytest.approx(size, rel=0.01)
+
+
+def test_a_layer_keeps_what_korthikanti_et_al_count() -> None:
+    """s·b·h·(34 + 5·a·s/h) bytes in half precision (arXiv 2205.05198, equation 2), and LayerNorm's 16 a token."""
+    found = planned("model.attention=eager", "batch.micro_size=4")
+    length, batch, hidden, heads = 512, 4, 1024, 16
+    expected = length * batch * (hidden * (34 + 5 * heads * length / hidden) + 16)
+    assert block_bytes(model_shape(compose(list(LARGE))), found.layout, "encoder") == expected
 
 
 def test_pipe_stages_are_cut_as_deepspeed_cuts_them() -> None:

@@ -78,7 +78,7 @@ def attention_bytes(shape: ModelShape, layout: Layout) -> int:
     squares = rows * length * length
     if fused(layout):
         # q, k, v; the logarithm of the sums; the padding mask as numbers, made anew in each layer
-        kernel = rows * length * (3 * inner * size + 4 * heads) + squares * size * layout.padded
+        kernel = rows * length * (3 * inner * size + 4 * heads) + squares * size
     else:
         inside = 4 if layout.device == "cpu" and layout.attention == "sdpa" else size  # its unfused path is fp32
         dropped = inside + _mask(layout, inside) if layout.attention_dropout else 0

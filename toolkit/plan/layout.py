@@ -51,7 +51,6 @@ class Layout:
     sequences: int  # that a sample makes: the endings of a choice
     length: int
     predictions: int  # of the vocabulary, of one sequence
-    padded: bool
     attention: str
     dropout: float
     attention_dropout: float
@@ -84,7 +83,7 @@ class Layout:
             micro=config.batch.micro_size, accumulation=int(ds["gradient_accumulation_steps"]),
             samples=config.batch.global_size,
             sequences=len(config.data.columns.endings) if config.task.kind == "choose" else 1,
-            length=length, predictions=predictions, padded=True,
+            length=length, predictions=predictions,
             attention=config.model.attention, dropout=config.model.dropout,
             attention_dropout=0.0 if marian else config.model.dropout,  # Marian's own is 0
             act=config.model.hidden_act,
