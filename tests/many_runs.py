@@ -2,7 +2,8 @@
 
     deepspeed --num_gpus 2 tests/many_runs.py <output_dir> runs.json [memory]    # {"name": ["override", …], …}
 
-With ``memory``, one more step of each is counted: <output_dir>/<name>/peak.json, bytes of the rank with most.
+With ``memory``, one more step of each is counted: <output_dir>/<name>/peak.json, bytes of the rank with most, and
+memory.json, those of every rank by category: at the peak, the largest of each, and between steps.
 What a run was refused with is written to <output_dir>/<name>.error.json, one message per rank.
 """
 
@@ -22,7 +23,7 @@ def main() -> None:
     from toolkit.errors import ToolkitError
     from toolkit.models.build import build_model
     from toolkit.run import Run, Terminal
-    from toolkit.studies.memory import Tracker
+    from toolkit.studies.memory import Tracker, sizes
     from toolkit.tasks import build_task
     from toolkit.train import fit
 
@@ -47,6 +48,8 @@ def main() -> None:
                         with Tracker(engine.ds) as tracker:
                             engine.train_batch(task.train_batches(start_sample=0))
                         run.write_json("peak.json", ranks.largest([sum(tracker.at_peak.values())])[0])
+                        found = {"at_peak": tracker.at_peak, "peak": tracker.peak, "state": sizes(engine.ds)}
+                        run.write_json("memory.json", ranks.gathered(found))
                 except ToolkitError as refused:
                     error = f"{type(refused).__name__}: {refused}"
                 errors = ranks.gathered(error)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
-    "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "fingerprint", "watchdog", "workers",
+    "errors", "config", "compose", "ds_rules", "ds_config", "plan", "ranks", "fingerprint", "watchdog", "workers",
     "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine",
     "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "sweep",
     "launch", "launchers", "cli",
@@ -51,7 +51,7 @@ def test_imports_point_one_way() -> None:
         "config",
         "compose",
         "ds_config",
-        "plan.flops",
+        "plan.plan",
         "plan.machines",
         "launch",
         "report.timeline",

@@ -4,12 +4,14 @@ toolkit prepare data=text data.path='docs/*.txt'    # corpus -> token ids, with 
 toolkit export runs/bert                            # checkpoint -> Hugging Face folder
 toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead of the first run
 toolkit curves runs/multi30k                        # loss and metrics by step, as .png and .svg
+toolkit plan model=bert_large machine=a100_80gb     # what fits and how fast, before any device is rented
 toolkit machines                                    # what devices can do: memory, bandwidth, FLOP/s
 toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
 toolkit launch recipes/pretrain.py --on slurm       # the script, command or manifest that starts a run on a cluster
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -48,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ops.add_argument("--world", type=int, default=2, help="ranks the job will have (default: 2)")
     ops.add_argument("--all", action="store_true", help="all that the presets can need, for an image")
     ops.set_defaults(call=lambda a: _build_ops(a.overrides, a.world, a.all))
+
+    plan = commands.add_parser("plan", help="memory and time of a configuration on a machine")
+    plan.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. zero=stage3 machine=h100 machine.nodes=4")
+    plan.add_argument("--world", type=int, help="ranks of the job (default: all devices of the machine)")
+    plan.add_argument("--explain", action="store_true", help="the formula behind each number")
+    plan.add_argument("--json", action="store_true", help="everything as one JSON object")
+    plan.set_defaults(call=lambda a: _plan(a.overrides, a.world, a.explain, a.json))
 
     machines = commands.add_parser("machines", help="the devices of conf/machine, what they can do and who says so")
     machines.add_argument("name", nargs="?", help="only this one, e.g. h100")
@@ -170,6 +179,22 @@ def _launch(recipe: Path, overrides: list[str], on: str, submit: bool, out: Path
     from toolkit.launchers.start import start
 
     start(recipe, overrides, on=on, submit=submit, out=out)
+
+
+def _plan(overrides: list[str], world: int | None, explain: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from toolkit.compose import compose
+    from toolkit.plan.plan import plan
+    from toolkit.report.plan import show
+
+    if world is not None and world < 1:
+        raise ConfigError(f"--world {world}: a job has one rank at least.")
+    found = plan(compose(overrides), world=world)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        show(found, Console(soft_wrap=True), explain=explain)
 
 
 def _machines(name: str | None, dtype: Dtype) -> None:

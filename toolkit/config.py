@@ -222,7 +222,7 @@ class Pipeline(Strict):
 
 
 class Machine(Strict):
-    """What one device can do, for MFU; None is unknown, peaks are then looked up by its name, or measured on CPU."""
+    """What one device can do, for MFU and plans; None is unknown, peaks are then looked up by its name, or measured."""
 
     name: str = "this"
     device_name: str | None = None  # words of torch.cuda.get_device_name()
@@ -232,6 +232,15 @@ class Machine(Strict):
     link_gbs: float | None = Field(None, gt=0)  # GB/s to the other devices of the host, one way; sheets add both ways
     peak_tflops: dict[Dtype, float] = {}  # dense, by input type
     source: str | None = None
+    # The node that it is part of, and how many of these a plan is for
+    nodes: Positive = 1
+    devices_per_node: Positive = 1
+    node_link_gbs: float | None = Field(None, gt=0)  # GB/s from one node to the others, one way, all its ports together
+    host_memory_gib: float | None = Field(None, gt=0)
+    pcie_gbs: float | None = Field(None, gt=0)  # GB/s between a device and the host, one way
+    nvme_gib: float | None = Field(None, gt=0)
+    nvme_gbs: float | None = Field(None, gt=0)  # GB/s to and from all drives of a node
+    node_source: str | None = None
 
 
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]

@@ -5,6 +5,7 @@ balance(known("NVIDIA H200"), "bf16")           # 206 FLOP for each byte that it
 """
 
 import re
+import subprocess
 import time
 from functools import lru_cache
 
@@ -33,6 +34,22 @@ def known(device_name: str) -> Machine | None:
 
 def _words(name: str) -> set[str]:
     return set(re.findall(r"\w+", name.lower()))
+
+
+def here() -> Machine:
+    """The host at hand: its GPUs by the driver's own tool, else its CPU and memory. No torch."""
+    import psutil
+
+    total = psutil.virtual_memory().total / 2**30
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        names = []
+    if not names:
+        return Machine(host_memory_gib=total)
+    found = known(names[0]) or Machine(device_name=names[0])
+    return found.model_copy(update={"devices_per_node": len(names), "host_memory_gib": total})
 
 
 def balance(machine: Machine, dtype: Dtype) -> float | None:

@@ -77,6 +77,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handles = [
             p.register_post_accumulate_grad_hook(lambda p: self._count("gradients", _gradients([p])))
             for p in self.ds.module.parameters()
+            if p.requires_grad  # the positions of an encoder-decoder do not
         ]
         self._enter_hooks, tracker = saved_tensors_hooks.__enter__, self
         # Only the innermost hooks are asked, so each pair is watched as it is entered; the outermost is our own.
@@ -162,6 +163,17 @@ def state(ds: Any) -> dict[str, list[Tensor]]:
         [*states, *gradients] if facts.offload != "none" else []
     )
     return found
+
+
+def sizes(ds: Any) -> dict[str, int]:
+    """Bytes of :func:`state`, each storage once, under the first category that has it."""
+    seen: set[int] = set()
+    found: Counter[str] = Counter()
+    for category, tensors in state(ds).items():
+        for storage in (t.untyped_storage() for t in tensors):
+            found[category] += 0 if storage._cdata in seen else storage.nbytes()
+            seen.add(storage._cdata)
+    return dict(found)
 
 
 def _gradients(parameters: list[Any]) -> list[Tensor]:

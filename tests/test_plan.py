@@ -1,0 +1,179 @@
+"""A plan as a whole: what it adds up, what it refuses, and the command that prints it."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.utils import partition_balanced
+from launching import ROOT
+
+from toolkit.compose import compose
+from toolkit.errors import ConfigError, PlanError
+from toolkit.plan.activations import block_bytes
+from toolkit.plan.machines import table
+from toolkit.plan.memory import memory_of
+from toolkit.plan.plan import GIB, Plan, plan
+from toolkit.plan.shapes import model_shape
+from toolkit.plan.stages import balanced
+
+LARGE = ("model=bert_large", "precision=bf16", "machine=a100_80gb", "batch.global_size=1024", "data.max_length=512")
+
+
+def planned(*overrides: str, world: int | None = None) -> Plan:
+    return plan(compose([*LARGE, *overrides]), world=world)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from toolkit.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    run = [sys.executable, "-c", code, "plan", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("zero", "size"), [("stage1", 20), ("stage2", 18), ("stage3", 18)], ids=["ZeRO 1", "ZeRO 2", "ZeRO 3"]
+)
+def test_one_device_holds_18_to_20_bytes_a_parameter_where_the_paper_counts_16(zero: str, size: int) -> None:
+    found = planned(f"zero={zero}", world=1)
+    groups = ("weights", "gradients", "optimizer")
+    states = sum(p.bytes for p in found.memory.at("o") if p.group in groups)
+    assert states / sum(found.parameters.values()) == pytest.approx(size, rel=0.01)
+
+
+def test_a_layer_keeps_what_korthikanti_et_al_count() -> None:
+    """s·b·h·(34 + 5·a·s/h) bytes in half precision (arXiv 2205.05198, equation 2), and LayerNorm's 16 a token."""
+    found = planned("model.attention=eager", "batch.micro_size=4")
+    length, batch, hidden, heads = 512, 4, 1024, 16
+    expected = length * batch * (hidden * (34 + 5 * heads * length / hidden) + 16)
+    assert block_bytes(model_shape(compose(list(LARGE))), found.layout, "encoder") == expected
+
+
+def test_pipe_stages_are_cut_as_deepspeed_cuts_them() -> None:
+    draws = random.Random(0)
+    for _ in range(50):
+        sizes = [draws.choice([1, 3, 3, 3, 8, 20]) for _ in range(draws.randint(3, 14))]
+        count = draws.randint(2, min(5, len(sizes) - 1))
+        assert balanced(sizes, count) == partition_balanced(sizes, count)
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    found = planned("machine.nodes=4", "batch.micro_size=1")
+    shape, layout = model_shape(compose(list(LARGE))), found.layout
+    needs = {
+        d: memory_of(shape, replace(layout, micro=d, accumulation=32 // d)).peak / GIB for d in (1, 2, 4, 8, 16, 32)
+    }
+    assert found.layout.data == 32 and found.largest_micro == 32, "all of a copy's share"
+    small = planned("machine.nodes=4", "batch.micro_size=1", "machine.memory_gib=6")
+    assert small.largest_micro is not None and needs[small.largest_micro] < 6 < needs[2 * small.largest_micro] + 1
+    assert planned("machine.memory_gib=1").fits is False and planned("machine.memory_gib=1").largest_micro is None
+
+
+def test_what_leaves_a_node_is_as_slow_as_its_ports() -> None:
+    one, four = planned(), planned("machine.nodes=4")
+    reduced = [next(s for s in p.speed.shares if s.name.startswith("gradients")) for p in (one, four)]
+    assert "within the node" in reduced[0].formula and "between nodes" in reduced[1].formula
+    sent = [next(s for s in p.speed.sent if s.name.startswith("gradients")).bytes for p in (one, four)]
+    # 300 GB/s within, 200 GB/s between: a quarter of the micro-batches, 31/32 in place of 7/8 of the bytes
+    assert sent[1] / sent[0] == pytest.approx((31 / 32) / (7 / 8) / 4)
+    assert reduced[1].seconds / reduced[0].seconds == pytest.approx(sent[1] / sent[0] * 300 / 200)
+
+
+def test_a_pipeline_has_its_bubble() -> None:
+    found = planned("zero=stage1", "pipeline.stages=4", "batch.micro_size=16", world=8)
+    shares = {s.name: s.seconds for s in found.speed.shares}
+    assert found.layout.accumulation == 32
+    assert shares["pipeline bubble"] == pytest.approx(shares["computing"] * 3 / 32)
+
+
+def test_hours_follow_from_steps() -> None:
+    found = planned("train.steps=3600")
+    assert found.hours == pytest.approx(found.speed.step_seconds)
+    assert found.as_json()["device_hours"] == pytest.approx(8 * found.hours)
+    assert planned("train.epochs=3").hours is None, "nobody knows how many samples there are"
+
+
+def test_what_a_sheet_lacks_is_named_and_nothing_made_up() -> None:
+    found = planned("machine=v100_32gb", "machine.devices_per_node=8")
+    assert found.speed.unknown == ("machine.peak_tflops.bf16",) and found.speed.step_seconds is None
+    assert found.fits and found.hours is None
+    assert planned("machine=l4", "machine.memory_gib=null").fits is None
+
+
+def test_offload_moves_states_to_the_host_and_its_time_to_pcie_and_cpu() -> None:
+    on, off = planned("zero=stage3"), planned("zero=stage3", "offload=cpu")
+    assert off.device_gib < on.device_gib and off.host_gib > 18 * 0.3 and 0 < off.pinned_gib < off.host_gib
+    names = {s.name for s in off.speed.shares}
+    assert {"optimizer on the CPU", "gradients out, weights in"} <= names
+    nvme = planned("zero=stage3", "offload=nvme")
+    assert nvme.nvme_gib > 18 * 0.3 and nvme.speed.unknown == ("machine.nvme_gbs",)
+
+
+def test_a_node_shape_says_where_it_is_from() -> None:
+    shapes = [m for m in table() if m.devices_per_node > 1]
+    assert {"a100_80gb", "h100", "dgx2"} <= {m.name for m in shapes}
+    assert all(m.node_source and m.link_gbs and m.node_link_gbs and m.pcie_gbs for m in shapes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["machine.nodes=0"], "machine.nodes=0: Input should be greater than 0"),
+        (["batch.global_size=100"], "batch.global_size=100 is no multiple of batch.micro_size=16 x 8 ranks"),
+        (["model.weights=nowhere"], "model.weights=nowhere: no config.json there"),
+        (["data.max_length=1024"], "data.max_length=1024 is above model.max_position_embeddings=512"),
+        (["machine=a100_90gb"], "machine=a100_90gb: no such option. Did you mean 'a100_80gb'?"),
+        (
+            ["zero=stage1", "pipeline=two", "pipeline.schedule=dualpipev"],
+            "pipeline.schedule=dualpipev: there is no plan",
+        ),
+        (
+            ["zero=stage1", "pipeline.stages=4", "pipeline.partition=[5,6,40]"],
+            "pipeline.stages=4: 27 layers cannot be cut",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_line(overrides: list[str], said: str) -> None:
+    with pytest.raises((ConfigError, PlanError)) as error:
+        planned(*overrides)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_a_folders_model_is_held_to_its_own_sizes(tmp_path: Path) -> None:
+    keys = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+    keys |= {"model_type": "bert", "vocab_size": 100, "max_position_embeddings": 256}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    weights = f"model.weights={tmp_path}"
+    assert sum(planned(weights, "data.max_length=256").parameters.values()) < 100_000
+    with pytest.raises(PlanError, match=r"data.max_length=512: the model has only 256 positions"):
+        planned(weights)
+    with pytest.raises(PlanError, match="does not divide the 3 heads"):
+        planned(weights, "data.max_length=256", "zero=stage1", "parallel=tensor")
+
+
+def test_more_ranks_than_devices_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"--world 16: machine=a100_80gb with machine.nodes=1 x 8 devices has fewer"):
+        planned(world=16)
+
+
+def test_the_command_answers_in_two_seconds_without_torch() -> None:
+    start = time.perf_counter()
+    done = command(*LARGE, "machine.nodes=4", "--explain")
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert seconds < 2
+    for said in ("32 a100_80gb ranks on 4 nodes", "optimizer states", "It fits", "MFU", "device-hours", "of 32 shares"):
+        assert said in done.stdout, said
+
+
+def test_the_command_prints_json_and_refuses_in_one_line(tmp_path: Path) -> None:
+    found = json.loads(command(*LARGE, "--json").stdout)
+    assert found["fits"] is True and found["speed"]["step_seconds"] > 0 and found["layout"]["data"] == 8
+    assert {"formula", "bytes", "place"} <= set(found["memory"]["parts"][0])
+    here = command("experiment=smoke", "--world", "2")
+    assert here.returncode == 0 and "machine=this does not say" in here.stdout
+    wrong = command("--world", "0")
+    assert wrong.returncode == 2 and wrong.stderr == "error: --world 0: a job has one rank at least.\n"

@@ -1,0 +1,247 @@
+"""What DeepSpeed 0.19.8 really holds on a device, its host and NVMe, in bytes by part, each with its formula.
+
+memory = memory_of(shape, layout, pipe_stage=0)
+memory.peak, memory.at_peak                     # bytes of the device at the worst moment, and its parts
+
+Any of four moments can be the worst: the backward pass begins (all activations are there), its first gradients are
+made (the buckets are there, too), it ends (all gradients are), the optimizer works. Files in comments are DeepSpeed's.
+
+The ZeRO paper's accounting of 16 bytes a parameter is toolkit/plan/paper.py. In half precision DeepSpeed sums gradients
+in fp32 where it is told to (4 bytes instead of 2: 18), keeps those in bf16 beside them (ZeRO 1: 20), or turns those in
+half precision into fp32 for the optimizer (20).
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from toolkit.plan.activations import activations
+from toolkit.plan.elements import Elements
+from toolkit.plan.layout import BYTES, Layout
+from toolkit.plan.shapes import Layer, ModelShape
+from toolkit.plan.stages import stages
+
+MOMENTS = {
+    "b": "the loss begins the backward pass",
+    "g": "the last layer's gradients are made",
+    "r": "the backward pass ends",
+    "o": "the optimizer works",
+}
+ALL = "bgro"
+ALLREDUCE = 500_000_000  # elements that stage 0 flattens at a time (runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """``place``: device, host or nvme; ``moments``: letters of MOMENTS at which it is there."""
+
+    name: str
+    group: str  # weights, gradients, optimizer, buffers, activations, workspace
+    place: str
+    bytes: int
+    formula: str
+    moments: str = ALL
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank: every part, wherever and whenever it is there."""
+
+    parts: tuple[Part, ...]
+
+    def at(self, moment: str) -> tuple[Part, ...]:
+        return tuple(p for p in self.parts if p.place == "device" and moment in p.moments)
+
+    @property
+    def moment(self) -> str:
+        """When the device holds most."""
+        return max(MOMENTS, key=lambda m: sum(p.bytes for p in self.at(m)))
+
+    @property
+    def at_peak(self) -> tuple[Part, ...]:
+        return self.at(self.moment)
+
+    @property
+    def peak(self) -> int:
+        return sum(p.bytes for p in self.at_peak)
+
+    def total(self, place: str, *, pinned: bool = False) -> int:
+        """Bytes on the host (pinned ones only, where asked for) or on NVMe."""
+        return sum(p.bytes for p in self.parts if p.place == place and (p.pinned or not pinned))
+
+    def most(self, group: str) -> int:
+        """The most bytes that a group has on the device at any moment."""
+        return max(sum(p.bytes for p in self.at(m) if p.group == group) for m in MOMENTS)
+
+
+def memory_of(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> Memory:
+    """Of a rank of this pipe stage. What the CUDA context and the allocator take is not in it: see assumptions."""
+    layers = stages(shape, count=layout.pipe, how=layout.partition)[pipe_stage]
+    own = Elements.of(layers, layout)
+    rules = {0: _stage0, 1: _bf16_optimizer if layout.bf16_optimizer else _stage1_2, 2: _stage1_2, 3: _stage3}
+    found = [*rules[layout.stage](own, layout), *_activations(shape, layout, layers, pipe_stage)]
+    return Memory(tuple(p for p in found if p.bytes))
+
+
+def _part(group: str, name: str, count: float, size: float, *, why: str = "", moments: str = ALL, place: str = "device",
+          pinned: bool = False) -> Part:  # fmt: skip
+    formula = f"{int(count):,} x {size:g} B" + (f": {why}" if why else "")
+    return Part(name, group, place, int(count * size), formula, moments, pinned)
+
+
+def _stage0(own: Elements, layout: Layout) -> Iterator[Part]:
+    count, size = own.count, layout.bytes
+    yield _part("weights", "weights", count + own.frozen, size)
+    before = ALL if layout.accumulation > 1 else "ro"
+    yield _part("gradients", "gradients", count, size, moments=before)
+    if layout.dtype != "fp32":  # runtime/fp16/fused_optimizer.py
+        yield _part("optimizer", "master weights", count, 4, why="fp32")
+        yield _part("workspace", "fp32 gradients", own.group, 4, why="one group at a time", moments="o")
+    yield _part("optimizer", "optimizer states", count * own.states, 4, why=layout.optimizer)
+    if layout.data > 1:
+        flat = min(count, ALLREDUCE)
+        yield _part("buffers", "all-reduce buffer", flat, size, why="gradients flattened", moments="r")
+        if layout.communication_dtype != layout.dtype:
+            yield _part("buffers", "all-reduce copy", flat, BYTES[layout.communication_dtype], moments="r")
+    yield from _torch_work(own, layout, count)
+
+
+def _stage1_2(own: Elements, layout: Layout) -> Iterator[Part]:
+    """runtime/zero/stage_1_and_2.py."""
+    count, size, shard = own.count, layout.bytes, own.shard(layout)
+    sums, wire = BYTES[layout.accumulation_dtype], BYTES[layout.communication_dtype]
+    apart = layout.accumulation_dtype != layout.dtype  # sums in a type of their own
+    offload, several = layout.offload != "none", layout.accumulation > 1
+    share = f"of {layout.data} shares"
+    yield _part("weights", "weights", count + own.frozen, size, why="flat, whole on every rank")
+    yield from _master(own, layout, shard)
+    bucket, staged = layout.zero["reduce_bucket_size"], sums if layout.stage == 1 and apart else size
+    buffers = 2 if layout.overlap or layout.pipe > 1 else 1
+    first = 1 if layout.pipe > 1 else buffers  # a pipeline makes the second one when it reduces
+    said = f"{first} bucket{'s' * (first > 1)}"
+    if several and layout.stage == 1:
+        yield _part("gradients", "gradients", count, sums, why="summed whole, reduced once a step", moments="bg")
+        left = count - own.touched(layout)  # they go as they are reduced
+        yield _part("gradients", "gradients", left, sums, why="but for this rank's", moments="r")
+        yield _part("buffers", "reduction buckets", first * bucket, staged, why=f"{said}, kept", moments="b")
+    yield _part("buffers", "reduction buckets", first * bucket, staged, why=said, moments="g")
+    yield _part("buffers", "reduction buckets", buffers * bucket, staged, why=f"{buffers} buckets", moments="r")
+    yield _part("workspace", "bucket while reduced", min(bucket, count), wire, moments="r")
+    yield _part("workspace", "largest gradient", own.largest, size, moments="r")
+    after = ALL if several and layout.stage == 2 else "ro" if layout.pipe > 1 else "gro"
+    if apart:
+        yield _part("gradients", "gradient sums", shard, sums, why=share, moments=after)
+    elif not offload:
+        touched = own.touched(layout)
+        yield _part("gradients", "gradient sums", touched, sums, why="whole parameters, " + share, moments=after)
+        if several and layout.stage == 2:
+            yield _part("gradients", "gradients of a micro-batch", touched, size, why=share, moments="r")
+    if offload:
+        yield from _offload1_2(own, layout, shard, accumulates=several and layout.stage == 2 and not apart)
+    else:
+        yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
+        yield from _torch_work(own, layout, shard)
+
+
+def _offload1_2(own: Elements, layout: Layout, shard: int, accumulates: bool) -> Iterator[Part]:
+    size = layout.bytes
+    host = functools.partial(_part, place="host", pinned=layout.pinned)
+    yield _part("buffers", "gradient on its way", own.largest, size, why="largest parameter")
+    yield host("gradients", "host gradients", shard, 4, why="fp32, of this rank's share")
+    yield host("buffers", "host weights to send", shard, size)
+    yield host("buffers", "host gradient on its way", own.largest, size)
+    if accumulates:
+        yield host("gradients", "host gradient sums", own.touched(layout), size, why="over micro-batches")
+
+
+def _bf16_optimizer(own: Elements, layout: Layout) -> Iterator[Part]:
+    """runtime/bf16_optimizer.py: gradients in bf16 are kept, too, as zeros (immediate_grad_update is off)."""
+    count, shard = own.count, own.shard(layout)
+    yield _part("weights", "weights", count + own.frozen, layout.bytes)
+    yield from _master(own, layout, shard)
+    yield _part("gradients", "gradient sums", count, 4, why="fp32, whole on every rank")
+    before = ALL if layout.accumulation > 1 else "ro"
+    yield _part("gradients", "gradients", count, layout.bytes, moments=before)
+    if layout.data > 1:
+        yield _part("buffers", "all-reduce buffer", min(count, ALLREDUCE), 4, moments="r")
+    yield from _torch_work(own, layout, shard)
+
+
+def _stage3(own: Elements, layout: Layout) -> Iterator[Part]:
+    """runtime/zero/stage3.py and partitioned_param_coordinator.py."""
+    size, shard, zero = layout.bytes, own.shard(layout), layout.zero
+    sums, wire = BYTES[layout.accumulation_dtype], BYTES[layout.communication_dtype]
+    offload = layout.offload != "none"
+    share = f"of {layout.data} shares"
+    whole = sum(s for s in own.sizes if s <= zero["stage3_param_persistence_threshold"])
+    place = {"none": "device", "cpu": "host", "nvme": "nvme"}
+    frozen = ceil(own.frozen / layout.data)
+    yield _part("weights", "weights", shard + frozen, size, why=share, place=place[layout.offload_params],
+                pinned=layout.offload_params == "cpu" and layout.pinned)  # fmt: skip
+    yield _part("weights", "whole weights", whole, size, why="never shared: below the persistence threshold")
+    # The prefetcher passes over weights that are there and keeps them for their next use: all stay to the end
+    live = min(own.count - whole, max(zero["stage3_max_live_parameters"], own.largest))
+    yield _part("weights", "gathered weights", live, size, why="up to stage3_max_live_parameters", moments="bg")
+    ahead = min(own.count - whole, own.largest + zero["stage3_prefetch_bucket_size"])
+    yield _part("weights", "gathered weights", ahead, size, why="prefetched", moments="r")
+    yield from _master(own, layout, shard)
+    yield _part("gradients", "gradient sums", shard, sums, why=share, place="host" if offload else "device",
+                pinned=layout.pinned)  # fmt: skip
+    yield _part("buffers", "reduction buckets", zero["reduce_bucket_size"], wire, why="one bucket")
+    yield _part("workspace", "bucket while reduced", min(zero["reduce_bucket_size"], own.count), wire, moments="r")
+    yield _part("workspace", "largest gradient", own.largest, size, moments="r")
+    if layout.offload == "cpu":
+        yield _part("gradients", "host gradients", shard, 4, why="fp32", place="host", pinned=layout.pinned)
+    elif layout.offload == "none":
+        yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
+        yield from _torch_work(own, layout, shard)
+    if "nvme" in (layout.offload, layout.offload_params):
+        yield from _swap_buffers(own, layout)
+
+
+def _master(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
+    """Weights in fp32 and the optimizer's states; on NVMe the gradients lie beside them."""
+    place = {"none": "device", "cpu": "host", "nvme": "nvme"}[layout.offload]
+    share = f"of {layout.data} shares"
+    pinned = place == "host" and layout.pinned and layout.stage < 3
+    yield _part("optimizer", "master weights", shard, 4, why=f"fp32, {share}", place=place, pinned=pinned)
+    yield _part("optimizer", "optimizer states", shard * own.states, 4, why=f"{layout.optimizer}, {share}", place=place)
+    if place == "nvme":
+        yield _part("gradients", "swapped gradients", shard, 4, why=share, place=place)
+
+
+def _swap_buffers(own: Elements, layout: Layout) -> Iterator[Part]:
+    """runtime/swap_tensor: pinned memory through which everything goes to and from NVMe."""
+    if layout.offload == "nvme":
+        part = ceil(own.largest / layout.data)
+        yield _part(
+            "buffers", "swap buffers", layout.swap_buffers * part, 4, why="optimizer", place="host", pinned=True
+        )
+    if layout.offload_params == "nvme":
+        count, elements = layout.param_swap
+        yield _part("buffers", "weight swap buffers", count * elements, layout.bytes, place="host", pinned=True)
+
+
+def _torch_work(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
+    """PyTorch's own optimizers make a new tensor of each group; DeepSpeed's kernels work in place."""
+    if layout.optimizer.startswith("torch."):
+        yield _part("workspace", "optimizer's work", own.group * shard / max(1, own.count), 4, moments="o")
+
+
+def _activations(shape: ModelShape, layout: Layout, layers: Sequence[Layer], pipe_stage: int) -> Iterator[Part]:
+    kept = activations(shape, layout, layers)
+    waiting = {"1f1b": min(layout.pipe - pipe_stage, layout.accumulation), "gpipe": layout.accumulation}
+    flight = waiting[layout.schedule] if layout.pipe > 1 else 1
+    why = f"{flight} micro-batch{'es' * (flight > 1)} of {layout.micro}: {kept.formula}"
+    begin = flight * (kept.each + kept.head)
+    yield Part("activations", "activations", "device", begin, why, "b")
+    yield Part("activations", "activations", "device", begin - kept.head + kept.once, why, "g")
+    yield Part("moved activations", "activations", "host", flight * kept.moved, why, "bg", layout.device == "cuda")
+    yield Part("work of the loss", "workspace", "device", kept.loss, "two gradients of the logits in fp32", "b")
+    yield Part("work of a layer", "workspace", "device", kept.backward, "gradients within the last layer", "g")
+    if layout.pipe > 1:
+        count = (flight if pipe_stage < layout.pipe - 1 else 0) + 1
+        size = layout.tokens * shape.hidden * layout.bytes
+        yield _part("buffers", "between pipe stages", count, size, why="outputs and a gradient", moments="bgr")

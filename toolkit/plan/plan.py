@@ -1,0 +1,138 @@
+"""What a configuration needs on a machine and how fast it is, before any device is rented; no torch.
+
+found = plan(compose(["model=bert_large", "machine=a100_80gb", "machine.nodes=4"]))
+found.fits, found.left_gib, found.largest_micro, found.speed.step_seconds
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from toolkit import ds_config
+from toolkit.config import Machine, RunConfig
+from toolkit.errors import PlanError
+from toolkit.plan import assumptions, machines
+from toolkit.plan.layout import Layout
+from toolkit.plan.memory import MOMENTS, Memory, memory_of
+from toolkit.plan.shapes import ModelShape, model_shape
+from toolkit.plan.speed import Speed, speed_of
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``memory`` is that of the pipe stage with most; ``None`` is what the machine's sheet does not tell."""
+
+    machine: Machine
+    parameters: Mapping[str, int]  # by part of the model
+    layout: Layout
+    pipe_stage: int
+    memory: Memory
+    device_gib: float  # with the allocator's slack and the GPU's context
+    device_limit_gib: float | None
+    host_gib: float  # of a node
+    pinned_gib: float  # of it
+    host_limit_gib: float | None
+    nvme_gib: float  # of a node
+    nvme_limit_gib: float | None
+    largest_micro: int | None  # None: not even one sample fits, or no limit is known
+    speed: Speed
+    hours: float | None  # None: no time is known, or the run ends by epochs
+    assumptions: tuple[str, ...]
+
+    @property
+    def left_gib(self) -> float | None:
+        return None if self.device_limit_gib is None else self.device_limit_gib - self.device_gib
+
+    @property
+    def fits(self) -> bool | None:
+        """None where a limit is not known and no known one is broken."""
+        needs = (self.device_gib, self.host_gib, self.nvme_gib)
+        limits = (self.device_limit_gib, self.host_limit_gib, self.nvme_limit_gib)
+        verdicts = [None if limit is None else need <= limit for need, limit in zip(needs, limits, strict=True) if need]
+        return False if False in verdicts else None if verdicts[0] is None else True
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain values, derived ones too."""
+        found = asdict(self) | {"machine": self.machine.model_dump(mode="json", exclude_none=True)}
+        found |= {"fits": self.fits, "left_gib": self.left_gib, "moment": MOMENTS[self.memory.moment]}
+        rates = ("step_seconds", "samples_per_second", "tokens_per_second", "mfu")
+        found["speed"] |= {name: getattr(self.speed, name) for name in rates}
+        device_hours = None if self.hours is None else self.hours * self.layout.ranks
+        return found | {"device_hours": device_hours}
+
+
+def plan(config: RunConfig, *, world: int | None = None) -> Plan:
+    """``world`` ranks, or all devices of the machine. Raises ConfigError and PlanError, a line for each problem."""
+    machine, ranks, device = _machine(config, world)
+    shape = model_shape(config)
+    ds = ds_config.complete(config, world=ranks, device=device, vocab_size=shape.vocab_size)
+    layout = Layout.of(config, ds, world=ranks, device=device)
+    _refuse(config, shape, layout)
+    stages = [memory_of(shape, layout, stage) for stage in range(layout.pipe)]
+    worst = max(range(layout.pipe), key=lambda stage: stages[stage].peak)
+    per_node = min(ranks, machine.devices_per_node) / layout.pipe / GIB
+    host, pinned = (per_node * sum(m.total("host", pinned=only) for m in stages) for only in (False, True))
+    if device == "cpu" and machine.host_memory_gib:  # its ranks share the host's memory
+        machine = machine.model_copy(update={"memory_gib": (machine.host_memory_gib - host) / ranks})
+    speed = speed_of(shape, layout, machine, stages[worst], tf32=config.train.tf32)
+    steps, seconds = config.train.steps if config.train.epochs is None else None, speed.step_seconds
+    return Plan(
+        machine=machine, parameters=shape.by_part(), layout=layout, pipe_stage=worst, memory=stages[worst],
+        device_gib=_device_gib(stages[worst], layout), device_limit_gib=machine.memory_gib,
+        host_gib=host, pinned_gib=pinned, host_limit_gib=machine.host_memory_gib,
+        nvme_gib=per_node * sum(m.total("nvme") for m in stages), nvme_limit_gib=machine.nvme_gib,
+        largest_micro=_largest_micro(shape, layout, machine.memory_gib),
+        speed=speed, hours=steps * seconds / 3600 if steps and seconds else None,
+        assumptions=tuple(assumptions.told()),
+    )  # fmt: skip
+
+
+def _machine(config: RunConfig, world: int | None) -> tuple[Machine, int, str]:
+    """The machine, the ranks to plan for, and DeepSpeed's word for its devices."""
+    machine = config.machine
+    if machine.name == "this":
+        machine = machines.here().model_copy(update={"nodes": machine.nodes})
+    ranks = world or machine.nodes * machine.devices_per_node
+    if machine.name == "this" and not machine.device_name:  # a CPU has as many as are started
+        machine = machine.model_copy(update={"devices_per_node": -(-ranks // machine.nodes)})
+    if ranks > machine.nodes * machine.devices_per_node:
+        raise PlanError(f"--world {ranks}: {_told(machine)} has fewer. Add machine.nodes, or leave --world out.")
+    cpu = machine.name == "xeon_8180" or (machine.name == "this" and not machine.device_name)
+    return machine, ranks, "cpu" if cpu else "cuda"
+
+
+def _told(machine: Machine) -> str:
+    return f"machine={machine.name} with machine.nodes={machine.nodes} x {machine.devices_per_node} devices"
+
+
+def _refuse(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
+    if config.data.max_length > shape.positions:
+        raise PlanError(
+            f"data.max_length={config.data.max_length}: the model has only {shape.positions} positions. Lower it."
+        )
+    if shape.heads % layout.tensor:
+        raise PlanError(
+            f"deepspeed.tensor_parallel.autotp_size={layout.tensor}: does not divide the {shape.heads} heads. Lower it."
+        )
+    if layout.pipe > 1 and layout.schedule == "dualpipev":
+        raise PlanError("pipeline.schedule=dualpipev: there is no plan for it yet. Use 1f1b or gpipe.")
+    if layout.pipe > 1 and shape.type != "bert":
+        raise PlanError(f"pipeline.stages={layout.pipe}: only a BERT is cut into stages. Use pipeline=none.")
+
+
+def _device_gib(memory: Memory, layout: Layout) -> float:
+    if layout.device == "cpu":
+        return memory.peak / GIB
+    return memory.peak * (1 + assumptions.SLACK) / GIB + assumptions.CONTEXT_GIB
+
+
+def _largest_micro(shape: ModelShape, layout: Layout, limit: float | None) -> int | None:
+    """The largest micro-batch of those that divide a copy's share of the global batch."""
+    share = layout.samples // layout.data
+    for micro in (d for d in range(share, 0, -1) if share % d == 0) if limit else ():
+        tried = replace(layout, micro=micro, accumulation=share // micro)
+        if all(_device_gib(memory_of(shape, tried, s), tried) <= limit for s in range(layout.pipe)):  # type: ignore[operator]
+            return micro
+    return None

@@ -1,0 +1,171 @@
+"""How long a step takes on a machine: computing, communication, offload, bubbles, and what hides behind what.
+
+speed = speed_of(shape, layout, machine, tf32=True)
+speed.step_seconds, speed.mfu            # None where the machine's sheet lacks a number: speed.unknown says which
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+from toolkit.config import Dtype, Machine
+from toolkit.plan import flops
+from toolkit.plan.assumptions import ADAM_BYTES, EFFICIENCY, HOST_GBS, LINK_EFFICIENCY, OVERLAP
+from toolkit.plan.layout import Layout
+from toolkit.plan.memory import Memory
+from toolkit.plan.shapes import ModelShape
+from toolkit.plan.traffic import Sent, traffic
+
+
+@dataclass(frozen=True)
+class Share:
+    """One part of a step's time; ``hidden`` seconds of it pass while the device computes."""
+
+    name: str
+    seconds: float
+    hidden: float
+    formula: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``flops`` are useful ones of a step over all devices; ``unknown`` names the machine's missing keys."""
+
+    flops: float
+    shares: tuple[Share, ...]
+    sent: tuple[Sent, ...]
+    unknown: tuple[str, ...]
+    peak_tflops: float | None
+    samples: int
+    tokens: int
+    devices: int
+
+    @property
+    def step_seconds(self) -> float | None:
+        return None if self.unknown else sum(s.seconds - s.hidden for s in self.shares)
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return None if self.step_seconds is None else self.samples / self.step_seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.step_seconds is None else self.tokens / self.step_seconds
+
+    @property
+    def mfu(self) -> float | None:
+        if self.step_seconds is None or self.peak_tflops is None:
+            return None
+        return self.flops / self.step_seconds / self.devices / self.peak_tflops / 1e12
+
+
+def speed_of(shape: ModelShape, layout: Layout, machine: Machine, memory: Memory, *, tf32: bool) -> Speed:
+    """``memory`` is that of a rank: what it holds on host and NVMe moves in every step."""
+    dtype = cast(Dtype, "tf32" if tf32 and layout.dtype == "fp32" and "tf32" in machine.peak_tflops else layout.dtype)
+    peak = machine.peak_tflops.get(dtype)
+    useful, again = step_flops(shape, layout)
+    sent = traffic(shape, layout)
+    unknown = _unknown(layout, machine, memory, sent, dtype)
+    devices = layout.ranks
+    tokens = layout.samples * layout.sequences * layout.length * (2 if shape.type == "marian" else 1)
+    shares: tuple[Share, ...] = ()
+    if not unknown and peak:
+        rate = peak * EFFICIENCY[dtype] * 1e12
+        said = f"{useful + again:.3g} FLOP / {devices} / ({peak:g} TFLOP/s x {EFFICIENCY[dtype]})"
+        computing = Share("computing", (useful + again) / devices / rate, 0.0, said)
+        shares = (computing, *_bubble(layout, computing), *_links(layout, machine, sent, computing),
+                  *_offload(layout, machine, memory))  # fmt: skip
+    return Speed(useful, shares, tuple(sent), unknown, peak, layout.samples, tokens, devices)
+
+
+@dataclass
+class _Sizes:
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+
+
+def step_flops(shape: ModelShape, layout: Layout) -> tuple[float, float]:
+    """(useful, recomputed) of an optimizer step over all devices."""
+    sequences, length = layout.samples * layout.sequences, layout.length
+    if shape.type == "marian":
+        sizes = flops.Seq2SeqShape(
+            shape.hidden,
+            shape.hidden,
+            shape.intermediate,
+            shape.count("encoder"),
+            shape.count("decoder"),
+            shape.vocab_size,
+        )
+        names = ("source_source", "target_target", "target_source")
+        counts = {"source": sequences * length, "target": sequences * length}
+        total = flops.seq2seq(sizes).step(counts | dict.fromkeys(names, sequences * length**2))
+        layers = total - 6 * shape.hidden * shape.vocab_size * counts["target"]
+    else:
+        bert = flops.bert(_Sizes(shape.hidden, shape.count("encoder"), shape.intermediate), vocab_size=shape.vocab_size,
+                          length=length)  # fmt: skip
+        layers = bert.step(sequences=sequences, predictions=0)
+        total = layers + bert.prediction * sequences * layout.predictions
+    return total, layers / 3 if layout.recompute else 0.0
+
+
+def _unknown(layout: Layout, machine: Machine, memory: Memory, sent: list[Sent], dtype: str) -> tuple[str, ...]:
+    """The keys of the machine without which no time can be told."""
+    nodes = layout.ranks > machine.devices_per_node
+    needed = {
+        f"peak_tflops.{dtype}": dtype not in machine.peak_tflops,
+        "link_gbs": bool(sent)
+        and machine.devices_per_node > 1
+        and machine.link_gbs is None
+        and machine.pcie_gbs is None,
+        "node_link_gbs": bool(sent) and nodes and machine.node_link_gbs is None,
+        "pcie_gbs": memory.total("host") > 0 and machine.pcie_gbs is None,
+        "nvme_gbs": memory.total("nvme") > 0 and machine.nvme_gbs is None,
+    }
+    return tuple(f"machine.{key}" for key, missing in needed.items() if missing)
+
+
+def _bubble(layout: Layout, computing: Share) -> list[Share]:
+    """(p-1) of (m+p-1) slots are empty (Huang et al. 2019, GPipe, arXiv 1811.06965); 1F1B has as many."""
+    if layout.pipe == 1:
+        return []
+    empty = computing.seconds * (layout.pipe - 1) / layout.accumulation
+    return [Share("pipeline bubble", empty, 0.0, f"computing x ({layout.pipe} - 1) / {layout.accumulation}")]
+
+
+def _links(layout: Layout, machine: Machine, sent: list[Sent], computing: Share) -> list[Share]:
+    """Groups of ranks that leave a node are as slow as its ports, which the node's ranks share as one ring."""
+    inside = machine.link_gbs or machine.pcie_gbs or machine.node_link_gbs or 1.0
+    spans = {"tensor": layout.tensor, "data": layout.tensor * layout.pipe * layout.data, "pipe": layout.tensor * 2}
+    room = OVERLAP * computing.seconds * 2 / 3  # the backward pass is two thirds of computing
+    shares = []
+    for one in sent:
+        leaves = spans[one.among] > machine.devices_per_node
+        rate = min(inside, machine.node_link_gbs or inside) if leaves else inside
+        seconds = one.bytes / (rate * LINK_EFFICIENCY * 1e9)
+        hidden = min(seconds, room) if one.hidden else 0.0
+        room -= hidden
+        where = "between nodes" if leaves else "within the node"
+        said = f"{one.formula} / ({rate:g} GB/s x {LINK_EFFICIENCY}), {where}"
+        shares.append(Share(one.name, seconds, hidden, said))
+    return shares
+
+
+def _offload(layout: Layout, machine: Machine, memory: Memory) -> list[Share]:
+    """Gradients out and weights in over PCIe, the optimizer on the node's CPUs, states in and out of its drives."""
+    shares = []
+    pcie = (machine.pcie_gbs or 1.0) * LINK_EFFICIENCY * 1e9
+    moved = sum(p.bytes for p in memory.parts if p.name == "moved activations")
+    if moved:
+        total = 2 * moved * layout.accumulation
+        shares.append(Share("activations to the host and back", total / pcie, 0.0, f"{total:,} B over PCIe"))
+    if layout.offload != "none":
+        shard = sum(p.bytes for p in memory.parts if p.name == "master weights") // 4
+        total = shard * (4 * (layout.accumulation if layout.stage >= 2 else 1) + layout.bytes)
+        shares.append(Share("gradients out, weights in", total / pcie, 0.0, f"{total:,} B over PCIe"))
+        node = shard * min(layout.ranks, machine.devices_per_node)
+        seconds = node * ADAM_BYTES / (HOST_GBS * 1e9)
+        shares.append(Share("optimizer on the CPU", seconds, 0.0, f"{node:,} x {ADAM_BYTES} B / {HOST_GBS:g} GB/s"))
+    if nvme := 2 * memory.total("nvme") * min(layout.ranks, machine.devices_per_node):
+        rate = (machine.nvme_gbs or 1.0) * LINK_EFFICIENCY * 1e9
+        shares.append(Share("NVMe", nvme / rate, 0.0, f"{nvme:,} B read and written by a node"))
+    return shares
