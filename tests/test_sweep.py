@@ -1,11 +1,14 @@
-"""A --multirun goes on past what fails, says so, and the same command takes it up again. Slurm: test_slurm.py."""
+"""A --multirun goes on past what fails, says so, and the same command takes it up again; here and on Slurm."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from launching import ROOT
+import pytest
+from launching import ROOT, TINY, data_cache, read
+from slurm_cluster import needs_slurm, slurm_cluster
 
 # Fails by its seed, until the file `mended` is there; a recipe of its own, for a training takes longer.
 RECIPE = """
@@ -62,3 +65,20 @@ def test_the_name_of_a_sweep_is_the_beginning_of_its_runs_names(tmp_path: Path) 
     (tmp_path / "mended").touch()
     assert sweep(tmp_path, "name=rates", "seed=1,5").returncode == 0
     assert all(row["run"].startswith("rates-") for row in table(tmp_path)) and len(table(tmp_path)) == 2
+
+
+@needs_slurm
+def test_slurm_runs_each_job_on_a_rank_a_task_and_the_sweep_goes_on_past_what_fails(tmp_path: Path) -> None:
+    given = [o for o in TINY if not o.startswith(("batch.micro_size", "train.steps"))]
+    overrides = [*given, "train.steps=2", "model.dropout=0", f"output_dir={tmp_path}", f"data.cache_dir={data_cache()}"]
+    slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.timeout_min=5"]
+    command = [sys.executable, "recipes/pretrain.py", "--multirun", *slurm, *overrides, "batch.micro_size=3,4,8"]
+    with slurm_cluster() as cluster:
+        variables = cluster.environment | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, f"{done.stderr}\n{cluster.logs()}"
+    assert "2 of 3 jobs done" in done.stdout and "refused: batch.micro_size=3" in done.stdout
+    runs = [tmp_path / row["run"] for row in table(tmp_path) if row["state"] == "done"]
+    assert [json.loads((run / "env.json").read_text())["world_size"] for run in runs] == [2, 2]
+    losses = [[r["loss"] for r in read(run / "metrics.jsonl") if "loss" in r] for run in runs]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-6)  # another split of the same batches

@@ -42,6 +42,8 @@ HYDRA = [
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 ]
+# In the batch script, before srun: where the ranks of a job of its own find each other.
+SLURM_SWEEP = "hydra.launcher.setup=['export MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))']"
 SWEEP = ["hydra.sweep.dir=${output_dir}/sweep", "+hydra.callbacks.sweep._target_=toolkit.sweep.Begin"]
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
 
@@ -101,7 +103,8 @@ def _command(recipe: Recipe) -> Callable[[], None]:
         sweeps = bool({"-m", "--multirun"} & set(arguments))
         try:
             given = permissive(recipe.completed(arguments))
-            sys.argv[1:] = _flags_first([*(SWEEP if sweeps else ()), *given, *HYDRA])
+            first = [*(SWEEP if sweeps else ()), *([SLURM_SWEEP] if "hydra/launcher=submitit_slurm" in given else ())]
+            sys.argv[1:] = _flags_first([*first, *given, *HYDRA])
         except ConfigError as error:
             refuse(error)
         debug = debug or os.environ.get("HYDRA_FULL_ERROR") == "1"

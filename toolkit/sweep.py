@@ -48,8 +48,7 @@ def job(script: str, given: list[str], folder: Path, number: int) -> None:
     _write(record, mine)
     start = time.monotonic()
     arguments = [o for o in overrides if not o.startswith("name=")]
-    command = [sys.executable, script, *arguments, f"name={name}"]
-    code = subprocess.run(command, env=os.environ | _meeting_point(), check=False).returncode
+    code = subprocess.run([sys.executable, script, *arguments, f"name={name}"], check=False).returncode
     state = STATES.get(code, KILLED if code == -signal.SIGKILL else "failed")
     _write(record, mine | {"state": state, "code": code, "seconds": round(time.monotonic() - start, 1)})
     if state == "stopped":
@@ -97,15 +96,6 @@ def _named(overrides: list[str]) -> tuple[str, str]:
     key = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:8]
     given = [o.removeprefix("name=") for o in overrides if o.startswith("name=")]
     return f"{given[-1] if given else 'sweep'}-{key}", key
-
-
-def _meeting_point() -> dict[str, str]:
-    """Where the tasks of a Slurm job find each other: its first host, and a port that is the job's own."""
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "MASTER_ADDR" in os.environ:
-        return {}
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
-    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    return {"MASTER_ADDR": first, "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000)}
 
 
 def _first() -> bool:
