@@ -15,7 +15,6 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from deepspeed.launcher import runner
 from launching import ROOT, TINY, build_ops, data_cache, free_port, launch, logs, read
 from manifest_schemas import problems
 from omegaconf import OmegaConf
@@ -204,6 +203,8 @@ def test_deepspeed_gets_a_hostfile_and_the_environment_of_every_host(
         variables["DS_ENV_FILE"] == str(launch / ".deepspeed_env")
         and "ServerAlive" in variables["PDSH_SSH_ARGS_APPEND"]
     )
+    from deepspeed.launcher import runner  # seconds
+
     parsed = runner.parse_args(words[1:])
     assert (parsed.hostfile, parsed.master_addr, parsed.master_port) == (str(launch / "hostfile"), "node-1", 29500)
     assert parsed.user_args == ["--config-path", str(launch), "--config-name", "config"]
