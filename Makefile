@@ -32,7 +32,7 @@ image:
 
 # Builds the CPU image from nothing and runs it; needs root, buildah and debootstrap.
 image-test: .venv/.installed
-	TOOLKIT_IMAGE_TEST=build/image .venv/bin/pytest tests/test_image.py
+	TOOLKIT_IMAGE_TEST=$${TOOLKIT_IMAGE_TEST:-build/image} .venv/bin/pytest tests/test_image.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -12,6 +12,11 @@ node() (
     echo "* $public" > ~/.ssh/known_hosts
     env | grep -E '^[A-Z][A-Z0-9_]*=' > ~/.ssh/environment  # ranks started over ssh get what this container was given
     /usr/sbin/sshd -f /etc/toolkit/sshd_config -h ~/.ssh/cluster_key -E ~/.ssh/sshd.log
+    timeout 10 sh -c 'until ssh localhost true 2> /dev/null; do sleep 0.1; done' || {
+        echo "error: sshd does not answer on port 2222" >&2
+        cat ~/.ssh/sshd.log >&2
+        exit 1
+    }
 )
 
 key=${CLUSTER_KEY:-/run/secrets/cluster_key}

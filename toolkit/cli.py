@@ -172,7 +172,7 @@ def _build_ops(overrides: list[str], world: int, every: bool) -> None:
     ds = ds_config.complete(config, world=world, device=device)
     builders = ds_config.every_op(device) if every else ds_config.required_ops(ds, device=device, world=world)
     ops.ensure(builders, Console())
-    print(f"Ready in {ops.directory()}: {', '.join(builders)}")
+    print(f"Ready in {ops.prebuilt() or ops.directory()}: {', '.join(builders)}")
 
 
 def _launch(recipe: Path, overrides: list[str], on: str, submit: bool, out: Path | None) -> None:
