@@ -174,7 +174,15 @@ def test_the_command_answers_in_two_seconds_without_torch() -> None:
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     assert seconds < 2
-    for said in ("32 a100_80gb ranks on 4 nodes", "optimizer states", "It fits", "MFU", "device-hours", "of 32 shares"):
+    for said in (
+        "32 a100_80gb ranks on 4 nodes",
+        "optimizer states",
+        "It fits",
+        "MFU",
+        "device-hours",
+        "of 32 shares",
+        "The ZeRO paper",
+    ):
         assert said in done.stdout, said
 
 
