@@ -17,6 +17,7 @@ from toolkit.errors import ConfigError, PlanError
 from toolkit.plan.activations import block_bytes
 from toolkit.plan.machines import table
 from toolkit.plan.memory import memory_of
+from toolkit.plan.paper import zero_bytes
 from toolkit.plan.plan import GIB, Plan, plan
 from toolkit.plan.shapes import model_shape
 from toolkit.plan.stages import balanced
@@ -42,6 +43,14 @@ def test_one_device_holds_18_to_20_bytes_a_parameter_where_the_paper_counts_16(z
     groups = ("weights", "gradients", "optimizer")
     states = sum(p.bytes for p in found.memory.at("o") if p.group in groups)
     assert states / sum(found.parameters.values()) == pytest.approx(size, rel=0.01)
+
+
+def test_without_zero_half_precision_takes_the_papers_16_and_a_copy_of_the_gradients() -> None:
+    found = planned("zero=stage1", "precision=fp16", "batch.micro_size=1", world=1)
+    memory = memory_of(model_shape(compose(list(LARGE))), replace(found.layout, stage=0))
+    states = sum(p.bytes for p in memory.at("o") if p.group != "workspace")
+    assert states == zero_bytes(sum(found.parameters.values()), stage=0, world=1)
+    assert sum(p.bytes for p in memory.at("o")) == pytest.approx(states * 20 / 16, rel=0.01)
 
 
 def test_a_layer_keeps_what_korthikanti_et_al_count() -> None:
@@ -165,7 +174,15 @@ def test_the_command_answers_in_two_seconds_without_torch() -> None:
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     assert seconds < 2
-    for said in ("32 a100_80gb ranks on 4 nodes", "optimizer states", "It fits", "MFU", "device-hours", "of 32 shares"):
+    for said in (
+        "32 a100_80gb ranks on 4 nodes",
+        "optimizer states",
+        "It fits",
+        "MFU",
+        "device-hours",
+        "of 32 shares",
+        "The ZeRO paper",
+    ):
         assert said in done.stdout, said
 
 

@@ -51,7 +51,7 @@ TWO = {
 }
 FOUR = {
     "4 ranks, ZeRO 2, bf16": ("zero=stage2", "precision=bf16", *BUCKETS),
-    "4 ranks, ZeRO 3": ("zero=stage3", *SHARED),
+    "4 ranks, ZeRO 3": ("zero=stage3", *STATES, *SHARED),
     "4 ranks, pipeline x data": ("zero=stage1", "pipeline=two", *BUCKETS),
 }
 CASES = [*TWO, *FOUR]

@@ -4,7 +4,8 @@ memory = memory_of(shape, layout, pipe_stage=0)
 memory.peak, memory.at_peak                     # bytes of the device at the worst moment, and its parts
 
 Any of four moments can be the worst: the backward pass begins (all activations are there), its first gradients are
-made (the buckets are there, too), it ends (all gradients are), the optimizer works. Files in comments are DeepSpeed's.
+made (the buckets are there, too), the first bucket is reduced (at stage 0: all gradients are), the optimizer works.
+Files in comments are DeepSpeed's.
 
 The ZeRO paper's accounting of 16 bytes a parameter is toolkit/plan/paper.py. In half precision DeepSpeed sums gradients
 in fp32 where it is told to (4 bytes instead of 2: 18), keeps those in bf16 beside them (ZeRO 1: 20), or turns those in
@@ -25,7 +26,7 @@ from toolkit.plan.stages import stages
 MOMENTS = {
     "b": "the loss begins the backward pass",
     "g": "the last layer's gradients are made",
-    "r": "the backward pass ends",
+    "r": "gradients are reduced",
     "o": "the optimizer works",
 }
 ALL = "bgro"
@@ -81,7 +82,10 @@ def memory_of(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> Memory:
     layers = stages(shape, count=layout.pipe, how=layout.partition)[pipe_stage]
     own = Elements.of(layers, layout)
     rules = {0: _stage0, 1: _bf16_optimizer if layout.bf16_optimizer else _stage1_2, 2: _stage1_2, 3: _stage3}
-    found = [*rules[layout.stage](own, layout), *_activations(shape, layout, layers, pipe_stage)]
+    # How much of the backward pass is still to come when the first bucket is full; others reduce all at its end
+    buckets = layout.stage > 0 and layout.pipe == 1 and not layout.bf16_optimizer
+    left = max(0.0, 1 - layout.zero["reduce_bucket_size"] / own.count) if buckets else 0.0
+    found = [*rules[layout.stage](own, layout), *_activations(shape, layout, layers, pipe_stage, left)]
     return Memory(tuple(p for p in found if p.bytes))
 
 
@@ -230,7 +234,9 @@ def _torch_work(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
         yield _part("workspace", "optimizer's work", own.group * shard / max(1, own.count), 4, moments="o")
 
 
-def _activations(shape: ModelShape, layout: Layout, layers: Sequence[Layer], pipe_stage: int) -> Iterator[Part]:
+def _activations(
+    shape: ModelShape, layout: Layout, layers: Sequence[Layer], pipe_stage: int, left: float
+) -> Iterator[Part]:
     kept = activations(shape, layout, layers)
     waiting = {"1f1b": min(layout.pipe - pipe_stage, layout.accumulation), "gpipe": layout.accumulation}
     flight = waiting[layout.schedule] if layout.pipe > 1 else 1
@@ -238,6 +244,9 @@ def _activations(shape: ModelShape, layout: Layout, layers: Sequence[Layer], pip
     begin = flight * (kept.each + kept.head)
     yield Part("activations", "activations", "device", begin, why, "b")
     yield Part("activations", "activations", "device", begin - kept.head + kept.once, why, "g")
+    yield Part(
+        "activations", "activations", "device", int(left * kept.each) + kept.once, f"{left:.0%} left: {why}", "r"
+    )
     yield Part("moved activations", "activations", "host", flight * kept.moved, why, "bg", layout.device == "cuda")
     yield Part("work of the loss", "workspace", "device", kept.loss, "two gradients of the logits in fp32", "b")
     yield Part("work of a layer", "workspace", "device", kept.backward, "gradients within the last layer", "g")

@@ -1,6 +1,6 @@
 """How long a step takes on a machine: computing, communication, offload, bubbles, and what hides behind what.
 
-speed = speed_of(shape, layout, machine, tf32=True)
+speed = speed_of(shape, layout, machine, memory_of(shape, layout), tf32=True)
 speed.step_seconds, speed.mfu            # None where the machine's sheet lacks a number: speed.unknown says which
 """
 

@@ -6,6 +6,7 @@ show(plan(config), Console(), explain=True)
 from typing import Any
 
 from toolkit.plan.memory import MOMENTS
+from toolkit.plan.paper import zero_bytes, zero_volume
 from toolkit.plan.plan import GIB, Plan
 
 
@@ -20,6 +21,8 @@ def show(plan: Plan, console: Any, *, explain: bool) -> None:
     else:
         console.print(_time(plan, explain))
         console.print(_rates(plan), highlight=False)
+    if explain and plan.layout.dtype != "fp32" and plan.layout.pipe == plan.layout.tensor == 1:
+        console.print(_paper(plan), highlight=False)
     for line in plan.assumptions:
         console.print(line, highlight=False, style="dim")
 
@@ -78,6 +81,20 @@ def _verdict(plan: Plan) -> list[str]:
     verdict = {True: "It fits", False: "It does not fit", None: "Whether it fits is unknown: the limit is"}[plan.fits]
     micro = f"; the largest micro-batch that fits is {plan.largest_micro}" if plan.largest_micro else ""
     return [*lines, f"{verdict}{micro}."]
+
+
+def _paper(plan: Plan) -> str:
+    """The ZeRO paper's accounting beside DeepSpeed's, of one rank."""
+    count, stage, world = sum(plan.parameters.values()), plan.layout.stage, plan.layout.data
+    groups = ("weights", "gradients", "optimizer")
+    held = sum(p.bytes for p in plan.memory.parts if p.group in groups and "o" in p.moments) / GIB
+    sent = sum(s.bytes for s in plan.speed.sent) / 1e9
+    paper_held = zero_bytes(count, stage=stage, world=world) / GIB
+    paper_sent = zero_volume(count, stage=stage) * 2 * (world - 1) / world / 1e9
+    return (
+        f"The ZeRO paper counts {paper_held:.3f} GiB of states and {paper_sent:.3f} GB sent a step; "
+        f"DeepSpeed has {held:.3f} GiB and sends {sent:.3f} GB."
+    )
 
 
 def _of(need: float, limit: float | None) -> str:
