@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
-    "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "fingerprint", "workers", "pipe_events", "schedule",
-    "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine", "traffic", "meter",
-    "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "launch", "cli",
+    "errors", "config", "compose", "plan", "ds_rules", "ds_config", "ranks", "fingerprint", "workers", "pipe_events",
+    "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine", "traffic",
+    "meter", "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "doctor", "launch", "cli",
 ]  # fmt: skip
 
 
