@@ -6,6 +6,7 @@ checkpoint_bytes(job)       # of one checkpoint
 
 from typing import Any
 
+from toolkit import ds_config
 from toolkit.config import RunConfig
 from toolkit.doctor.finding import Job
 from toolkit.errors import ConfigError
@@ -52,8 +53,11 @@ def checkpoint_bytes(job: Job, count: int) -> int:
     weight = 0 if facts.stage == 3 else 4 if facts.dtype == "fp32" else 2
     master = 4 if facts.stage else 0
     states = 4 * STATES.get(str(facts["optimizer.type"]), 2)
-    exported = 4 if job.config.pipeline.stages > 1 else 0  # ds_state's weights for toolkit export
-    return count * (weight + master + states + exported)
+    size = weight + master + states
+    if job.config.pipeline.stages == 1:
+        return count * size
+    # the vocabulary's matrix is in the first stage and in the last; ds_state adds fp32 weights for toolkit export
+    return (count + ds_config.largest_parameter(job.config)) * size + count * 4
 
 
 def host_bytes(job: Job, count: int) -> int:

@@ -46,7 +46,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command on a host answered, or why it did not."""
+    """What a command on a host answered, if it did, and why it failed, if it did."""
 
     result: dict[str, Any] | None
     error: str
@@ -121,7 +121,7 @@ def ask(host: Host, module: str, request: dict[str, Any], *, seconds: int, told:
                     told(f"{host.name}: {line.rstrip()}")
         errors.seek(0)
         said = [line.strip() for line in errors if line.strip()]
-    if process.returncode == 0 and result is not None:
+    if process.returncode == 0:
         return Answer(result, "")
     last = f"no answer within {seconds} s" if process.returncode in (124, 137) else (said or ["no answer"])[-1]
     return Answer(result, f"{last} (exit code {process.returncode})")
