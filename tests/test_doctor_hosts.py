@@ -83,7 +83,7 @@ def test_hosts_that_give_no_answer_are_named_with_what_mends_it(tmp_path: Path) 
         "unknown": Fake(known=False),
         "bare": Fake(mounts=f"mount --bind {tmp_path / 'empty'} {ROOT}/toolkit"),
     }
-    code, report, found = doctor(tmp_path, fakes, "batch.micro_size=4")
+    code, report, found = doctor(tmp_path, fakes)
     ways = {"closed": "Start sshd", "stranger": "ssh-copy-id stranger", "unknown": "ssh-keyscan unknown"}
     for host, way in ways.items():
         assert found[host, "ssh"]["state"] == "fail" and way in found[host, "ssh"]["way_out"]

@@ -73,8 +73,8 @@ def swap_space(swap: Swap) -> Finding:
 
 
 def swap_speed(swap: Swap) -> Finding:
-    if swap.problem:
-        return Finding("NVMe speed", "skipped", "not measured")
+    if swap.problem or shutil.disk_usage(existing(swap.disk)).free < 2 * SIZE:
+        return Finding("NVMe speed", "skipped", f"not measured: no {gib(2 * SIZE)} to write to")
     try:
         found = speed(existing(swap.disk))
     except OSError as error:

@@ -68,8 +68,10 @@ def unneeded(name: str, why: str) -> Finding:
 
 
 def gib(size: float) -> str:
-    """Bytes for a reader: 1.50 GiB, or MiB below one."""
-    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.0f} MiB"
+    """Bytes for a reader: 1.50 GiB, or MiB or KiB below one."""
+    if size >= GIB:
+        return f"{size / GIB:,.2f} GiB"
+    return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
 
 
 def existing(path: Path) -> Path:
