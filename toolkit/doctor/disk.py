@@ -143,9 +143,9 @@ def checkpoints(job: Job) -> Finding:
     folder, keep = Path(job.config.output_dir), job.config.train.keep_checkpoints
     way = "Make room, lower train.keep_checkpoints, or name another output_dir."
     if problem := refused(folder):
-        return Finding("checkpoints", "fail", f"{folder.absolute()}: {problem}", "a folder that can be written", way)
+        return Finding("checkpoints", "fail", f"{folder}: {problem}", "a folder that can be written", way)
     free, count = shutil.disk_usage(existing(folder)).free, parameters(job.config)
-    value = f"{folder.absolute()}: {gib(free)} free"
+    value = f"{folder}: {gib(free)} free"
     if count is None:
         return Finding("checkpoints", "warn" if free < GIB else "ok", value, "the model's size is not known here")
     several = keep + 1 + bool(job.config.task.metrics)
