@@ -114,6 +114,12 @@ def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     assert found.write_gbs > slowest and found.read_gbs > slowest
 
 
+def test_a_drive_that_is_not_mounted_is_said(tmp_path: Path) -> None:
+    found = disk.swap_space(disk.Swap(tmp_path / "nvme0", 1, named=True))
+    assert found.state == "warn" and f"on the disk of {tmp_path}" in found.value
+    assert disk.swap_space(disk.Swap(tmp_path / "run", 1, named=False)).state == "ok"
+
+
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, two_ranks: None) -> None:
     (tmp_path / "file").touch()
     assert disk.checkpoints(job(f"output_dir={tmp_path / 'file' / 'runs'}")).state == "fail"

@@ -50,7 +50,7 @@ def test_two_hosts_that_agree_fit(tmp_path: Path) -> None:
 @needs_sshd
 @needs_mounts
 def test_what_is_wrong_on_one_host_is_said_of_that_host(tmp_path: Path) -> None:
-    """Another code, a small /dev/shm, an output_dir of its own, a clock that is ahead."""
+    """Another code, a /dev/shm too small for a batch, an output_dir of its own, a clock that is ahead."""
     changed, late, runs = tmp_path / "changed", tmp_path / "late", tmp_path / "runs"
     shutil.copytree(ROOT / "toolkit", changed)
     with (changed / "train.py").open("a") as file:
@@ -59,7 +59,9 @@ def test_what_is_wrong_on_one_host_is_said_of_that_host(tmp_path: Path) -> None:
     (late / "date").write_text("#!/bin/sh\nexec /bin/date -d '+90 seconds' \"$@\"\n")
     (late / "date").chmod(0o755)
     runs.mkdir()
-    mounts = f"mount --bind {changed} {ROOT}/toolkit\nmount -t tmpfs -o size=1m tmpfs /dev/shm\nmount -t tmpfs t {runs}"
+    mounts = (
+        f"mount --bind {changed} {ROOT}/toolkit\nmount -t tmpfs -o size=16k tmpfs /dev/shm\nmount -t tmpfs t {runs}"
+    )
     beta = Fake(mounts=mounts, environment=f"PATH={late}:/usr/bin:/bin")
     code, report, found = doctor(tmp_path, {"alpha": Fake(), "beta": beta})
     assert code == 2 and report["fits"] is False

@@ -37,10 +37,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Swap:
-    """A disk that the job swaps to, and what all ranks of this host write there; None: unknown."""
+    """A disk that the job swaps to, what all ranks of this host write there (None: unknown), whether keys name it."""
 
     disk: Path
     needed: float | None
+    named: bool
 
     @cached_property
     def problem(self) -> str | None:
@@ -50,7 +51,10 @@ class Swap:
 def swaps(job: Job) -> list[Swap]:
     sizes = nvme.bytes_per_parameter(job.ds)
     count = parameters(job.config) if sizes else None
-    return [Swap(folder.parent, None if count is None else size * count) for folder, size in sizes.items()]
+    return [
+        Swap(folder.parent, None if count is None else size * count, folder.parent != job.run_dir)
+        for folder, size in sizes.items()
+    ]
 
 
 def swap_checks(job: Job) -> list[Finding]:
@@ -65,7 +69,10 @@ def swap_space(swap: Swap) -> Finding:
     way = "Name another drive: deepspeed.zero_optimization.offload_optimizer.nvme_path and offload_param.nvme_path."
     if swap.problem:
         return Finding("NVMe space", "fail", f"{swap.disk}: {swap.problem}", "a folder that can be written", way)
-    free = shutil.disk_usage(existing(swap.disk)).free
+    free, there = shutil.disk_usage(existing(swap.disk)).free, existing(swap.disk)
+    if swap.named and there != swap.disk:
+        text = f"{swap.disk} is not there: it would be a folder on the disk of {there}, {gib(free)} free"
+        return Finding("NVMe space", "warn", text, "a mounted drive", f"Mount it, or mkdir {swap.disk}.")
     if swap.needed is None:
         return Finding("NVMe space", "warn", f"{swap.disk}: {gib(free)} free", "the model's size is not known here")
     rule = f"{gib(swap.needed)} will be written"
@@ -161,13 +168,12 @@ def shared_memory(job: Job, folder: Path = Path("/dev/shm")) -> Finding:
         return Finding("shared memory", "fail", f"no {folder}", "a tmpfs", way)
     usage = shutil.disk_usage(folder)
     value = f"{folder}: {gib(usage.free)} of {gib(usage.total)} free"
-    ops = SHM_COMM * job.slots if "ShareMemCommBuilder" in job.ops and job.world > 1 else 0
-    needed = ops + job.slots * job.config.data.workers * PREFETCH * _batch_bytes(job)
-    if usage.free < needed:
-        return Finding("shared memory", "fail", value, f"{gib(needed)} for {job.slots} ranks and their workers", way)
-    if job.device == "cuda" and job.slots > 1:
+    together = "ShareMemCommBuilder" in job.ops and job.slots == job.world  # over several hosts it is not used
+    needed = SHM_COMM * job.slots * together + job.slots * job.config.data.workers * PREFETCH * _batch_bytes(job)
+    if job.device == "cuda" and job.slots > 1 and usage.free >= needed:
         return rated("shared memory", usage.total >= GIB, value, "1 GiB: NVIDIA's advice for NCCL", way, bad="warn")
-    return Finding("shared memory", "ok", value, f"{gib(needed)} for {job.slots} ranks and their workers")
+    rule = f"{gib(needed)} for {job.slots} ranks and their workers"
+    return rated("shared memory", usage.free >= needed, value, rule, way)
 
 
 def _batch_bytes(job: Job) -> int:

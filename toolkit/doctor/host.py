@@ -43,10 +43,8 @@ def findings(job: Job, console: Any) -> list[Finding]:
     try:
         ops_needed = len(job.ops)
     except ConfigError as error:  # DeepSpeed's node suits no such world or device
-        return [Finding("configuration", "fail", text) for text in str(error).splitlines()] + [
-            gpu.gpus(job),
-            gpu.driver(job),
-        ]
+        refusals = [Finding("configuration", "fail", text) for text in str(error).splitlines()]
+        return [*refusals, gpu.gpus(job), gpu.driver(job)]
     value = f"{job.config.task.name} on {job.device}, {job.slots} of {job.world} ranks, {ops_needed} ops"
     return [Finding("configuration", "ok", value), *checks(job, console)]
 
@@ -67,9 +65,8 @@ def compiler(job: Job) -> Finding:
     missing = ops.missing(job.ops)
     if not missing:
         return unneeded("compiler", "every op is built")
-    wanted = {"g++": os.environ.get("CXX", "c++"), "ninja": "ninja"} | (
-        {"nvcc": "nvcc"} if job.device == "cuda" else {}
-    )
+    wanted = {"g++": os.environ.get("CXX", "c++"), "ninja": "ninja"}
+    wanted |= {"nvcc": "nvcc"} if job.device == "cuda" else {}
     found = {name: _which(tool) or (_which("g++") if name == "g++" else None) for name, tool in wanted.items()}
     absent = [name for name, path in found.items() if path is None]
     ways = {"g++": "apt install g++", "ninja": "pip install ninja", "nvcc": "install the CUDA toolkit, set CUDA_HOME"}

@@ -85,6 +85,7 @@ def _software(visits: list[Visit]) -> list[Placed]:
     found = [(v.host.name, v.answer["fingerprint"]) for v in visits if v.answer for _ in range(v.host.slots)]
     if len({name for name, _ in found}) < 2:
         return []
+    found = [(name, dict.fromkeys(found[0][1], "unknown") | prints) for name, prints in found]  # an older toolkit's
     wrong = differences(found)
     rule, first = "Python, packages, code and device as on the first host", found[0][0]
     of_host = {name: [line for line in wrong if line.startswith(f"host {name} (")] for name, _ in found}
@@ -135,6 +136,8 @@ def _judged(visits: list[Visit], answers: list[Answer], request: dict[str, Any])
         lost = dict.fromkeys(owner[rank] for rank in result["missing"])
         return [(name, Finding("all-reduce", "fail", text, "all ranks meet", way)) for name in lost]
     broken = [(v.host.name, a.error) for v, a in zip(visits, answers, strict=True) if a.error]
+    if result is None and not broken:
+        broken = [(owner[0], "no answer")]
     if broken or result is None:
         return [(name, Finding("all-reduce", "fail", error, "all ranks meet", way)) for name, error in broken]
     speed = bus_gbs(result["bytes"], result["seconds"], request["world"])

@@ -27,9 +27,7 @@ MARK = "toolkit.doctor: "  # before the one line of an answer; all other lines a
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15"]
 FORWARDED = ("PYTHON", "NCCL", "UCX", "MV2")  # deepspeed/launcher/runner.py, 0.19.8, without MLFLOW's tokens
 SKEW_SECONDS = 1.0
-CLOCK = (
-    "echo ready; read _; date +%s.%N; hostname -I"  # asked once the connection stands, the answer takes milliseconds
-)
+CLOCK = "echo ready; read _; date +%s.%N; hostname -I"  # asked once the connection stands: milliseconds
 WAYS = {
     "Permission denied": "Let this user in by key: ssh-copy-id {host}. Passwords are not asked for.",
     "Host key verification failed": "Make its key known once you trust it: ssh-keyscan {host} >> ~/.ssh/known_hosts.",
@@ -148,9 +146,9 @@ def reach(host: Host) -> tuple[list[Finding], str]:
             process.stdin.write("\n")
         clock, received = process.stdout.readline(), time.time()
         addresses, errors = process.communicate()
-    if process.returncode or not clock:
+    if process.returncode or not re.fullmatch(r"\d+\.\d+\n", clock):
         text = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        way = next(way for words, way in WAYS.items() if words in text)
+        way = next(way for part, way in WAYS.items() if part in text)
         return [Finding("ssh", "fail", text, rule, way.format(host=host.name))], ""
     offset, error = float(clock) - (sent + received) / 2, (received - sent) / 2
     return [Finding("ssh", "ok", f"{took:.2f} s", rule), clock_finding(offset, error)], (addresses.split() or [""])[0]
