@@ -25,8 +25,8 @@ from toolkit.doctor.ssh import MARK
 
 ZERO = "deepspeed.zero_optimization"
 SMI = """\
-NVIDIA H100 80GB HBM3, 550.54.15, 81559, 81008
-NVIDIA H100 80GB HBM3, 550.54.15, 81559, [N/A]
+NVIDIA H100 80GB HBM3, 550.54.15
+NVIDIA A100-SXM4-40GB MIG 1g.5gb, 550.54.15
 """
 SMI_HEAD = "| NVIDIA-SMI 550.54.15      Driver Version: 550.54.15      CUDA Version: 12.4     |"
 
@@ -114,6 +114,11 @@ def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     assert found.write_gbs > slowest and found.read_gbs > slowest
 
 
+def test_the_op_for_shared_memory_counts_where_all_ranks_share_a_host(two_ranks: None) -> None:
+    alone, several = disk.shared_memory(job()), disk.shared_memory(job("batch.micro_size=4", world=4, hosts=2))
+    assert alone.rule.startswith("132 MiB") and several.rule.startswith("48 KiB")
+
+
 def test_a_drive_that_is_not_mounted_is_said(tmp_path: Path) -> None:
     found = disk.swap_space(disk.Swap(tmp_path / "nvme0", 1, named=True))
     assert found.state == "warn" and f"on the disk of {tmp_path}" in found.value
@@ -168,7 +173,7 @@ def test_bus_bandwidth_is_what_nccl_tests_call_so() -> None:
 
 def test_nvidia_smi_is_read() -> None:
     first, second = gpu.parse(SMI)
-    assert first == gpu.Gpu("NVIDIA H100 80GB HBM3", "550.54.15", 81559, 81008) and second.free_mib is None
+    assert first == gpu.Gpu("NVIDIA H100 80GB HBM3", "550.54.15") and second.name == "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
     assert gpu.driver_cuda(SMI_HEAD) == "12.4"
     assert gpu.parse("") == gpu.parse("No devices were found") == [] and gpu.driver_cuda("") is None
     assert gpu.smi(["nvidia-smi-is-not-here"]) == ""

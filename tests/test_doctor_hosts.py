@@ -12,7 +12,7 @@ import pytest
 from launching import ROOT
 from sshd import Fake, hosts, needs_mounts, needs_sshd
 
-from toolkit.doctor import ssh
+from toolkit.doctor import job, ssh
 from toolkit.errors import ConfigError
 
 Findings = dict[tuple[str, str], dict[str, str]]
@@ -146,3 +146,16 @@ def test_lines_that_stop_deepspeeds_launcher_are_refused(tmp_path: Path, monkeyp
 )
 def test_a_clock_is_off_only_if_the_round_trip_does_not_explain_it(offset: float, error: float, state: str) -> None:
     assert ssh.clock_finding(offset, error).state == state
+
+
+def test_a_job_whose_all_reduce_gives_no_answer_does_not_fit() -> None:
+    visits = [job.Visit(ssh.Host("alpha", 1), []), job.Visit(ssh.Host("beta", 1), [])]
+    ((host, finding),) = job._judged(visits, [ssh.Answer(None, ""), ssh.Answer(None, "")], {})
+    assert (host, finding.state) == ("alpha", "fail")
+
+
+def test_an_older_toolkits_fingerprint_is_a_difference() -> None:
+    prints = [{"python": "3.11.7", "torch": "2.13.0"}, {"python": "3.11.7"}]
+    visits = [job.Visit(ssh.Host(n, 2), [], {"fingerprint": p}) for n, p in zip(("alpha", "beta"), prints, strict=True)]
+    ((host, finding),) = job._software(visits)
+    assert (host, finding.state) == ("beta", "fail") and "(rank 2, 3): torch unknown" in finding.value

@@ -1,6 +1,6 @@
 """GPUs, their memory and their driver, against what torch was built for and what the job wants.
 
-parse(smi())        # [Gpu(name="NVIDIA H100 80GB HBM3", driver="550.54.15", total_mib=81559, free_mib=81008)]
+parse(smi())        # [Gpu(name="NVIDIA H100 80GB HBM3", driver="550.54.15")]
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from toolkit.doctor.finding import Finding, Job, gib, unneeded
 from toolkit.plan import machines
 
-QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"]
+QUERY = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
 IN_USE = 0.1  # of a GPU's memory; the driver and our own context take less
 
 
@@ -21,8 +21,6 @@ class Gpu:
 
     name: str
     driver: str
-    total_mib: int | None
-    free_mib: int | None
 
 
 def smi(command: list[str] = QUERY) -> str:
@@ -34,13 +32,8 @@ def smi(command: list[str] = QUERY) -> str:
 
 
 def parse(text: str) -> list[Gpu]:
-    """``text`` as QUERY prints it; a GPU that does not tell its memory ("[N/A]") has None."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
-    return [Gpu(r[0], r[1], _number(r[2]), _number(r[3])) for r in rows if len(r) == 4]
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+    """``text`` as QUERY prints it; other lines are nvidia-smi's words."""
+    return [Gpu(*line.split(", ")) for line in text.splitlines() if line.count(", ") == 1]
 
 
 def driver_cuda(text: str) -> str | None:
