@@ -190,11 +190,14 @@ def test_gpus_are_counted_free_and_those_of_the_machine(machine: str, count: int
     assert found.state == state and bool(found.way_out) == (state != "ok")
 
 
-def test_gpus_that_a_cpu_build_of_torch_leaves_idle_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_torch_leaves_idle_are_said_unless_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "smi", lambda *_: SMI)
-    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     found = gpu.gpus(job())
     assert found.state == "fail" and "torch's build for CUDA" in found.way_out
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert gpu.gpus(job()).state == "skipped"
+    assert gpu.gpus(job("machine=h100")).state == "fail"
 
 
 def test_a_driver_older_than_torchs_cuda_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def test_two_hosts_that_agree_fit(tmp_path: Path) -> None:
         for name in ("ssh", "clock", "configuration", "shared memory", "checkpoints", "ops"):
             assert found[host, name]["state"] == "ok"
     assert found["beta", "software"]["state"] == "ok"
+    assert found["this host", "pdsh"]["state"] == ("ok" if shutil.which("pdsh") else "warn")
     assert "2 ranks, gloo" in found["all", "all-reduce"]["value"] and "GB/s" in found["all", "all-reduce"]["value"]
 
 

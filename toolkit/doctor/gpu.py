@@ -3,12 +3,13 @@
 parse(smi())        # [Gpu(name="NVIDIA H100 80GB HBM3", driver="550.54.15")]
 """
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.doctor.finding import Finding, Job, gib, unneeded
+from toolkit.doctor.finding import Finding, Job, gib, rated, unneeded
 from toolkit.plan import machines
 
 QUERY = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -48,11 +49,10 @@ def gpus(job: Job) -> Finding:
 
     wanted = job.config.machine
     if job.device != "cuda":
-        if (listed := parse(smi())) and torch.version.cuda is None:
-            way = "Install torch's build for CUDA, or set DS_ACCELERATOR=cpu to train on the CPU."
-            return Finding(
-                "GPUs", "fail", f"{len(listed)} x {listed[0].name}, torch {torch.__version__}", "in use", way
-            )
+        if (listed := parse(smi())) and "DS_ACCELERATOR" not in os.environ:
+            value = f"{len(listed)} x {listed[0].name}, torch {torch.__version__} sees none"
+            way = "Install torch's build for CUDA and this driver, or set DS_ACCELERATOR=cpu to train on the CPU."
+            return Finding("GPUs", "fail", value, "no GPU idle", way)
         if wanted.device_name and wanted.memory_gib:
             way = "See `nvidia-smi`, or use machine=this."
             return Finding("GPUs", "fail", f"device {job.device}", f"machine={wanted.name}", way)
@@ -92,8 +92,7 @@ def driver(job: Job) -> Finding:
     rule, way = f"CUDA {built}, which torch is built for", "Install a newer driver, or a torch for an older CUDA."
     if newest is None:
         return Finding("driver", "warn", value, rule, "`nvidia-smi` does not tell: run it.")
-    state = "ok" if int(newest.split(".")[0]) >= int(built.split(".")[0]) else "fail"
-    return Finding("driver", state, value, rule, way if state == "fail" else "")  # type: ignore[arg-type]
+    return rated("driver", int(newest.split(".")[0]) >= int(built.split(".")[0]), value, rule, way)
 
 
 def _nccl(torch: Any) -> str:

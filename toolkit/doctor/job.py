@@ -12,7 +12,7 @@ from typing import Any
 
 from toolkit.config import RunConfig
 from toolkit.doctor.allreduce import bus_gbs
-from toolkit.doctor.finding import Finding, gib
+from toolkit.doctor.finding import Finding, gib, rated
 from toolkit.doctor.ssh import Answer, Host, ask, reach
 
 HOST_SECONDS = 1800  # three ops, each minutes on a busy host
@@ -72,10 +72,8 @@ def _launcher(hosts: list[Host]) -> list[Placed]:
     """What the deepspeed command itself needs, here, to reach several hosts."""
     if len(hosts) == 1:
         return []
-    way = "apt install pdsh, or launch otherwise (torchrun, Slurm)."
-    path = which("pdsh")
-    state, value = ("ok", path) if path else ("warn", "missing")
-    return [("this host", Finding("pdsh", state, value, "for deepspeed --hostfile", "" if path else way))]  # type: ignore[arg-type]
+    way, path = "apt install pdsh, or launch otherwise (torchrun, Slurm).", which("pdsh")
+    return [("this host", rated("pdsh", bool(path), path or "missing", "for deepspeed --hostfile", way, bad="warn"))]
 
 
 def _software(visits: list[Visit]) -> list[Placed]:
