@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "toolkit"
 ORDER = [
     "errors", "config", "compose", "ds_rules", "ds_config", "plan", "ranks", "fingerprint", "watchdog", "workers",
     "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks", "engine",
-    "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "sweep",
+    "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "doctor", "sweep",
     "launch", "launchers", "cli",
 ]  # fmt: skip
 

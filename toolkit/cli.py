@@ -3,6 +3,7 @@
 toolkit prepare data=text data.path='docs/*.txt'    # corpus -> token ids, with an audit
 toolkit export runs/bert                            # checkpoint -> Hugging Face folder
 toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead of the first run
+toolkit doctor offload=nvme --hostfile hosts        # does it run here: ops, disks, memory, GPUs, hosts, network
 toolkit curves runs/multi30k                        # loss and metrics by step, as .png and .svg
 toolkit plan model=bert_large machine=a100_80gb     # what fits and how fast, before any device is rented
 toolkit machines                                    # what devices can do: memory, bandwidth, FLOP/s
@@ -57,6 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--explain", action="store_true", help="the formula behind each number")
     plan.add_argument("--json", action="store_true", help="everything as one JSON object")
     plan.set_defaults(call=lambda a: _plan(a.overrides, a.world, a.explain, a.json))
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that a configuration runs here, or on the hosts of a hostfile, and say what mends it",
+        description="Exit code 0: it fits, warnings or not. 2: it does not.",
+    )
+    doctor.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. zero=stage3 offload=nvme")
+    doctor.add_argument("--hostfile", type=Path, help="DeepSpeed's: lines of `host slots=N`")
+    doctor.add_argument("--world", type=int, help="ranks on this host, without a hostfile (default: its GPUs, or 2)")
+    doctor.add_argument("--master-addr", help="the first host's address (default: the first of its `hostname -I`)")
+    doctor.add_argument("--no-build", action="store_true", help="only say which ops are not built")
+    doctor.add_argument("--json", action="store_true", help="a JSON object instead of the table")
+    doctor.set_defaults(call=_doctor)
 
     machines = commands.add_parser("machines", help="the devices of conf/machine, what they can do and who says so")
     machines.add_argument("name", nargs="?", help="only this one, e.g. h100")
@@ -195,6 +209,47 @@ def _plan(overrides: list[str], world: int | None, explain: bool, as_json: bool)
         print(json.dumps(found.as_json(), indent=1))
     else:
         show(found, Console(soft_wrap=True), explain=explain)
+
+
+def _doctor(chosen: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from toolkit.compose import compose
+    from toolkit.doctor.job import examine
+    from toolkit.doctor.show import as_json, table, verdict
+    from toolkit.doctor.ssh import Host, read_hostfile
+
+    if chosen.hostfile and chosen.world is not None:
+        raise ConfigError(f"--world {chosen.world}: the hostfile's slots say how many ranks there are. Drop --world.")
+    config = compose(chosen.overrides)
+    hosts = read_hostfile(chosen.hostfile) if chosen.hostfile else [Host("this host", _world(chosen.world), False)]
+    told = Console(stderr=True, soft_wrap=True)
+    report = examine(
+        config, hosts, build=not chosen.no_build, address=chosen.master_addr, told=lambda x: told.print(x, markup=False)
+    )
+    if chosen.json:
+        print(as_json(report))
+    else:
+        console = Console()
+        console.print(table(report))
+        console.print(verdict(report))
+    if not report.fits:
+        sys.exit(2)
+
+
+def _world(given: int | None) -> int:
+    """Ranks on this host. Raises ConfigError."""
+    from toolkit import ranks
+
+    if given is not None:
+        if given < 1:
+            raise ConfigError(f"--world {given}: a job has at least one rank.")
+        return given
+    if ranks.device() != "cuda":
+        return 2
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _machines(name: str | None, dtype: Dtype) -> None:

@@ -94,21 +94,37 @@ def ensure(builders: Sequence[Any], console: Any) -> None:
     the operating system, so it ends with the process that holds it. Loaded here, an op is found loaded
     by DeepSpeed, whose own way to load takes the lock that may be stale and asks ninja first.
     """
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import installed_ops
-
     if "AsyncIOBuilder" in builders:
         nvme.require_libaio()
-    ops = [get_accelerator().create_op_builder(b) if isinstance(b, str) else b for b in builders]
     ready = prebuilt()
-    for op in (o for o in ops if not installed_ops.get(o.name)):
-        root = ready if ready and _built(ready, op.name) else directory()
+    for op in _not_installed(builders):
+        root = _root(ready, op)
         if not _built(root, op.name):
             with _locked(root / "toolkit.lock", console):
                 _clear_stale_lock(root / op.name, console)
                 if not _built(root, op.name):
                     _build(op, console)
         _load(op, root)
+
+
+def missing(builders: Sequence[Any]) -> list[str]:
+    """The names of those of ``builders`` that :func:`ensure` would build."""
+    ready = prebuilt()
+    return [op.name for op in _not_installed(builders) if not _built(_root(ready, op), op.name)]
+
+
+def _root(ready: Path | None, op: Any) -> Path:
+    """The folder that has the op, or shall have it."""
+    return ready if ready and _built(ready, op.name) else directory()
+
+
+def _not_installed(builders: Sequence[Any]) -> list[Any]:
+    """What DeepSpeed was not installed with (DS_BUILD_OPS=1)."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+
+    ops = [get_accelerator().create_op_builder(b) if isinstance(b, str) else b for b in builders]
+    return [op for op in ops if not installed_ops.get(op.name)]
 
 
 def _built(root: Path, name: str) -> bool:
@@ -136,6 +152,8 @@ def _build(op: Any, console: Any) -> None:
     if not op.is_compatible(verbose=True):
         hint = "apt install libaio-dev" if op.name == "async_io" else "see `ds_report`"
         raise PlanError(f"{name} cannot be built on this machine: {hint}. {op.error_log or ''}")
+    # ninja, installed by pip, lies beside the interpreter: a host reached by ssh does not look there
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     start = time.monotonic()
     console.print(f"Building {name}: once on this machine, a minute or two …")
     with console.status("compiling"), _target(op):
