@@ -194,12 +194,21 @@ def hostfile(tmp_path: Path) -> Path:
 def test_deepspeed_gets_a_hostfile_and_the_environment_of_every_host(
     tmp_path: Path, printed: Callable[..., str], hostfile: Path
 ) -> None:
-    own = [f"cluster.hostfile={hostfile}", "cluster.interface=eth0", "cluster.environment.NCCL_DEBUG=INFO"]
+    own = [
+        f"cluster.hostfile={hostfile}",
+        "cluster.interface=eth0",
+        "cluster.environment.TOKENIZERS_PARALLELISM='false'",
+    ]
     variables, words = environment_and_words(printed("deepspeed", *own, "cluster.accelerator=cpu"))
     launch = tmp_path / "x" / "launch"
     assert (launch / "hostfile").read_text() == "node-1 slots=4\n10.0.0.2 slots=4\n"
     forwarded = (launch / ".deepspeed_env").read_text().splitlines()  # a blank line breaks DeepSpeed's parser
-    assert forwarded == ["DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0", "NCCL_DEBUG=INFO"]
+    assert forwarded == [
+        "DS_ACCELERATOR=cpu",
+        "GLOO_SOCKET_IFNAME=eth0",
+        "NCCL_SOCKET_IFNAME=eth0",
+        "TOKENIZERS_PARALLELISM=false",
+    ]
     assert (
         variables["DS_ENV_FILE"] == str(launch / ".deepspeed_env")
         and "ServerAlive" in variables["PDSH_SSH_ARGS_APPEND"]
