@@ -131,8 +131,9 @@ def test_the_exit_code_of_a_refused_slurm_job_is_2(tmp_path: Path, slurm: Cluste
     assert "error: " in output.read_text() and "none.txt" in output.read_text()
 
 
-NUMBERS = "ranks.rank(), ranks.world(), ranks.local_rank(), ranks.local_size()"
-RANK = f"from toolkit import ranks; ranks.complete_environment(); print({NUMBERS})"
+NUMBERS = "{ranks.rank()} {ranks.world()} {ranks.local_rank()} {ranks.local_size()}"
+# In one write: lines of ranks that print at once would mix
+RANK = f"import os; from toolkit import ranks; ranks.complete_environment(); os.write(1, f'{NUMBERS}\\n'.encode())"
 
 
 @needs_slurm
@@ -193,12 +194,21 @@ def hostfile(tmp_path: Path) -> Path:
 def test_deepspeed_gets_a_hostfile_and_the_environment_of_every_host(
     tmp_path: Path, printed: Callable[..., str], hostfile: Path
 ) -> None:
-    own = [f"cluster.hostfile={hostfile}", "cluster.interface=eth0", "cluster.environment.NCCL_DEBUG=INFO"]
+    own = [
+        f"cluster.hostfile={hostfile}",
+        "cluster.interface=eth0",
+        "cluster.environment.TOKENIZERS_PARALLELISM='false'",
+    ]
     variables, words = environment_and_words(printed("deepspeed", *own, "cluster.accelerator=cpu"))
     launch = tmp_path / "x" / "launch"
     assert (launch / "hostfile").read_text() == "node-1 slots=4\n10.0.0.2 slots=4\n"
     forwarded = (launch / ".deepspeed_env").read_text().splitlines()  # a blank line breaks DeepSpeed's parser
-    assert forwarded == ["DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0", "NCCL_DEBUG=INFO"]
+    assert forwarded == [
+        "DS_ACCELERATOR=cpu",
+        "GLOO_SOCKET_IFNAME=eth0",
+        "NCCL_SOCKET_IFNAME=eth0",
+        "TOKENIZERS_PARALLELISM=false",
+    ]
     assert (
         variables["DS_ENV_FILE"] == str(launch / ".deepspeed_env")
         and "ServerAlive" in variables["PDSH_SSH_ARGS_APPEND"]
@@ -323,6 +333,7 @@ REFUSED = [
     ("slurm", ["cluster.image=x:1"], "cluster.image without cluster.container"),
     ("slurm", ["cluster.container=pyxis"], "cluster.image is not set"),
     ("kubernetes", [], "cluster.image is not set"),
+    ("kubernetes", ["cluster.image=x", "name=a-name-that-is-longer-than-forty-characters"], "Kubernetes takes 1 to 40"),
     ("kubernetes", ["cluster.image=--privileged"], "cluster.image='--privileged'"),
     ("deepspeed", ["cluster.nodes=2"], "cluster.nodes=2: which hosts? Set cluster.hostfile"),
     ("mpi", ["cluster.nodes=2", "cluster.master_addr=node-1"], "cluster.nodes=2: which hosts?"),
@@ -340,9 +351,14 @@ def test_what_cannot_be_launched_is_one_line_and_leaves_nothing(
     on: str, overrides: list[str], message: str, tmp_path: Path, printed: Callable[..., str]
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        printed(on, *overrides, "name=null")
+        printed(on, "name=null", *overrides)
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_a_list_of_mounts_would_split_is_refused(tmp_path: Path, printed: Callable[..., str]) -> None:
+    with pytest.raises(ConfigError, match="a,b: blanks, commas and colons do not pass a list of mounts"):
+        printed("compose", "cluster.image=x", f"output_dir='{tmp_path}/a,b'")
 
 
 HOSTS = [
@@ -391,6 +407,7 @@ def test_overrides_may_stand_on_both_sides_of_the_options(tmp_path: Path) -> Non
 
 
 PAGE = (ROOT / "docker" / "README.md").read_text().split("## Clusters")[1]
+CLAIMS = re.findall(r"```yaml\n(apiVersion.*?)```", PAGE, re.DOTALL)
 EXAMPLES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 
 
@@ -400,3 +417,8 @@ def test_a_command_of_the_cluster_pages_prints(command: str, tmp_path: Path, pri
     (tmp_path / "hosts").write_text("node-1 slots=8\nnode-2 slots=8\n")
     given = [o.replace("hostfile=", f"hostfile={tmp_path}/") for o in overrides]
     assert "config" in printed(on, *given, recipe=Path(recipe).stem)
+
+
+@pytest.mark.parametrize("text", CLAIMS)
+def test_a_manifest_of_the_cluster_pages_is_valid(text: str) -> None:
+    assert not problems(yaml.safe_load(text))

@@ -245,7 +245,7 @@ class Machine(Strict):
 
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9./][\w./:@+=-]*$")]  # neither an option nor anything for a shell
-SECRET = r"(?i)token|secret|passw|credential|api_?key|access_?key"
+SECRET = r"(?i)token(?!izers_)|secret|passw|credential|api_?key|access_?key"
 SECRET_VALUE = r"hf_|gh[a-z]_|github_pat_|sk-|xox|AKIA|eyJ"
 
 

@@ -1,4 +1,4 @@
-"""Turns a function of a RunConfig into a command for `deepspeed`, `torchrun` and plain `python`.
+"""Turns a function of a RunConfig into a command for `deepspeed`, `torchrun`, `srun`, `mpirun` and plain `python`.
 
     @recipe("pretrain")                          # the kinds of task that it is for; none: all
     def main(config: RunConfig) -> None: ...

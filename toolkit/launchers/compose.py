@@ -13,7 +13,7 @@ from toolkit.launchers.job import LAUNCH, Job, Launch
 def compose(job: Job) -> Launch:
     """compose.yaml; the nodes meet at service node0. Raises ConfigError without an image."""
     path = job.directory / "compose.yaml"
-    text = dump({"name": label(job.name), "services": {f"node{i}": _service(job, i) for i in range(job.nodes)}})
+    text = dump({"name": job.label, "services": {f"node{i}": _service(job, i) for i in range(job.nodes)}})
     up = ["docker", "compose", "-f", str(path), "up", "--abort-on-container-failure"]
     return Launch(text, up, {path.name: text})
 
@@ -21,7 +21,7 @@ def compose(job: Job) -> Launch:
 def _service(job: Job, node: int) -> dict[str, Any]:
     cluster = job.cluster
     service = {
-        "image": job.image(),
+        "image": job.image,
         "hostname": f"node{node}",
         "working_dir": cluster.workdir,
         "command": ["torchrun", *elastic(job, "node0"), *job.arguments(LAUNCH)],
@@ -36,12 +36,6 @@ def _service(job: Job, node: int) -> dict[str, Any]:
         gpus = {"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [gpus]}}}
     return service
-
-
-def label(name: str) -> str:
-    """A run's name as Kubernetes and Compose take one: lower-case letters, digits and dashes, at most 40."""
-    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower())
-    return plain.strip("-")[:40].strip("-") or "run"
 
 
 def dump(*documents: Any) -> str:

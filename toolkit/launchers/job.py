@@ -78,6 +78,7 @@ class Job:
             "or for torchrun cluster.master_addr."
         )
 
+    @property
     def image(self) -> str:
         """Raises ConfigError without one."""
         if not self.cluster.image:
@@ -91,9 +92,20 @@ class Job:
 
     @property
     def mounts(self) -> list[str]:
-        """What containers on hosts see of the shared folders, as ``host:container``."""
-        runs = f"{Path(self.config.output_dir).absolute()}:{self.runs}"
-        return [runs, f"{self.directory}:{LAUNCH}", *self.cluster.mounts]
+        """What containers on hosts see of the shared folders, as ``host:container``. Raises ConfigError."""
+        shared = {Path(self.config.output_dir).absolute(): self.runs, self.directory: LAUNCH}
+        for folder in shared:
+            if re.search(r"[\s,:]", str(folder)):
+                raise ConfigError(f"{folder}: blanks, commas and colons do not pass a list of mounts. Rename it.")
+        return [*(f"{outside}:{inside}" for outside, inside in shared.items()), *self.cluster.mounts]
+
+    @property
+    def label(self) -> str:
+        """The name as Kubernetes and Compose take one. Raises ConfigError where it would have to be cut."""
+        plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        if not 0 < len(plain) <= 40:  # a pod's name, with what operators append, has at most 63
+            raise ConfigError(f"name={self.name}: Kubernetes takes 1 to 40 letters, digits and dashes. Choose another.")
+        return plain
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ The run directory lies on the volume claim cluster.kubernetes.claim.
 from typing import Any
 
 from toolkit.launchers.commands import SSH, deepspeed_env
-from toolkit.launchers.compose import dump, label
+from toolkit.launchers.compose import dump
 from toolkit.launchers.job import LAUNCH, Job, Launch
 
 # With this key, which the MPI operator makes, the image's entrypoint starts sshd (docker/entrypoint.sh).
@@ -52,7 +52,7 @@ def _trainjob(job: Job) -> list[dict[str, Any]]:
     policy = {"numNodes": job.nodes, "torch": {}}
     runtime = _named(job, "trainer.kubeflow.org/v1alpha1", "TrainingRuntime")
     trainer = {"numNodes": job.nodes, "numProcPerNode": job.devices}
-    reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": label(job.name)}
+    reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": job.label}
     return [
         runtime | {"spec": {"mlPolicy": policy, "template": template}},
         _named(job, "trainer.kubeflow.org/v1alpha1", "TrainJob")
@@ -62,7 +62,7 @@ def _trainjob(job: Job) -> list[dict[str, Any]]:
 
 def _jobset(job: Job) -> list[dict[str, Any]]:
     """JobSet, v1alpha2: an indexed Job whose pods know the first one's name."""
-    name = label(job.name)
+    name = job.label
     options = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.devices)]
     options += ["--master-addr", f"{name}-node-0-0.{name}", "--master-port", str(job.port)]
     pod = _pod(job, "node", ["torchrun", *options, *job.arguments(LAUNCH)])
@@ -100,7 +100,7 @@ def _named(job: Job, version: str, kind: str) -> dict[str, Any]:
     return {
         "apiVersion": version,
         "kind": kind,
-        "metadata": {"name": label(job.name), "namespace": job.cluster.kubernetes.namespace},
+        "metadata": {"name": job.label, "namespace": job.cluster.kubernetes.namespace},
     }
 
 
@@ -121,12 +121,12 @@ def _pod(job: Job, name: str, arguments: list[str], *, gpus: bool = True) -> dic
     own = job.cluster.kubernetes
     volumes: dict[str, tuple[str, dict[str, Any]]] = {
         "shm": ("/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": f"{job.cluster.shm_gib}Gi"}}),
-        "launch": (LAUNCH, {"configMap": {"name": label(job.name)}}),
+        "launch": (LAUNCH, {"configMap": {"name": job.label}}),
         "runs": (job.runs, {"persistentVolumeClaim": {"claimName": own.claim}}),
     }
     container: dict[str, Any] = {
         "name": name,
-        "image": job.image(),
+        "image": job.image,
         "workingDir": job.cluster.workdir,
         "args": arguments,  # of the image's entrypoint, which passes signals on
         "env": [{"name": key, "value": value} for key, value in job.environment.items()],

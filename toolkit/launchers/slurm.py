@@ -5,6 +5,7 @@
 Each rank is a task of Slurm's own, so that signals reach it; toolkit.ranks takes RANK from srun.
 """
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def slurm(job: Job) -> Launch:
 def _options(job: Job) -> list[str]:
     """Ours, then those of cluster.slurm in their place; false leaves one out."""
     options: dict[str, str | bool] = {
-        "job-name": job.name,
+        "job-name": re.sub(r"[^\w.-]", "-", job.name),
         "nodes": str(job.nodes),
         "ntasks-per-node": str(job.devices),
         "gpus-per-node": str(job.devices) if job.cluster.accelerator == "cuda" else False,
@@ -78,9 +79,9 @@ def _task(job: Job) -> list[str]:
         return [*rank, sys.executable, "-u", *job.arguments(job.directory)]
     if cluster.container == "pyxis":
         names = ",".join([*job.environment, "MASTER_ADDR", "MASTER_PORT"])  # before what the image says of them
-        options = [f"--container-image={job.image()}", f"--container-mounts={','.join(job.mounts)}"]
+        options = [f"--container-image={job.image}", f"--container-mounts={','.join(job.mounts)}"]
         options += [f"--container-workdir={cluster.workdir}", f"--container-env={names}"]
         return [*options, "sh", f"{LAUNCH}/rank.sh", *inside]
     gpus = ["--nv"] if cluster.accelerator == "cuda" else []
     options = ["--bind", ",".join(job.mounts), "--pwd", cluster.workdir]
-    return [*rank, "apptainer", "exec", *gpus, *options, job.image(), *inside]
+    return [*rank, "apptainer", "exec", *gpus, *options, job.image, *inside]
