@@ -2,9 +2,9 @@
 
 import json
 import random
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,11 +169,12 @@ def test_more_ranks_than_devices_are_refused() -> None:
 
 
 def test_the_command_answers_in_two_seconds_without_torch() -> None:
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = command(*LARGE, "machine.nodes=4", "--explain")
-    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert seconds < 2
+    # Of a processor: a busy machine's clock tells nothing
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     for said in (
         "32 a100_80gb ranks on 4 nodes",
         "optimizer states",

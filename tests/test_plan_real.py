@@ -58,7 +58,7 @@ CASES = [*TWO, *FOUR]
 
 
 class Measured(NamedTuple):
-    """A run, and the rank of it that a row of its memory.json is of."""
+    """A run's configuration, the row of each rank in its memory.json, and what its ranks sent."""
 
     config: RunConfig
     ranks: list[dict[str, Any]]

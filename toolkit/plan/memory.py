@@ -82,11 +82,14 @@ def memory_of(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> Memory:
     layers = stages(shape, count=layout.pipe, how=layout.partition)[pipe_stage]
     own = Elements.of(layers, layout)
     rules = {0: _stage0, 1: _bf16_optimizer if layout.bf16_optimizer else _stage1_2, 2: _stage1_2, 3: _stage3}
-    # How much of the backward pass is still to come when the first bucket is full; others reduce all at its end
-    buckets = layout.stage > 0 and layout.pipe == 1 and not layout.bf16_optimizer
-    left = max(0.0, 1 - layout.zero["reduce_bucket_size"] / own.count) if buckets else 0.0
-    found = [*rules[layout.stage](own, layout), *_activations(shape, layout, layers, pipe_stage, left)]
+    found = [*rules[layout.stage](own, layout), *_activations(shape, layout, layers, pipe_stage, _left(own, layout))]
     return Memory(tuple(p for p in found if p.bytes))
+
+
+def _left(own: Elements, layout: Layout) -> float:
+    """Of the backward pass, when the first bucket is full; without buckets all is reduced after it."""
+    buckets = layout.stage > 0 and layout.pipe == 1 and not layout.bf16_optimizer
+    return max(0.0, 1 - layout.zero["reduce_bucket_size"] / own.count) if buckets else 0.0
 
 
 def _part(group: str, name: str, count: float, size: float, *, why: str = "", moments: str = ALL, place: str = "device",
@@ -188,8 +191,9 @@ def _stage3(own: Elements, layout: Layout) -> Iterator[Part]:
     # The prefetcher passes over weights that are there and keeps them for their next use: all stay to the end
     live = min(own.count - whole, max(zero["stage3_max_live_parameters"], own.largest))
     yield _part("weights", "gathered weights", live, size, why="up to stage3_max_live_parameters", moments="bg")
-    ahead = min(own.count - whole, own.largest + zero["stage3_prefetch_bucket_size"])
-    yield _part("weights", "gathered weights", ahead, size, why="prefetched", moments="r")
+    ahead = min(live, own.largest + zero["stage3_prefetch_bucket_size"])
+    still = max(ahead, live * _left(own, layout))
+    yield _part("weights", "gathered weights", still, size, why="for the rest of the backward pass", moments="r")
     yield from _master(own, layout, shard)
     yield _part("gradients", "gradient sums", shard, sums, why=share, place="host" if offload else "device",
                 pinned=layout.pinned)  # fmt: skip
