@@ -48,8 +48,20 @@ def on(pair: list[Host], tmp_path: Path, *overrides: str, recipe: str = "recipes
 
 
 def test_two_hosts_train_as_one_does(pair: list[Host], tmp_path: Path) -> None:
+    """By `toolkit launch`, which checks and saves the configuration once."""
     here = launch(tmp_path, "name=one")
-    there = on(pair, tmp_path)
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    cluster = [f"cluster.hostfile={tmp_path}/hosts", "cluster.interface=eth0", "cluster.accelerator=cpu"]
+    own = [
+        "name=x",
+        f"output_dir={tmp_path}",
+        f"data.cache_dir={data_cache()}",
+        "cluster.environment.OMP_NUM_THREADS='1'",
+    ]
+    toolkit = str(Path(sys.executable).parent / "toolkit")
+    command = [toolkit, "launch", "recipes/pretrain.py", *TINY, *own, *cluster, "--on", "deepspeed", "--submit"]
+    (tmp_path / "launch").mkdir()
+    there = Job(pair[0].inside(*command), tmp_path / "launch", tmp_path / "x").wait(120)
     assert there.code == 0, there.stderr
     assert [r["loss"] for r in there.steps] == [r["loss"] for r in here.steps]
 

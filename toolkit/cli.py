@@ -217,12 +217,14 @@ def _doctor(chosen: argparse.Namespace) -> None:
     from toolkit.compose import compose
     from toolkit.doctor.job import examine
     from toolkit.doctor.show import as_json, table, verdict
-    from toolkit.doctor.ssh import Host, read_hostfile
+    from toolkit.doctor.ssh import Host
+    from toolkit.hostfile import slots
 
     if chosen.hostfile and chosen.world is not None:
         raise ConfigError(f"--world {chosen.world}: the hostfile's slots say how many ranks there are. Drop --world.")
     config = compose(chosen.overrides)
-    hosts = read_hostfile(chosen.hostfile) if chosen.hostfile else [Host("this host", _world(chosen.world), False)]
+    named = slots("--hostfile", chosen.hostfile) if chosen.hostfile else {}
+    hosts = [Host(*h) for h in named.items()] or [Host("this host", _world(chosen.world), remote=False)]
     told = Console(stderr=True, soft_wrap=True)
     report = examine(
         config, hosts, build=not chosen.no_build, address=chosen.master_addr, told=lambda x: told.print(x, markup=False)

@@ -262,7 +262,7 @@ class Kubernetes(Strict):
 class Cluster(Strict):
     """The hosts that `toolkit launch` starts a run on; the run itself reads nothing of it."""
 
-    nodes: Positive | None = None  # None: as many as the hostfile has, or 1
+    nodes: Positive | None = None  # None: as many as the hostfile has, or machine.nodes
     devices_per_node: Positive | None = None  # ranks on each; None: the hostfile's slots, or 1
     accelerator: Literal["cuda", "cpu"] = "cuda"
     hostfile: str | None = None  # lines of `host slots=8`

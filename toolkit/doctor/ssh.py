@@ -1,7 +1,6 @@
 """The hosts of a hostfile, and commands on them as DeepSpeed's launcher over pdsh would start them.
 
-hosts = read_hostfile(Path("hosts"))                # lines of `host slots=N`
-answer = ask(hosts[0], "toolkit.doctor", request, seconds=60, told=print)
+answer = ask(Host("node-1", slots=8), "toolkit.doctor", request, seconds=60, told=print)
 
 Ports, keys and users are those of ~/.ssh/config, or options in PDSH_SSH_ARGS_APPEND, which pdsh reads too.
 """
@@ -51,27 +50,6 @@ class Answer:
 
     result: dict[str, Any] | None
     error: str
-
-
-def read_hostfile(path: Path) -> list[Host]:
-    """DeepSpeed's format. Raises ConfigError with file and line."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile {path}: {error}. Give a file with lines of `host slots=N`.") from error
-    hosts: dict[str, Host] = {}
-    for number, line in enumerate(lines, 1):
-        text = line.split("#")[0].strip()
-        if not text:
-            continue
-        match = re.fullmatch(r"((?:\w[\w.-]*@)?\w[\w.-]*)\s+slots=([1-9]\d*)", text, re.ASCII)
-        if not match or match[1] in hosts:
-            rule = "a second line for this host" if match and match[1] in hosts else "must be `host slots=N`, N from 1"
-            raise ConfigError(f"{path}:{number}: {text!r}: {rule}. Host names hold letters, digits, '.', '-' and '_'.")
-        hosts[match[1]] = Host(match[1], int(match[2]))
-    if not hosts:
-        raise ConfigError(f"{path}: no host in it. Give lines of `host slots=N`.")
-    return list(hosts.values())
 
 
 def forwarded() -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from toolkit.compose import compose
 from toolkit.config import Cluster, RunConfig
 from toolkit.errors import ConfigError
+from toolkit.hostfile import slots
 from toolkit.launch import Recipe
 from toolkit.run import replace, settled
 
@@ -130,8 +131,9 @@ def prepare(path: Path, overrides: Sequence[str], out: Path | None = None) -> Jo
         raise ConfigError(
             f"{what}: it starts further runs from overrides, not from one saved config. Launch each of them."
         )
-    hosts = _hostfile(config.cluster)
-    nodes = config.cluster.nodes or len(hosts) or 1
+    named = config.cluster.hostfile
+    hosts = slots("cluster.hostfile", Path(named)) if named else {}
+    nodes = config.cluster.nodes or len(hosts) or config.machine.nodes
     devices = config.cluster.devices_per_node or next(iter(hosts.values()), 1)
     _check_hosts(config.cluster, hosts, nodes, devices)
     if recipe.engine:
@@ -168,33 +170,12 @@ def save(job: Job, launch: Launch) -> None:
         replace(job.directory / name, text)
 
 
-def _hostfile(cluster: Cluster) -> dict[str, int]:
-    """Slots by host."""
-    if cluster.hostfile is None:
-        return {}
-    path = Path(cluster.hostfile)
-    if not path.is_file():
-        raise ConfigError(f"cluster.hostfile={path}: no such file. It has lines of `host slots=8`.")
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        text = line.split("#")[0].strip()
-        match = re.fullmatch(r"([A-Za-z0-9][\w.:-]*)\s+slots=([1-9]\d*)", text, re.ASCII)
-        if text and (match is None or match[1] in hosts):
-            why = "this host stands there twice" if match else "must be `host slots=8`"
-            raise ConfigError(f"{path}, line {number}: {text!r}: {why}. Correct it.")
-        if match:
-            hosts[match[1]] = int(match[2])
-    if not hosts:
-        raise ConfigError(f"cluster.hostfile={path}: it names no host. It has lines of `host slots=8`.")
-    return hosts
-
-
 def _check_hosts(cluster: Cluster, hosts: Mapping[str, int], nodes: int, devices: int) -> None:
     if hosts and len(hosts) != nodes:
         raise ConfigError(f"cluster.nodes={nodes}: {cluster.hostfile} has {len(hosts)} hosts. Drop one of the two.")
-    for host, slots in hosts.items():
-        if slots != devices:
+    for host, ranks in hosts.items():
+        if ranks != devices:
             raise ConfigError(
-                f"{cluster.hostfile}: {host} slots={slots}, but {devices} ranks start on each host. "
+                f"{cluster.hostfile}: {host} slots={ranks}, but {devices} ranks start on each host. "
                 "Give all hosts the same slots; cluster.devices_per_node may say so, or stay unset."
             )
