@@ -29,7 +29,10 @@ def _lacking() -> str:
     if sys.platform != "linux" or os.getuid() != 0:
         return "network namespaces as hosts need root on Linux"
     missing = [name for name in NEEDED if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
-    return f"needs {', '.join(missing)}" if missing else ""
+    if missing:
+        return f"needs {', '.join(missing)}"
+    allowed = subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True, check=False)
+    return f"this root may make no namespaces: {allowed.stderr.decode().strip()}" if allowed.returncode else ""
 
 
 needs_hosts = pytest.mark.skipif(bool(_lacking()), reason=_lacking() or "-")

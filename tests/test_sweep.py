@@ -2,13 +2,19 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from launching import ROOT, TINY, data_cache, read
 from slurm_cluster import needs_slurm, slurm_cluster
+
+from toolkit.sweep import Begin, finish
 
 # Fails by its seed, until the file `mended` is there; a recipe of its own, for a training takes longer.
 RECIPE = """
@@ -25,6 +31,11 @@ def main(config):
         os.kill(os.getpid(), signal.SIGKILL)
     if config.seed == 4 and not mended:
         raise KeyError('of ours')
+    if config.seed == 6:
+        signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(config.output_dir, 'saved').touch(), os._exit(75)))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        pathlib.Path(config.output_dir, 'ready').touch()
+        signal.pause()
 main()
 """
 
@@ -65,6 +76,47 @@ def test_the_name_of_a_sweep_is_the_beginning_of_its_runs_names(tmp_path: Path) 
     (tmp_path / "mended").touch()
     assert sweep(tmp_path, "name=rates", "seed=1,5").returncode == 0
     assert all(row["run"].startswith("rates-") for row in table(tmp_path)) and len(table(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_lets_its_training_save(number: int, tmp_path: Path) -> None:
+    """Ctrl-C, scancel: the signal reaches all of the group at once."""
+    (tmp_path / "toy.py").write_text(RECIPE)
+    command = [sys.executable, str(tmp_path / "toy.py"), "--multirun", f"output_dir={tmp_path}", "seed=6,1"]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        assert process.wait(30) in (-number, 128 + number, 1)
+    assert (tmp_path / "saved").exists()
+    (record,) = [json.loads(p.read_text()) for p in (tmp_path / "sweep/jobs").glob("*.json")]
+    assert (record["state"], record["code"]) == ("stopped", 75)
+
+
+def test_a_saved_config_is_refused_in_a_sweep(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "--config-name", "config")
+    assert done.returncode == 2 and "error: --config-name with --multirun: " in done.stderr
+
+
+@needs_slurm
+def test_a_job_that_slurm_ends_is_waited_for_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    with slurm_cluster() as cluster:
+        number = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 600").strip()
+        record = {"sweep": 1, "number": 0, "slurm": number, "state": "running", "overrides": ["seed=1"], "run": "x"}
+        (tmp_path / "jobs/a.json").write_text(json.dumps(record))
+        for name in ("SLURM_CONF", "PATH"):
+            monkeypatch.setenv(name, cluster.environment[name])
+        monkeypatch.setattr(Begin, "folder", tmp_path)
+        monkeypatch.setattr(Begin, "started", 1)
+        Timer(3, cluster.run, ["scancel", number]).start()
+        start = time.monotonic()
+        assert finish() == 1
+        assert 2 < time.monotonic() - start < 60
+    assert "ended by Slurm (memory, time or host): seed=1" in capsys.readouterr().out
 
 
 @needs_slurm

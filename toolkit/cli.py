@@ -220,10 +220,11 @@ def _doctor(chosen: argparse.Namespace) -> None:
     from toolkit.doctor.ssh import Host
     from toolkit.hostfile import slots
 
-    if chosen.hostfile and chosen.world is not None:
-        raise ConfigError(f"--world {chosen.world}: the hostfile's slots say how many ranks there are. Drop --world.")
     config = compose(chosen.overrides)
-    named = slots("--hostfile", chosen.hostfile) if chosen.hostfile else {}
+    hostfile = chosen.hostfile or config.cluster.hostfile
+    named = slots("--hostfile" if chosen.hostfile else "cluster.hostfile", Path(hostfile)) if hostfile else {}
+    if named and chosen.world is not None:
+        raise ConfigError(f"--world {chosen.world}: the hostfile's slots say how many ranks there are. Drop --world.")
     hosts = [Host(*h) for h in named.items()] or [Host("this host", _world(chosen.world), remote=False)]
     told = Console(stderr=True, soft_wrap=True)
     report = examine(
@@ -251,7 +252,7 @@ def _world(given: int | None) -> int:
         return 2
     import torch
 
-    return torch.cuda.device_count()
+    return max(1, torch.cuda.device_count())
 
 
 def _machines(name: str | None, dtype: Dtype) -> None:

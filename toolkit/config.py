@@ -279,6 +279,12 @@ class Cluster(Strict):
     slurm: dict[str, str | bool] = {}  # sbatch's options: {partition: gpu, cpus_per_task: 8, exclusive: true}
     kubernetes: Kubernetes = Kubernetes()
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What every rank finds in its environment."""
+        sockets = {name: self.interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if self.interface}
+        return ({"DS_ACCELERATOR": "cpu"} if self.accelerator == "cpu" else {}) | sockets | self.environment
+
     @field_validator("environment")
     @classmethod
     def _plain_and_public(cls, value: dict[str, str]) -> dict[str, str]:

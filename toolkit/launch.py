@@ -22,6 +22,7 @@ SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit wi
 
 import functools
 import os
+import platform
 import re
 import sys
 import time
@@ -44,7 +45,11 @@ HYDRA = [
 ]
 # In the batch script, before srun: where the ranks of a job of its own find each other.
 SLURM_SWEEP = "hydra.launcher.setup=['export MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))']"
-SWEEP = ["hydra.sweep.dir=${output_dir}/sweep", "+hydra.callbacks.sweep._target_=toolkit.sweep.Begin"]
+SWEEP = [
+    "hydra.sweep.dir=${output_dir}/sweep",
+    "+hydra.callbacks.sweep._target_=toolkit.sweep.Begin",
+    f"+hydra.callbacks.sweep.started={time.time_ns()}",
+]
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
 
 
@@ -101,27 +106,37 @@ def _command(recipe: Recipe) -> Callable[[], None]:
         # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
         arguments = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
         sweeps = bool({"-m", "--multirun"} & set(arguments))
+        if debug:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # for the jobs of a sweep, too
         try:
+            if sweeps and (flags := [a for a in arguments if re.match(r"--config-(path|name|dir)|-c[pnd]", a)]):
+                raise ConfigError(
+                    f"{flags[0]} with --multirun: a sweep's jobs start from overrides. Drop one of the two."
+                )
             given = permissive(recipe.completed(arguments))
             first = [*(SWEEP if sweeps else ()), *([SLURM_SWEEP] if "hydra/launcher=submitit_slurm" in given else ())]
             sys.argv[1:] = _flags_first([*first, *given, *HYDRA])
         except ConfigError as error:
             refuse(error)
-        debug = debug or os.environ.get("HYDRA_FULL_ERROR") == "1"
+        debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-        try:
+        if sweeps:
+            _sweep(decorate(functools.partial(_job, recipe, debug)))
+        else:
             decorate(functools.partial(_job, recipe, debug))()
-        finally:
-            if sweeps:
-                _end_sweep()
 
     command.recipe = recipe  # type: ignore[attr-defined]  # for toolkit.launchers
     return command
 
 
-def _end_sweep() -> None:
+def _sweep(start: Callable[[], None]) -> None:
     from toolkit import sweep
 
+    try:
+        start()
+    except BaseException as error:
+        sweep.finish(wait=isinstance(error, SystemExit) and error.code != STOPPED)
+        raise
     if sweep.finish():
         sys.exit(1)
 
@@ -132,12 +147,13 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 
 def refuse(error: ToolkitError) -> None:
-    """Print the error's lines on rank 0 and leave with its code."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)  # the launcher ends all ranks once one has left: rank 0 shall have spoken by then
-    else:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+    """Print the error's lines and leave with its code; on rank 0 alone, where that refuses it, too."""
+    rank, whose = os.environ.get("RANK", "0"), ""
+    if rank != "0":
+        time.sleep(3)  # the launcher ends all ranks of a host once one has left; what ends later has more to say
+        whose = f"rank {rank} on {platform.node()}: "
+    for line in str(error).splitlines():
+        print(f"error: {whose}{line}", file=sys.stderr)
     sys.exit(error.code)
 
 
@@ -149,7 +165,8 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
         from toolkit import sweep
 
         found = HydraConfig.get()
-        sweep.job(recipe.script, list(found.overrides.task), Path(found.sweep.dir), found.job.num)
+        mark = {"number": found.job.num, "sweep": found.callbacks.sweep.started}
+        sweep.job(recipe.script, list(found.overrides.task), Path(found.sweep.dir), mark)
         return
     try:
         config = load(cfg, recipe.config)

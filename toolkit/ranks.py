@@ -148,13 +148,27 @@ def joined() -> Iterator[None]:
     if device() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each start a thread per core slow each other down.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size()))
-    deepspeed.init_distributed(verbose=False)
+    _meet(lambda: deepspeed.init_distributed(verbose=False))
     _control = dist.new_group(backend="gloo")
     _forget_shared_memory()
     yield
     # Only on success: after an error the peers may be gone, and the launcher ends them.
     _control = None
     dist.destroy_process_group()
+
+
+def _meet(init: Callable[[], None]) -> None:
+    import torch.distributed as dist
+
+    try:
+        init()
+    except dist.DistError as error:  # after DEEPSPEED_TIMEOUT minutes, 10 by default
+        where = f"rank {rank()} on {socket.gethostname()}"
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ToolkitError(
+            f"{where}: not all {world()} ranks met at {place}. Where one ended, its host "
+            f"says why on lines of its own; else see `toolkit doctor --hostfile`. {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _forget_shared_memory() -> None:

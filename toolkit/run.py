@@ -85,7 +85,8 @@ class Terminal:
     def say(self, text: str) -> None:
         """An error on the real standard error, from any thread; the process may end right after."""
         lines = "".join(f"error: {line}\n" for line in text.splitlines())
-        os.write(self._saved[1] if self.quiet else 2, lines.encode())
+        with suppress(OSError):  # the terminal may be given back just now
+            os.write(self._saved[1] if self.quiet else 2, lines.encode())
 
     @staticmethod
     def _redirect(target: int) -> None:

@@ -32,8 +32,11 @@ KILLED = "killed (out of memory?)"
 STATES = {0: "done", ConfigError.code: "refused", OutOfMemory.code: "out of memory", LOST: "lost", 75: "stopped"}
 
 
-def job(script: str, given: list[str], folder: Path, number: int) -> None:
-    """One training, in a process of its own: no state of one reaches the next. Ranks of one launch each call it."""
+def job(script: str, given: list[str], folder: Path, mark: dict[str, int]) -> None:
+    """One training, in a process of its own: no state of one reaches the next. Ranks of one launch each call it.
+
+    ``mark``: its number in the sweep, and the sweep's own. A signal lets the training save before it is answered.
+    """
     overrides = [o.lstrip("+") for o in given]
     name, key = _named(overrides)
     record = folder / "jobs" / f"{key}.json"
@@ -41,44 +44,76 @@ def job(script: str, given: list[str], folder: Path, number: int) -> None:
     found = json.loads(record.read_text()) if record.exists() else {}
     if found.get("state") == "done":
         _say(f"--- {told}\ndone before, in {found['run']}")
-        _write(record, found | {"number": number})
+        _write(record, found | mark)
         return
     _say(f"--- {told}")
-    mine = {"number": number, "overrides": overrides, "run": name, "host": platform.node(), "state": "running"}
+    mine: dict[str, Any] = {"overrides": overrides, "run": name, "host": platform.node(), "state": "running"}
+    own = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"  # not the allocation that all of the sweep runs in
+    mine |= mark | {"slurm": os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID")) if own else None}
     _write(record, mine)
     start = time.monotonic()
     arguments = [o for o in overrides if not o.startswith("name=")]
-    code = subprocess.run([sys.executable, script, *arguments, f"name={name}"], check=False).returncode
+    code, received = _run([sys.executable, script, *arguments, f"name={name}"])
     state = STATES.get(code, KILLED if code == -signal.SIGKILL else "failed")
     _write(record, mine | {"state": state, "code": code, "seconds": round(time.monotonic() - start, 1)})
+    for number in received[:1]:
+        os.kill(os.getpid(), number)  # as if it came now: submitit queues the job again, Ctrl-C ends the sweep
     if state == "stopped":
         sys.exit(code)
     if code:
         _say(f"{state}: exit code {code}; the sweep goes on")
 
 
+def _run(command: list[str]) -> tuple[int, list[int]]:
+    """The exit code, and the signals that came meanwhile: they are passed on as SIGTERM, for which ranks save."""
+    received: list[int] = []
+    with subprocess.Popen(command) as process:
+
+        def stop(number: int, _: Any) -> None:
+            received.append(number)
+            process.terminate()
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+        code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return code, received
+
+
 class Begin(Callback):  # type: ignore[misc]
     """Hydra calls it where a sweep is started from."""
 
     folder: Path | None = None
-    since = 0.0
+    started = 0
+
+    def __init__(self, started: int) -> None:
+        self.mark = started
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        Begin.folder, Begin.since = Path(config.hydra.sweep.dir), time.time()
+        Begin.folder, Begin.started = Path(config.hydra.sweep.dir), self.mark
 
 
-def finish() -> int:
-    """Write sweep.csv of the jobs of this sweep and say what became of them; how many are not done."""
+def finish(wait: bool = True) -> int:
+    """Write sweep.csv of the jobs of this sweep and say what became of them; how many are not done.
+
+    ``wait`` for those of Slurm's that still are to run: Hydra ends at the first that left no result.
+    """
     if Begin.folder is None or not _first():
         return 0
-    files = [p for p in (Begin.folder / "jobs").glob("*.json") if p.stat().st_mtime >= Begin.since]
-    records = sorted((json.loads(p.read_text()) for p in files), key=lambda r: r["number"])
+    records = _records(Begin.folder, Begin.started)
+    slurm = {str(r["slurm"]) for r in records if r.get("slurm")}
+    while wait and slurm and _queued(slurm):
+        time.sleep(2)
+    records = _records(Begin.folder, Begin.started)
+    for record in records:
+        if wait and record["state"] == "running" and record["slurm"]:
+            record["state"] = "ended by Slurm (memory, time or host)"
     common = set.intersection(*(set(r["overrides"]) for r in records)) if len(records) > 1 else set()
     for record in records:
         record["overrides"] = " ".join(o for o in record["overrides"] if o not in common)
     text = io.StringIO()
     columns = ("number", "state", "code", "seconds", "host", "run", "overrides")
-    writer = csv.DictWriter(text, columns, restval="")
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(records)
     replace(Begin.folder / "sweep.csv", text.getvalue())
@@ -89,6 +124,17 @@ def finish() -> int:
     if wrong:
         print("Start the same command again to run these again, from their checkpoints.")
     return len(wrong)
+
+
+def _records(folder: Path, started: int) -> list[dict[str, Any]]:
+    found = [json.loads(p.read_text()) for p in (folder / "jobs").glob("*.json")]
+    return sorted((r for r in found if r["sweep"] == started), key=lambda r: r["number"])
+
+
+def _queued(jobs: set[str]) -> bool:
+    """Whether Slurm still has any of these to run; False where it does not answer."""
+    command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"]
+    return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
 
 
 def _named(overrides: list[str]) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from toolkit.run import Run
 def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint if there is one. Returns the evaluation of the best weights."""
     config, total = run.config, run.steps
+    watchdog.expect(config.train.hang_minutes)
     state = checkpoint.resume(run, engine)
     step, samples = state.step, state.samples
     run.rewind(step)

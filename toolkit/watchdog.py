@@ -50,12 +50,12 @@ _current: "Watchdog | None" = None
 def expect(minutes: float | None, step: int | None = None) -> None:
     """The next call is due in ``minutes``; later, this rank hangs. None: no longer. ``step``: where the rank is."""
     faulthandler.cancel_dump_traceback_later()
-    if _current is None:
-        return
-    _current.due = None if minutes is None else time.monotonic() + minutes * 60
-    _current.step = _current.step if step is None else step
-    if minutes is not None:  # should our thread not run: a C extension can hang with Python's lock held
-        faulthandler.dump_traceback_later(minutes * 60 + 4 * _current.lost_seconds, exit=True)
+    if _current is not None:
+        _current.due = None if minutes is None else time.monotonic() + minutes * 60
+        _current.step = _current.step if step is None else step
+    if minutes is not None:  # should our thread not run: a C extension can hang with Python's lock held; exit code 1
+        later = 4 * _current.lost_seconds if _current else 0
+        faulthandler.dump_traceback_later(minutes * 60 + later, exit=True)
 
 
 @contextmanager
@@ -92,13 +92,13 @@ class Watchdog:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A client of its own: the process group's is locked while a rank waits in it.
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=lost_seconds))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its attempts
-        self.store: Any = dist.PrefixStore(f"watchdog{attempt}", store)
+        # torchrun's store outlives its attempts, and its agents count them differently.
+        self.store: Any = dist.PrefixStore(ranks.from_rank0(os.urandom(4).hex()), store)
         self.say, self.lost_seconds, self.interval = say, lost_seconds, min(2.0, lost_seconds / 5)
         self.name = f"rank {ranks.rank()} on {platform.node()}"
         self.due: float | None = None
         self.step = 0
-        self.heard = time.monotonic()
+        self.heard, self.word = time.monotonic(), b""  # when rank 0 was last heard of, and its beat then
         self.verdict: Verdict | None = None
         self.beats: list[tuple[str, float]] = []  # of every rank: its last beat, and when rank 0 first saw it
         self.hosts: list[str] = ranks.gathered(platform.node())
@@ -121,7 +121,8 @@ class Watchdog:
                     self._listen()
                 if self.store.check(["verdict"]):
                     self.verdict = Verdict(**json.loads(self.store.get("verdict")))
-                self.heard = time.monotonic()
+                if (word := self.store.get("beat0")) != self.word:  # the store may be torchrun's, and rank 0 dead
+                    self.heard, self.word = time.monotonic(), word
 
     def _listen(self) -> None:
         beats = [b.decode() for b in self.store.multi_get([f"beat{r}" for r in range(ranks.world())])]
@@ -130,6 +131,7 @@ class Watchdog:
         patience = 2.5 * self.interval if self.store.check(["suspect"]) else self.lost_seconds
         silent = [r for r, (_, since) in enumerate(self.beats) if now - since > patience]
         if silent:
+            silent.sort(key=lambda r: self.beats[r][1])  # the longest first
             told = ", ".join(f"rank {r} on {self.hosts[r]}" for r in silent[:8])
             told += f" and {len(silent) - 8} more" if len(silent) > 8 else ""
             beat, since = self.beats[silent[0]]
@@ -150,9 +152,7 @@ class Watchdog:
                 self._soon(lambda: self._post(hung))  # noqa: B023
                 self.verdict = self.verdict or hung
             elif self.verdict is None and silence > self.lost_seconds:
-                master = f"rank 0 on {self.hosts[0]} ({os.environ['MASTER_ADDR']})"
-                self.verdict = Verdict(LOST, f"{self.name}: {master} was last heard of {silence:.0f} s ago.")
-                self.say(self.verdict.text)  # nobody else will
+                self.verdict = self._without_rank0(silence)
             if self.verdict is not None:
                 self._leave(self.verdict)
 
@@ -160,6 +160,18 @@ class Watchdog:
         """The first verdict counts."""
         text = self.store.compare_set("verdict", "", json.dumps(asdict(verdict)))
         self.verdict = Verdict(**json.loads(text))
+
+    def _without_rank0(self, silence: float) -> Verdict:
+        """Nobody else will say it."""
+        first = f"{self.name} does not reach the store at" if ranks.rank() == 0 else f"rank 0 on {self.hosts[0]},"
+        verdict = Verdict(
+            LOST,
+            f"{first} {os.environ['MASTER_ADDR']}: last heard of {silence:.0f} s ago. The process was killed (out of "
+            "memory?), or its host or link is down. Start again to go on from the last checkpoint.",
+        )
+        if ranks.rank() != 0:
+            self.say(f"{self.name}: {verdict.text}")
+        return verdict
 
     def failed(self, error: Exception) -> None:
         """Tell the others why this rank ends. Returns where the rank shall tell it by itself."""
@@ -172,6 +184,9 @@ class Watchdog:
         elif PEER.search(str(error)):
             self._soon(lambda: self.store.set("suspect", self.name))
             self._wait(5 * self.interval)
+            silence = time.monotonic() - self.heard
+            if self.verdict is None and ranks.rank() != 0 and silence > 2.5 * self.interval:
+                self.verdict = self._without_rank0(silence)
         if self.verdict is None:
             self.ended.set()  # this thread leaves, not _watch
             self._soon(lambda: self._post(mine))
@@ -198,7 +213,7 @@ class Watchdog:
         self.store.add("seen", 1)
         end = time.monotonic() + 3 * self.interval
         while self.store.add("seen", 0) < ranks.world() and time.monotonic() < end:
-            time.sleep(0.1)
+            time.sleep(self.interval / 4)
 
     def _wait(self, seconds: float) -> None:
         """For another's verdict."""

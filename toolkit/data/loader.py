@@ -108,8 +108,13 @@ def _begin_worker(owner: int, worker: int) -> None:
 
 def _end_with(owner: int) -> None:
     """SIGTERM is blocked in all threads (toolkit/workers.py). A rank that is killed sends none: look for it, too."""
-    ended = os.pidfd_open(owner)
-    while not select.select([ended], [], [], 0)[0]:
+    try:
+        ended = [os.pidfd_open(owner)]
+    except ProcessLookupError:
+        os._exit(0)
+    except OSError:  # a kernel or a sandbox without it
+        ended = []
+    while not select.select(ended, [], [], 0)[0]:
         found = signal.sigtimedwait({signal.SIGTERM}, 2)
         if found and found.si_pid == owner:
             break

@@ -48,6 +48,7 @@ def examine(config: RunConfig, hosts: list[Host], *, build: bool, address: str |
     """Ask every host at once. ``address``: of the first host, as deepspeed's --master_addr."""
     world = sum(host.slots for host in hosts)
     request = {"config": config.model_dump(mode="json"), "world": world, "hosts": len(hosts), "build": build}
+    request["environment"] = config.cluster.variables
     with ThreadPoolExecutor(len(hosts)) as pool:
         visits = list(pool.map(lambda host: _visit(host, request, told), hosts))
     placed = [(visit.host.name, finding) for visit in visits for finding in visit.findings]
@@ -102,6 +103,7 @@ def _all_reduce(config: RunConfig, visits: list[Visit], world: int, address: str
     first = visits[0].answer or {}
     request = {"world": world, "output_dir": config.output_dir, "device": first["device"], "patience": PATIENCE_SECONDS}
     request |= {"address": address or visits[0].address, "port": first["port"]}
+    request["environment"] = config.cluster.variables
 
     def start(visit: Visit) -> Answer:
         before = sum(v.host.slots for v in visits[: visits.index(visit)])
@@ -128,7 +130,7 @@ def _judged(visits: list[Visit], answers: list[Answer], request: dict[str, Any])
     owner = [visit.host.name for visit in visits for _ in range(visit.host.slots)]
     result = answers[0].result
     rule = "2 (n - 1) / n x bytes / time, one rank a device"
-    way = "Open all ports between the hosts; name the interface in .deepspeed_env: GLOO_ and NCCL_SOCKET_IFNAME=eth0."
+    way = "Open all ports between the hosts; name the network: cluster.interface=eth0."
     if result and result["missing"]:
         text = f"did not reach {request['address']}:{request['port']}"
         lost = dict.fromkeys(owner[rank] for rank in result["missing"])

@@ -85,7 +85,7 @@ def _ssh(host: Host, line: str) -> list[str]:
 
 def ask(host: Host, module: str, request: dict[str, Any], *, seconds: int, told: Callable[[str], None]) -> Answer:
     """Run ``python -m module`` there with this interpreter's path; ``request`` goes in, its answer comes out."""
-    request = request | {"environment": forwarded() if host.remote else {}}
+    request = request | {"environment": (forwarded() if host.remote else {}) | request["environment"]}
     words = command(host, [sys.executable, "-m", module], seconds)
     result = None
     with tempfile.TemporaryFile("w+", errors="replace") as errors:

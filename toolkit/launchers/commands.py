@@ -17,6 +17,11 @@ from toolkit.launchers.job import Job, Launch
 SSH = "-o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 
+# Else torchrun's agents lend the ranks their store, where a restarted rank finds the address of one that is dead
+# (torch 2.13, distributed/rendezvous.py) and waits for it.
+ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 def deepspeed(job: Job) -> Launch:
     """DeepSpeed's own launcher: on one host directly, on several over pdsh and ssh."""
     _refuse_restarts(job)
@@ -37,7 +42,7 @@ def deepspeed(job: Job) -> Launch:
 def torchrun(job: Job) -> Launch:
     """The same command on every node; the nodes meet at the first one."""
     command = [_beside_python("torchrun"), *elastic(job, job.master)]
-    launch = _launch([*command, *job.arguments(job.directory)], job.environment)
+    launch = _launch([*command, *job.arguments(job.directory)], job.environment | ELASTIC)
     if job.nodes == 1 or not job.cluster.interface:
         return launch
     address = f'ip -o -4 addr show dev {job.cluster.interface} | awk \'{{sub("/.*", "", $4); print $4; exit}}\''

@@ -6,7 +6,7 @@ compose(job).shown     # compose.yaml, for `docker compose -f runs/<name>/launch
 import json
 from typing import Any
 
-from toolkit.launchers.commands import elastic
+from toolkit.launchers.commands import ELASTIC, elastic
 from toolkit.launchers.job import LAUNCH, Job, Launch
 
 
@@ -26,9 +26,10 @@ def _service(job: Job, node: int) -> dict[str, Any]:
         "working_dir": cluster.workdir,
         "command": ["torchrun", *elastic(job, "node0"), *job.arguments(LAUNCH)],
         # HF_TOKEN without a value: the shell's, if it has one; the file does not hold it
-        "environment": [*(f"{name}={value}" for name, value in job.environment.items()), "HF_TOKEN"],
+        "environment": [*(f"{name}={value}" for name, value in (job.environment | ELASTIC).items()), "HF_TOKEN"],
         "volumes": job.mounts,
         "shm_size": f"{cluster.shm_gib}gb",
+        "stop_grace_period": "5m",  # SIGTERM: finish the step, save
         "ulimits": {"memlock": -1, "stack": 67108864},
     }
     if cluster.accelerator == "cuda":

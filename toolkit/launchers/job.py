@@ -50,10 +50,7 @@ class Job:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of every rank."""
-        interface = self.cluster.interface
-        sockets = {name: interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface}
-        cpu = {"DS_ACCELERATOR": "cpu"} if self.cluster.accelerator == "cpu" else {}
-        return cpu | sockets | self.cluster.environment
+        return self.cluster.variables
 
     def arguments(self, directory: Path | str) -> list[str]:
         """The recipe on the configuration that was saved in ``directory``."""

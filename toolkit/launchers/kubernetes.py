@@ -7,7 +7,7 @@ The run directory lies on the volume claim cluster.kubernetes.claim.
 
 from typing import Any
 
-from toolkit.launchers.commands import SSH, deepspeed_env
+from toolkit.launchers.commands import ELASTIC, SSH, deepspeed_env
 from toolkit.launchers.compose import dump
 from toolkit.launchers.job import LAUNCH, Job, Launch
 
@@ -38,7 +38,11 @@ def _pytorchjob(job: Job) -> list[dict[str, Any]]:
     }
     spec = {
         "nprocPerNode": str(job.devices),
-        "runPolicy": {"backoffLimit": job.cluster.restarts, "cleanPodPolicy": "Running"},
+        # The operator adds up the restarts of all pods, and the ranks of all of them end when one fails.
+        "runPolicy": {
+            "backoffLimit": job.cluster.restarts * job.nodes + bool(job.cluster.restarts),
+            "cleanPodPolicy": "Running",
+        },
         "pytorchReplicaSpecs": replicas,
     }
     return [_named(job, "kubeflow.org/v1", "PyTorchJob") | {"spec": spec}]
@@ -129,7 +133,7 @@ def _pod(job: Job, name: str, arguments: list[str], *, gpus: bool = True) -> dic
         "image": job.image,
         "workingDir": job.cluster.workdir,
         "args": arguments,  # of the image's entrypoint, which passes signals on
-        "env": [{"name": key, "value": value} for key, value in job.environment.items()],
+        "env": [{"name": key, "value": value} for key, value in (job.environment | ELASTIC).items()],
         "volumeMounts": [{"name": key, "mountPath": path} for key, (path, _) in volumes.items()],
     }
     if own.secret:
@@ -137,4 +141,10 @@ def _pod(job: Job, name: str, arguments: list[str], *, gpus: bool = True) -> dic
     if gpus and job.cluster.accelerator == "cuda":
         container["resources"] = {"limits": {"nvidia.com/gpu": str(job.devices)}}
     selector = {"nodeSelector": dict(own.node_selector)} if own.node_selector else {}
-    return {"containers": [container], "volumes": [{"name": k} | v for k, (_, v) in volumes.items()], **selector}
+    grace = {"terminationGracePeriodSeconds": 300}  # SIGTERM: finish the step, save
+    return {
+        "containers": [container],
+        "volumes": [{"name": k} | v for k, (_, v) in volumes.items()],
+        **grace,
+        **selector,
+    }

@@ -39,7 +39,9 @@ def slurm(job: Job) -> Launch:
     lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in _options(job))]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
     if cpus := {name.replace("_", "-"): value for name, value in job.cluster.slurm.items()}.get("cpus-per-task"):
-        lines += [f"export SRUN_CPUS_PER_TASK={cpus}"]  # since 22.05 srun does not take it from sbatch
+        lines += [
+            f"export SRUN_CPUS_PER_TASK={shlex.quote(str(cpus))}"
+        ]  # since 22.05 srun does not take it from sbatch
     port = job.cluster.master_port or "$((20000 + SLURM_JOB_ID % 20000))"  # jobs may share a node
     lines += ["MASTER_ADDR=$(hostname)", f"MASTER_PORT={port}", "export MASTER_ADDR MASTER_PORT"]
     lines += [f"codes={shlex.quote(str(job.directory))}/codes.$SLURM_JOB_ID", 'rm -f "$codes"', "code=0"]

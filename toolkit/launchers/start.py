@@ -4,6 +4,7 @@ start(Path("recipes/pretrain.py"), ["zero=stage3"], on="slurm", submit=True)
 """
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from toolkit.config import SECRET
 from toolkit.errors import ConfigError, nearest
 from toolkit.launchers.commands import deepspeed, mpi, torchrun
 from toolkit.launchers.compose import compose
@@ -35,18 +37,20 @@ def start(recipe: Path, overrides: Sequence[str], *, on: str, submit: bool = Fal
     job = prepare(recipe, overrides, out)
     try:
         launch = LAUNCHERS[on](job)
+        tool = launch.command[0]
+        if submit and shutil.which(tool) is None:
+            raise ConfigError(
+                f"{tool}: not found on this host. Install it, or run without --submit and take it where it is."
+            )
     except ConfigError:
         with suppress(OSError):  # not empty, or never made
             (Path(job.config.output_dir) / job.name).rmdir()
         raise
-    tool = launch.command[0]
-    if submit and shutil.which(tool) is None:
-        raise ConfigError(
-            f"{tool}: not found on this host. Install it, or run without --submit and take it where it is."
-        )
     save(job, launch)
     hint = f"; start it with: {shlex.join(launch.command)}" if launch.shown in launch.files.values() else ""
     print(f"Saved for {job.world} ranks: {job.directory}{hint}", file=sys.stderr, flush=True)
     if submit:
-        os.execvpe(tool, list(launch.command), {**os.environ, **launch.environment})
+        # DeepSpeed writes MLFLOW* into the remote command line and its log (EXPORT_ENVS, launcher/runner.py).
+        kept = {k: v for k, v in os.environ.items() if not (k.startswith("MLFLOW") and re.search(SECRET, k))}
+        os.execvpe(tool, list(launch.command), {**kept, **launch.environment})
     print(launch.shown, end="")
