@@ -1,5 +1,6 @@
 """Two hosts, really two addresses: DeepSpeed's own multi-node launcher over pdsh and ssh, and what ends a job there."""
 
+import re
 import shutil
 import sys
 import time
@@ -98,13 +99,24 @@ def test_a_rank_that_fails_ends_the_job_with_its_code_and_last_words(pair: list[
         assert exception.split("'")[1] in "".join(x for x in result.stderr.splitlines() if "n1: error:" in x)
 
 
-def test_a_rank_that_is_killed_ends_the_job(pair: list[Host], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_job(rank: int, pair: list[Host], tmp_path: Path) -> None:
     with started(pair, tmp_path, "train.steps=1000000", "train.lost_seconds=10") as job:
         job.until_step(3)
-        next(p for p in pair[1].processes() if p.environ().get("RANK") == "1" and "recipes" in str(p.cmdline())).kill()
+        here = [p for p in pair[rank].processes() if p.environ().get("RANK") == str(rank)]
+        next(p for p in here if "recipes/pretrain.py" in p.cmdline()).kill()  # not a worker of its
         result = job.wait(60)
     assert result.code not in (0, 1)
-    assert "error: rank 1 on n2: last heard of" in result.stderr
+    assert re.search(rf"n{2 - rank}: error: .*rank {rank} on n{rank + 1}\b.*: last heard of", result.stderr)
+
+
+def test_what_one_host_refuses_before_the_ranks_meet_is_said(pair: list[Host], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    pair[1].run("mount", "--bind", str(tmp_path / "empty"), str(ROOT / "conf/zero"))
+    with started(pair, tmp_path, "zero=stage1") as job:
+        errors = job.output / "stderr"
+        said = "n2: error: rank 1 on n2: zero=stage1: no such option."
+        job.until(lambda: said in errors.read_text(), "a word of n2's")
 
 
 def test_a_host_with_other_code_is_named(pair: list[Host], tmp_path: Path) -> None:

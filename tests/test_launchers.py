@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
-from launching import ROOT, TINY, build_ops, data_cache, free_port, launch, logs, read
+from launching import ROOT, TINY, Job, build_ops, data_cache, free_port, launch, logs, read
 from manifest_schemas import problems
 from omegaconf import OmegaConf
 from slurm_cluster import Cluster, needs_slurm, slurm_cluster
@@ -224,6 +225,24 @@ def environment_and_words(line: str) -> tuple[dict[str, str], list[str]]:
     words = shlex.split(line)
     first = next(i for i, word in enumerate(words) if "=" not in word)
     return dict(word.split("=", 1) for word in words[:first]), words[first:]
+
+
+def test_torchrun_starts_the_ranks_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    """For longer than train.lost_seconds: what the first attempt left in torchrun's store does not end the second."""
+    steps = ["train.steps=40", "train.save_every=5", "train.lost_seconds=2", "cluster.restarts=1"]
+    command = [TOOLKIT, "launch", *arguments(tmp_path, *steps), "--on", "torchrun", "--submit"]
+    (tmp_path / "launch").mkdir()
+    job = Job(command, tmp_path / "launch", tmp_path / "x")
+    try:
+        job.until_step(6)
+        children = psutil.Process(job.process.pid).children(recursive=True)  # torchrun's are sessions of their own
+        started = [p for p in children if "recipes/pretrain.py" in p.cmdline()]
+        next(p for p in started if p.environ()["RANK"] == "0").kill()
+        result = job.wait(150)
+    finally:
+        job.kill()
+    assert result.code == 0, result.stderr
+    assert [r["step"] for r in result.steps] == list(range(1, 41))
 
 
 def test_torchruns_line_is_the_same_on_every_node(printed: Callable[..., str], hostfile: Path) -> None:
