@@ -2,9 +2,9 @@
 
     python tests/make_ds_keys.py         # after an upgrade of DeepSpeed or torch; then read the diff
 
-A type is bool, int, number, string, list, block, object (of any keys), any, or the list of allowed values; a trailing ``?``
-allows null. Blocks parsed by pydantic give theirs by their fields; the others are found by handing
-DeepSpeed a dict that records each key it is asked for, typed by the default it is asked with.
+A type is bool, int, number, string, list, block, object (of any keys), any, or the list of allowed
+values; a trailing ``?`` allows null. Blocks parsed by pydantic give theirs by their fields; the others are
+found by handing DeepSpeed a dict that records each key it is asked for, typed by the default it is asked with.
 """
 
 import enum

@@ -65,7 +65,7 @@ def check(
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}). Name a DeepSpeed JSON file.") from error
     facts = Facts(ds_config.whole_numbers(source.ds), world, device, largest, parameters=parameters)
-    found = [_finding(p, source.lines) for p in _problems(facts)] if source.ds else []
+    found = [_finding(p, source.lines) for p in _problems(facts)] if source.lines else []
     return sorted({*source.findings, *found}, key=lambda f: (f.line or 0, f.text))
 
 
@@ -104,6 +104,10 @@ def read(text: str) -> Source:
     if not isinstance(ds, dict):
         say = f"a {type(ds).__name__}, not an object. Write {{…}} around DeepSpeed's keys."
         return Source({}, {}, [*findings, _at(text, 0, "syntax", say)])
+    table = ds_config.known()
+    if 10 * len({*ds} & {*table["keys"], *table["removed"]}) < len(ds):
+        say = "hardly one key is DeepSpeed's. Name a DeepSpeed configuration."
+        return Source({}, {}, [*findings, _at(text, 0, "not_deepspeed", say)])
     lines, twice = _lines(text)
     return Source(ds, lines, findings + twice)
 
@@ -177,7 +181,7 @@ FILE_RULES: dict[str, Rule] = {
     ),
     "overlap_off": (
         lambda f: f.stage in (1, 2) and f.ranks != 1 and not _overlaps(f),
-        "zero_optimization.overlap_comm is off (the default of stage {f.stage}): gradients are not reduced "
+        "zero_optimization.overlap_comm is off, as by default below stage 3: gradients are not reduced "
         "beside the backward pass. Set it to true, with buckets well below the model's size.",
     ),
     "bucket_overlap": (

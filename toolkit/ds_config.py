@@ -98,8 +98,17 @@ def problems(facts: Facts, prefix: str = "deepspeed.") -> list[Problem]:
 
 
 def usable(facts: Facts) -> Facts:
-    """The same without values of a wrong type, which count as unknown."""
-    return replace(facts, ds=_without(facts.ds, [p.key for p in _shape(facts.ds, "") if p.key]))
+    """The same without unknown keys, and with values of a wrong type as unknown."""
+    ds = copy.deepcopy(dict(facts.ds))
+    for problem in list(_shape(ds, "")):
+        *blocks, last = problem.key.split(".")
+        node = ds
+        for block in blocks:
+            node = node[block] if isinstance(node.get(block), dict) else {}  # a key may have dots
+        node[last] = "auto"
+        if problem.rule in ("unknown_key", "removed_key"):
+            del node[last]
+    return replace(facts, ds=ds)
 
 
 def broken(rules: Mapping[str, Rule], facts: Facts, prefix: str) -> list[Problem]:
@@ -255,18 +264,6 @@ def known() -> dict[str, Any]:
     return json.loads(text)  # type: ignore[no-any-return]
 
 
-def _without(ds: Mapping[str, Any], keys: list[str]) -> Mapping[str, Any]:
-    """``ds`` with the values of ``keys`` unknown."""
-    less = copy.deepcopy(dict(ds))
-    for key in keys:
-        *blocks, last = key.split(".")
-        node = less
-        for block in blocks:
-            node = node[block]
-        node[last] = "auto"
-    return less
-
-
 def whole_numbers(tree: Any, path: str = "") -> Any:
     """5e7 is a float in YAML; where DeepSpeed wants an int it gets one."""
     if isinstance(tree, dict):
@@ -282,7 +279,8 @@ def _shape(ds: Mapping[str, Any], prefix: str) -> Iterator[Problem]:
     """Keys that DeepSpeed does not know, has removed or renamed, and values of another type."""
     keys = known()["keys"]
     for path, value in dotted(ds).items():
-        if value == "auto" and not path.startswith(AUTO):
+        known_path = path in keys or path.startswith(("optimizer.params.", "scheduler.params."))
+        if value == "auto" and known_path and not path.startswith(AUTO):
             who = "only Hugging Face's Trainer" if path in FILLED else "nothing, Hugging Face's Trainer neither,"
             yield Problem("auto", f"{prefix}{path}='auto': {who} fills this in. Write a value, or drop it.", path)
     yield from _shape_of(ds, "", keys, prefix)
@@ -292,16 +290,18 @@ def _shape_of(tree: Mapping[str, Any], path: str, keys: dict[str, Any], prefix: 
     for key, value in tree.items():
         full = f"{path}{key}"
         shown = f"{prefix}{full}"
+        if not path and str(key).startswith("_"):
+            continue  # how JSON is commented; DeepSpeed reads no key that it does not know at the top
         if full in known()["removed"]:
-            yield Problem("removed_key", f"{shown}: {known()['removed'][full]} Drop it.")
+            yield Problem("removed_key", f"{shown}: {known()['removed'][full]} Drop it.", full)
         elif full in known()["replaced"]:
             new = known()["replaced"][full]
-            yield Problem("replaced_key", f"{shown}: renamed. Use {prefix}{new}.", new if new in keys else "")
+            yield Problem("replaced_key", f"{shown}: renamed. Use {prefix}{new}.", new if new in keys else full)
         elif full not in keys:
             valid = [k for k in keys if k.startswith(path) and k not in known()["replaced"]]
             siblings = [k[len(path) :] for k in valid if "." not in k[len(path) :]]
             way = nearest(str(key), siblings) or " Drop it."
-            yield Problem("unknown_key", f"{shown}: DeepSpeed knows no such key.{way}")
+            yield Problem("unknown_key", f"{shown}: DeepSpeed knows no such key.{way}", full)
         elif value == "auto":
             continue
         elif not _fits(keys[full], value):
@@ -315,7 +315,7 @@ def _fits(kind: Any, value: Any) -> bool:
         lower = value.lower() if isinstance(value, str) else value
         return any(lower == (k.lower() if isinstance(k, str) else k) for k in kind) and value is not True
     if value is None:
-        return bool(kind.endswith("?"))
+        return bool(kind.endswith("?")) or kind == "any"
     name = kind.rstrip("?")
     is_bool = isinstance(value, bool)  # a bool is an int to Python, but not to a person
     return name not in TYPES or (isinstance(value, TYPES[name]) and is_bool == (name == "bool"))
@@ -324,7 +324,7 @@ def _fits(kind: Any, value: Any) -> bool:
 def _named(kind: Any) -> str:
     if isinstance(kind, list):
         return "one of " + ", ".join("null" if k is None else str(k) for k in kind)
-    articles = {"int": "a whole number", "number": "a number", "bool": "true or false", "string": "a text"}
+    articles = {"int": "a whole number", "bool": "true or false", "string": "a text", "object": "an object"}
     name = kind.rstrip("?")
     return articles.get(name, f"a {name}") + (" or null" if kind.endswith("?") else "")
 

@@ -54,7 +54,8 @@ IGNORED = ("disable_allgather",)  # DeepSpeed reads them and does nothing with t
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
-AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages", "expert_parallel.")  # DeepSpeed's own "auto"
+# DeepSpeed's own "auto"
+AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages", "expert_parallel.", "zero_optimization.zenflow.")
 # Filled in by Hugging Face: transformers' integrations/deepspeed.py, accelerate's DeepSpeedPlugin
 FILLED = {
     "bf16.enabled", "fp16.enabled", "gradient_accumulation_steps", "gradient_clipping", "optimizer.params.betas",
@@ -70,6 +71,7 @@ FILLED = {
 OWN_RATE = {"WarmupDecayLR": ("warmup_max_lr", 0.001), "LRRangeTest": ("lr_range_test_min_lr", 0.001)}
 # A preset that a rule names, and what it is in a DeepSpeed file
 IN_A_FILE = {
+    "offload=nvme zero=stage3": "zero_optimization.offload_param.device=nvme",
     "offload=none": "no offload_optimizer",
     "offload=cpu_params": "zero_optimization.offload_param.device=cpu",
     "offload=cpu": "zero_optimization.offload_optimizer.device=cpu",
