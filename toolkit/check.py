@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from toolkit import ds_config
 from toolkit.ds_config import Problem
-from toolkit.ds_rules import FILLED, Facts, Rule
+from toolkit.ds_rules import FILLED, Facts, Rule, Unknown
 from toolkit.errors import ConfigError
 
 # What DeepSpeed gets along with; all else it refuses, or does not do as the file says.
@@ -25,6 +26,7 @@ COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|(//[^\n]*|#[^\n]*|/\*.*?\*/)', re.DOT
 TRAILING = re.compile(r'"(?:\\.|[^"\\\n])*"|(,)(?=\s*[}\]])')
 TOKEN = re.compile(r'("(?:\\.|[^"\\\n])*")(\s*:)?|[{}[\]]')
 PEAK = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
+SHARED = ("tensor_parallel.autotp_size", "sequence_parallel_size")  # ranks of one copy of the model
 BUCKET = 500_000_000  # DeepSpeed's default
 
 
@@ -41,9 +43,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Source:
-    """A file as far as it could be read: keys by their dotted path, and the line of each."""
+    """A file as far as it could be read, and the line of each key by its dotted path."""
 
-    ds: dict[str, Any]
+    ds: dict[str, Any] | None
     lines: dict[str, int]
     findings: list[Finding]
 
@@ -58,15 +60,17 @@ def check(
 ) -> list[Finding]:
     """What DeepSpeed would refuse, ignore or do otherwise, by line; None is unknown. Raises ConfigError.
 
-    ``world`` counts data-parallel ranks, ``parameters`` those of the model, ``largest`` the elements of its largest.
+    ``world`` counts all ranks, ``parameters`` those of the model, ``largest`` the elements of its largest.
     """
     try:
         source = read(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}). Name a DeepSpeed JSON file.") from error
-    facts = Facts(ds_config.whole_numbers(source.ds), world, device, largest, parameters=parameters)
-    found = [_finding(p, source.lines) for p in _problems(facts)] if source.lines else []
-    return sorted({*source.findings, *found}, key=lambda f: (f.line or 0, f.text))
+    found = set(source.findings)
+    if source.ds is not None:
+        facts = Facts(ds_config.whole_numbers(source.ds), None, device, largest, parameters=parameters)
+        found |= {_finding(p, source.lines) for p in _problems(facts, world)}
+    return sorted(found, key=lambda f: (f.line or 0, f.text))
 
 
 def as_json(path: Path, findings: list[Finding]) -> str:
@@ -98,16 +102,15 @@ def read(text: str) -> Source:
     try:
         ds = json.loads(text)
     except json.JSONDecodeError as error:
-        return Source({}, {}, [*findings, _at(text, error.pos, "syntax", f"no JSON: {error.msg}. Mend it there.")])
+        return Source(None, {}, [*findings, _at(text, error.pos, "syntax", f"no JSON: {error.msg}. Mend it there.")])
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets as deep
-        return Source({}, {}, [*findings, _at(text, 0, "syntax", f"no JSON that can be read: {error}.")])
+        return Source(None, {}, [*findings, _at(text, 0, "syntax", f"no JSON that can be read: {error}.")])
     if not isinstance(ds, dict):
-        say = f"a {type(ds).__name__}, not an object. Write {{…}} around DeepSpeed's keys."
-        return Source({}, {}, [*findings, _at(text, 0, "syntax", say)])
+        return Source(None, {}, [*findings, _at(text, 0, "syntax", "no object. Write {…} around DeepSpeed's keys.")])
     table = ds_config.known()
     if 10 * len({*ds} & {*table["keys"], *table["removed"]}) < len(ds):
         say = "hardly one key is DeepSpeed's. Name a DeepSpeed configuration."
-        return Source({}, {}, [*findings, _at(text, 0, "not_deepspeed", say)])
+        return Source(None, {}, [*findings, _at(text, 0, "not_deepspeed", say)])
     lines, twice = _lines(text)
     return Source(ds, lines, findings + twice)
 
@@ -139,13 +142,19 @@ def _at(text: str, position: int, rule: str, say: str) -> Finding:
 
 
 def _finding(problem: Problem, lines: dict[str, int]) -> Finding:
-    """With the line of the first key that the text names."""
+    """With the line of the first key that the text names, or of its block."""
     named = [problem.key, *re.findall(r"[\w.]*\w", problem.text)]
-    line = next((lines[key] for key in named if key in lines), None)
+    blocks = [key.rpartition(".")[0] for key in named]
+    line = next((lines[key] for key in [*named, *blocks] if key in lines), None)
     return Finding("note" if problem.rule in NOTES else "problem", problem.rule, line, None, problem.text)
 
 
-def _problems(facts: Facts) -> Iterator[Problem]:
+def _problems(facts: Facts, world: int | None) -> Iterator[Problem]:
+    split = _split(facts)
+    if world and split and world % split:
+        yield Problem("ranks", f"{' x '.join(SHARED)} = {split} does not divide {world} ranks. Change one of them.")
+    elif world and split:
+        facts = replace(facts, ranks=world // split)
     flag = facts.ds.get("zero_optimization")
     if isinstance(flag, bool):  # zero/config.py, read_zero_config_deprecated
         facts = replace(facts, ds={**facts.ds, "zero_optimization": {"stage": int(flag)}})
@@ -157,6 +166,15 @@ def _problems(facts: Facts) -> Iterator[Problem]:
         yield Problem("auto_filled", f"{keys}: 'auto' is filled in by Hugging Face's Trainer and accelerate only.")
     yield from (p for p in found if p not in filled)
     yield from ds_config.broken(FILE_RULES, ds_config.usable(facts), "")
+
+
+def _split(f: Facts) -> int | None:
+    """Ranks that share one copy of the model; None where the file leaves it open."""
+    try:
+        sizes = [f[key] for key in SHARED]
+    except Unknown:
+        return None
+    return prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 def _overlaps(f: Facts) -> bool:

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Exit code 0: nothing wrong, notes or not. 2: DeepSpeed would refuse the file, or do otherwise.",
     )
     check.add_argument("file", type=Path, help="e.g. ds_config.json")
-    check.add_argument("--world", type=int, help="data-parallel ranks (default: unknown)")
+    check.add_argument("--world", type=int, help="all ranks, by pipe stages if there are any (default: unknown)")
     check.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to train on (default: cuda)")
     size = check.add_mutually_exclusive_group()
     size.add_argument("--model", help="a preset of conf/model or a local Hugging Face folder, for its size")

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config import RunConfig, cache_dir, dotted
-from toolkit.ds_rules import AUTO, FILLED, IN_A_FILE, RULES, RUN_RULES, UNUSED, Facts, Rule, Unknown
+from toolkit.ds_rules import AUTO, BATCH_KEYS, FILLED, IN_A_FILE, RULES, RUN_RULES, UNUSED, Facts, Rule, Unknown
 from toolkit.errors import ConfigError, nearest
 
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 ADAM_KEYS = {"adam_w_mode": "bool", "torch_adam": "bool", "fp32_optimizer_states": "bool"}
 ONE_BIT = {"onebitadam": "AdamW", "zerooneadam": "AdamW", "onebitlamb": "Lamb"}  # removed, and what they were based on
 MUP = ("muadam", "muadamw", "musgd")  # of the package mup

@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.config import RunConfig
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPES = {
     "fp32": ("fp32", "float32", "float", "torch.float32"),
     "fp16": ("fp16", "float16", "half", "torch.float16"),
@@ -46,7 +47,7 @@ DYNAMIC_SCALE = (
     "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale",
 )  # fmt: skip
 SWITCHED = (
-    "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "torch_autocast",
+    "fp16", "bf16", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "torch_autocast",
 )  # fmt: skip
 DS_SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 WARMUPS = (None, "log", "linear")
@@ -210,7 +211,7 @@ def _unswitched(f: Facts) -> str:
 
 
 def _number(value: Any, default: float) -> float:
-    return default if value is None else float(value)
+    return float(value) if isinstance(value, int | float) else default
 
 
 def _own_rate(f: Facts) -> tuple[str, str, float] | None:
@@ -232,9 +233,13 @@ Rule = tuple[Callable[[Facts], Any], str]
 RULES: dict[str, Rule] = {
     # ---- batch
     "batch_missing": (
-        lambda f: not f["train_batch_size"] and not f["train_micro_batch_size_per_gpu"],
+        lambda f: f["train_batch_size"] is None and f["train_micro_batch_size_per_gpu"] is None,
         "{p}train_batch_size and {p}train_micro_batch_size_per_gpu are both missing: DeepSpeed needs one of them. Set "
         "{p}train_micro_batch_size_per_gpu.",
+    ),
+    "batch_positive": (
+        lambda f: [key for key in BATCH_KEYS if _number(f[key], 1) < 1],
+        "{p}{got[0]} is below 1. Raise it.",
     ),
     "batch_multiple": (  # whatever the number of ranks
         lambda f: (
@@ -246,7 +251,10 @@ RULES: dict[str, Rule] = {
         "gradient_accumulation_steps: no number of ranks fits. Give two of the three.",
     ),
     "batch_product": (
-        lambda f: f.batch_found and f.batch_found != (f["train_batch_size"] or f.batch_found),
+        lambda f: (
+            (f["train_batch_size"] or f["train_micro_batch_size_per_gpu"])
+            and (f.batch_found != (f["train_batch_size"] or f.batch_found) or not f.batch_found)
+        ),
         "{p}train_batch_size={f[train_batch_size]} is not train_micro_batch_size_per_gpu x "
         "gradient_accumulation_steps x {f.world} ranks. Give two of the three.",
     ),
@@ -261,11 +269,11 @@ RULES: dict[str, Rule] = {
         "{p}fp16.enabled=True on a CPU: fp16 does not train there. Use precision=fp32 or precision=bf16.",
     ),
     "fp16_options": (
-        lambda f: not f["fp16.enabled"] and f.others("fp16", "enabled"),
+        lambda f: f["fp16.enabled"] is False and f.others("fp16", "enabled"),
         "{p}{got} without effect: fp16.enabled is false. Use precision=fp16, or drop them.",
     ),
     "bf16_options": (
-        lambda f: not f["bf16.enabled"] and f.others("bf16", "enabled"),
+        lambda f: f["bf16.enabled"] is False and f.others("bf16", "enabled"),
         "{p}{got} without effect: bf16.enabled is false. Use precision=bf16, or drop them.",
     ),
     "static_scale": (
