@@ -28,6 +28,7 @@ RIGHT = """{
     "stage": 3, "overlap_comm": true, "reduce_bucket_size": 5e7, "stage3_param_persistence_threshold": 1e5,
     "offload_optimizer": {"device": "cpu", "pin_memory": true}
   },
+  "data_efficiency": {"data_sampling": {"metrics": [{"name": "length"}, {"name": "rarity"}]}},
   "activation_checkpointing": {"partition_activations": true},
   "flops_profiler": {"enabled": false, "profile_step": 3},
   "wall_clock_breakdown": false
@@ -88,6 +89,7 @@ TABLE = [
     (ADAM + '"WarmupLR", "params": {\n "warmup_max_lr": 0.01}}}', "two_rates", 4, "warmup_max_lr=0.01 replaces"),
     (ADAM + '"OneCycle", "params": {"cycle_min_lr": 1e-5,\n "cycle_max_lr": 1}}}', "two_rates", 4, "cycle_max_lr=1"),
     (OVERLAP % "", "bucket_overlap", 2, "is not below the 110,000,000 parameters"),
+    ('{"train_batch_size": 8,\n "zero_optimization": {"stage": 3}}', "bucket_overlap", 2, "nothing overlaps"),
     (OVERLAP.replace("true", "false") % "", "overlap_off", 3, "Set it to true"),
 ]  # fmt: skip
 
@@ -131,6 +133,11 @@ def test_ranks_that_share_a_model_count_once(tmp_path: Path) -> None:
 def test_our_own_presets_have_no_problem() -> None:
     for file in (Path(__file__).parent / "golden").glob("*.json"):
         assert not [f for f in check(file, world=2, parameters=110_000_000) if f.level == "problem"], file
+
+
+def test_an_unknown_key_is_told_once(tmp_path: Path) -> None:
+    text = '{"train_batch_size": 8, "compile": {"backend": "inductor"}, "a.b": {"c": "auto"}}'
+    assert [f.rule for f in check(write(tmp_path, text))] == ["unknown_key", "unknown_key"]
 
 
 def test_values_that_others_fill_in_break_no_rule(tmp_path: Path) -> None:

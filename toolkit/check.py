@@ -75,10 +75,8 @@ def check(
 
 def as_json(path: Path, findings: list[Finding]) -> str:
     counts = {f"{level}s": sum(f.level == level for f in findings) for level in ("problem", "note")}
-    version = ds_config.known()["deepspeed"]
-    return json.dumps(
-        {"file": str(path), "deepspeed": version, **counts, "findings": list(map(asdict, findings))}, indent=1
-    )
+    found = {"file": str(path), "deepspeed": ds_config.known()["deepspeed"], **counts}
+    return json.dumps(found | {"findings": list(map(asdict, findings))}, indent=1)
 
 
 def told(path: Path, findings: list[Finding]) -> Iterator[str]:
@@ -87,8 +85,7 @@ def told(path: Path, findings: list[Finding]) -> Iterator[str]:
         place = ":".join(str(part) for part in (path, f.line, f.column) if part is not None)
         yield f"{place}: {f.level}: {f.text}"
     problems = sum(f.level == "problem" for f in findings)
-    version = ds_config.known()["deepspeed"]
-    yield f"{path}: {problems or 'no'} problem{'s' * (problems != 1)} with DeepSpeed {version}"
+    yield f"{path}: {problems or 'no'} problem{'s' * (problems != 1)} with DeepSpeed {ds_config.known()['deepspeed']}"
 
 
 def read(text: str) -> Source:
@@ -120,11 +117,8 @@ def _lines(text: str) -> tuple[dict[str, int], list[Finding]]:
     lines: dict[str, int] = {}
     twice, outer, name = [], list[str](), ""
     for match in TOKEN.finditer(text):
-        if match[0] in "{[":
-            outer.append(name)
-            name = f"[{match.start()}]"  # of an element of a list, which has none
-        elif match[0] in "}]":
-            outer.pop()
+        if match[1] is None:  # a bracket; what follows has no name if it is an element of a list
+            outer.append(name) if match[0] in "{[" else outer.pop()
             name = f"[{match.start()}]"
         elif match[2]:
             name = json.loads(match[1])
