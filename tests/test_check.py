@@ -135,6 +135,11 @@ def test_our_own_presets_have_no_problem() -> None:
         assert not [f for f in check(file, world=2, parameters=110_000_000) if f.level == "problem"], file
 
 
+def test_a_removed_optimizer_is_told_once(tmp_path: Path) -> None:
+    text = '{"train_batch_size": 8, "optimizer": {"type": "OneBitAdam"}, "zero_optimization": {"stage": 3}}'
+    assert [f.rule for f in check(write(tmp_path, text), world=8)] == ["removed_optimizer"]
+
+
 def test_an_unknown_key_is_told_once(tmp_path: Path) -> None:
     text = '{"train_batch_size": 8, "compile": {"backend": "inductor"}, "a.b": {"c": "auto"}}'
     assert [f.rule for f in check(write(tmp_path, text))] == ["unknown_key", "unknown_key"]

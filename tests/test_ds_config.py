@@ -213,7 +213,6 @@ ROWS = [
 FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("batch_product", {"train_batch_size": 100, "train_micro_batch_size_per_gpu": 16}, "train_batch_size=100 is not"),
     ("type", {"train_batch_size": 2, "optimizer": {"type": "Adam", "params": [1]}}, "must be an object or null"),
-    ("batch_multiple", {"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2}, "no number of ranks fits"),
     ("batch_product", {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 2}, "x 2 ranks. Give two of the three"),
     ("batch_positive", {"train_batch_size": 2, "gradient_accumulation_steps": 0}, "accumulation_steps is below 1"),
     ("batch_missing", {"gradient_accumulation_steps": 2}, "Set train_micro_batch_size_per_gpu"),

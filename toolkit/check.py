@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from toolkit import ds_config
 from toolkit.ds_config import Problem
-from toolkit.ds_rules import FILLED, Facts, Rule, Unknown
+from toolkit.ds_rules import BATCH_KEYS, FILLED, Facts, Rule, Unknown
 from toolkit.errors import ConfigError
 
 # What DeepSpeed gets along with; all else it refuses, or does not do as the file says.
@@ -65,7 +65,8 @@ def check(
     try:
         source = read(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}). Name a DeepSpeed JSON file.") from error
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read ({why}). Name a DeepSpeed JSON file.") from error
     found = set(source.findings)
     if source.ds is not None:
         facts = Facts(ds_config.whole_numbers(source.ds), None, device, largest, parameters=parameters)
@@ -184,8 +185,19 @@ def _two_rates(f: Facts) -> str:
     return f"{key}={rates[0]}" if len(set(rates)) == 2 else ""
 
 
-# Hints that a RunConfig, whose presets and schedules are our own, has no need of.
+def _indivisible(f: Facts) -> bool:
+    """Whether no number of ranks gives the batch; where the ranks are known, batch_product says more."""
+    total, micro, steps = (f[key] for key in BATCH_KEYS)
+    return f.ranks is None and bool(total and total % ((micro or 1) * (steps or 1)))
+
+
+# What a RunConfig has no need of: its ranks are known, its presets and schedules are our own.
 FILE_RULES: dict[str, Rule] = {
+    "batch_multiple": (
+        _indivisible,
+        "train_batch_size={f[train_batch_size]} is no multiple of train_micro_batch_size_per_gpu x "
+        "gradient_accumulation_steps: no number of ranks fits. Give two of the three.",
+    ),
     "two_rates": (
         _two_rates,
         "{got} replaces optimizer.params.lr={f[optimizer.params.lr]}. Write the same rate twice, or leave the latter "

@@ -89,17 +89,21 @@ def examine(
 def problems(facts: Facts, prefix: str = "deepspeed.") -> list[Problem]:
     """What is wrong with a DeepSpeed config: its keys, its types, the combination of its values."""
     found = list(_shape(facts.ds, prefix))
-    facts = usable(facts)
+    facts = _without(facts, found)
     for shape in (_optimizer_shape, _scheduler_shape):
         with suppress(Unknown):
             found += shape(facts, prefix)
-    return found + broken(RULES, facts, prefix)
+    return found + broken(RULES, _without(facts, found), prefix)
 
 
 def usable(facts: Facts) -> Facts:
     """The same without unknown keys, and with values of a wrong type as unknown."""
+    return _without(facts, list(_shape(facts.ds, "")))
+
+
+def _without(facts: Facts, found: list[Problem]) -> Facts:
     ds = copy.deepcopy(dict(facts.ds))
-    for problem in list(_shape(ds, "")):
+    for problem in (p for p in found if p.key):
         *blocks, last = problem.key.split(".")
         node = ds
         for block in blocks:
@@ -335,13 +339,13 @@ def _optimizer_shape(f: Facts, prefix: str) -> Iterator[Problem]:
         return
     if name in ONE_BIT:
         text = f"{prefix}optimizer.type={f['optimizer.type']}: removed from DeepSpeed, as all 1-bit optimizers are."
-        yield Problem("removed_optimizer", f"{text} Use {ONE_BIT[name]}.")
+        yield Problem("removed_optimizer", f"{text} Use {ONE_BIT[name]}.", "optimizer.type")
         return
     if f.optimizer not in accepted:
         names = sorted({"Lamb", "Lion", "Muon", *(n[6:] for n in accepted if n.startswith("torch."))})
         text = f"{prefix}optimizer.type={f['optimizer.type']}: DeepSpeed has no such optimizer."
         way = f"{nearest(f['optimizer.type'], names)} Known: {', '.join(names)}."
-        yield Problem("unknown_optimizer", text + way)
+        yield Problem("unknown_optimizer", text + way, "optimizer.type")
         return
     extra = ADAM_KEYS if f.optimizer in ADAM_FAMILY else {}
     yield from _params(f, prefix, "optimizer", {**accepted[f.optimizer], **extra}, ignore="max_grad_norm")

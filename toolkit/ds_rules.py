@@ -241,15 +241,6 @@ RULES: dict[str, Rule] = {
         lambda f: [key for key in BATCH_KEYS if _number(f[key], 1) < 1],
         "{p}{got[0]} is below 1. Raise it.",
     ),
-    "batch_multiple": (  # whatever the number of ranks
-        lambda f: (
-            f["train_batch_size"]
-            and f["train_batch_size"]
-            % ((f["train_micro_batch_size_per_gpu"] or 1) * (f["gradient_accumulation_steps"] or 1))
-        ),
-        "{p}train_batch_size={f[train_batch_size]} is no multiple of train_micro_batch_size_per_gpu x "
-        "gradient_accumulation_steps: no number of ranks fits. Give two of the three.",
-    ),
     "batch_product": (
         lambda f: (
             (f["train_batch_size"] or f["train_micro_batch_size_per_gpu"])
