@@ -65,6 +65,7 @@ TABLE = [
     ("{}", "batch_missing", None, "both missing"),
     ('{"train_batch_size":\n 10,\n "train_micro_batch_size_per_gpu": 4}', "batch_multiple", 1, "no number of ranks"),
     ('{"train_batch_size": 8,\n\n "gradient_clip": 1}', "unknown_key", 3, "Did you mean 'gradient_clipping'?"),
+    ('{"train_batch_size": 8,\n "gradient clip": 1}', "unknown_key", 2, "Did you mean 'gradient_clipping'?"),
     ('{"train_batch_size": 8,\n "pipeline": {\n "stage": 2}}', "unknown_key", 3, "Did you mean 'stages'?"),
     (
         '{"train_batch_size": 8, "zero_optimization": {\n "cpu_offload_params": true}}',
@@ -121,7 +122,9 @@ def test_a_right_file_has_nothing_to_find(world: int | None, tmp_path: Path) -> 
 
 
 def test_batches_are_multiplied_only_where_the_ranks_are_known(tmp_path: Path) -> None:
-    assert [f.rule for f in check(write(tmp_path, RIGHT), world=6)] == ["batch_product"]
+    odd = RIGHT.replace("64", "65")
+    assert [f.rule for f in check(write(tmp_path, odd), world=8)] == ["batch_product"]
+    assert [f.rule for f in check(write(tmp_path, odd))] == ["batch_multiple"]
 
 
 def test_ranks_that_share_a_model_count_once(tmp_path: Path) -> None:
