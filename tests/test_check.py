@@ -228,9 +228,10 @@ def test_a_file_that_is_not_there_or_no_text_gives_one_line(tmp_path: Path) -> N
 def test_a_models_size_comes_from_a_preset_or_a_folder(tmp_path: Path) -> None:
     assert named_shape("bert_base").parameters == pytest.approx(110e6, rel=0.02)
     assert named_shape("transformer_base").type == "marian"
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
-    with pytest.raises(PlanError, match="a llama model's size is not known here"):
-        named_shape(str(tmp_path))
+    for kind, message in {"llama": "a llama model's size is not known here", "bert": "lacks a size"}.items():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 64}))
+        with pytest.raises(PlanError, match=message):
+            named_shape(str(tmp_path))
 
 
 def test_checking_a_file_loads_no_torch(tmp_path: Path) -> None:

@@ -112,7 +112,10 @@ def named_shape(name: str) -> ModelShape:
         keys = _own_keys(config.model, config.tokenizer.vocab_size)
     if keys["model_type"] not in KINDS:
         raise PlanError(f"{name}: a {keys['model_type']} model's size is not known here. Known: {', '.join(KINDS)}.")
-    return _marian(keys) if keys["model_type"] == "marian" else _bert(keys, "pretrain", "mlm_nsp", 2)
+    try:
+        return _marian(keys) if keys["model_type"] == "marian" else _bert(keys, "pretrain", "mlm_nsp", 2)
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"{name}: its config.json lacks a size ({error}). Name another folder.") from error
 
 
 def _own_keys(model: Model, vocab_size: int) -> dict[str, Any]:
