@@ -2,9 +2,9 @@
 
     python tests/make_ds_keys.py         # after an upgrade of DeepSpeed or torch; then read the diff
 
-A type is bool, int, number, string, list, block, any, or the list of allowed values; a trailing ``?``
-allows null. Blocks parsed by pydantic give theirs by their fields; the others are found by handing
-DeepSpeed a dict that records each key it is asked for, typed by the default it is asked with.
+A type is bool, int, number, string, list, block, object (of any keys), any, or the list of allowed
+values; a trailing ``?`` allows null. Blocks parsed by pydantic give theirs by their fields; the others are
+found by handing DeepSpeed a dict that records each key it is asked for, typed by the default it is asked with.
 """
 
 import enum
@@ -83,9 +83,9 @@ KNOWN: dict[str, Any] = {
     "gradient_allreduce_op": ["mean", "sum"],
     "log_level": "string?",
     "optimizer.legacy_fusion": "bool",
-    "optimizer.params": "any",
+    "optimizer.params": "object?",
     "optimizer.type": "string",
-    "scheduler.params": "any",
+    "scheduler.params": "object?",
     "scheduler.type": "string",
     "seq_parallel_communication_data_type": [*COMM_DTYPES, None],
     "sequence_parallel_size": "int",

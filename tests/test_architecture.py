@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
-    "errors", "hostfile", "config", "compose", "ds_rules", "ds_config", "plan", "ranks", "fingerprint", "watchdog",
-    "workers", "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data", "models", "tasks",
-    "engine", "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report", "studies", "doctor",
-    "sweep", "launch", "launchers", "cli",
+    "errors", "hostfile", "config", "compose", "ds_rules", "ds_config", "plan", "check", "ranks", "fingerprint",
+    "watchdog", "workers", "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data",
+    "models", "tasks", "engine", "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report",
+    "studies", "doctor", "sweep", "launch", "launchers", "cli",
 ]  # fmt: skip
 
 
@@ -51,6 +51,7 @@ def test_imports_point_one_way() -> None:
         "config",
         "compose",
         "ds_config",
+        "check",
         "plan.plan",
         "plan.machines",
         "launch",

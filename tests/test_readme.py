@@ -58,7 +58,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     small = [] if "--config-path" in command or "export" in command else SMALL
-    if any(name in command for name in ("build-ops", "doctor", "timeline", "curves", "machines", "toolkit plan")):
+    if any(
+        name in command
+        for name in ("build-ops", "doctor", "timeline", "curves", "machines", "toolkit plan", "toolkit check")
+    ):
         small = []
     small = [*small, *(["data.rows=2000"] if "data=synthetic" in command else [])]
     small = [*small, *(o for name, own in OWN.items() if f"/{name}.py" in command for o in own)]

@@ -6,6 +6,7 @@ toolkit build-ops zero=stage2 offload=cpu           # DeepSpeed's C++ ops, ahead
 toolkit doctor offload=nvme --hostfile hosts        # does it run here: ops, disks, memory, GPUs, hosts, network
 toolkit curves runs/multi30k                        # loss and metrics by step, as .png and .svg
 toolkit plan model=bert_large machine=a100_80gb     # what fits and how fast, before any device is rented
+toolkit check ds_config.json --world 8              # what is wrong with a DeepSpeed file, line by line
 toolkit machines                                    # what devices can do: memory, bandwidth, FLOP/s
 toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
 toolkit launch recipes/pretrain.py --on slurm       # the script, command or manifest that starts a run on a cluster
@@ -58,6 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--explain", action="store_true", help="the formula behind each number")
     plan.add_argument("--json", action="store_true", help="everything as one JSON object")
     plan.set_defaults(call=lambda a: _plan(a.overrides, a.world, a.explain, a.json))
+
+    check = commands.add_parser(
+        "check",
+        help="what is wrong with a DeepSpeed JSON file, of whatever project, line by line",
+        description="Exit code 0: nothing wrong, notes or not. 2: DeepSpeed would refuse the file, or do otherwise.",
+    )
+    check.add_argument("file", type=Path, help="e.g. ds_config.json")
+    check.add_argument("--world", type=int, help="all ranks, by pipe stages if there are any (default: unknown)")
+    check.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to train on (default: cuda)")
+    size = check.add_mutually_exclusive_group()
+    size.add_argument("--model", help="a preset of conf/model or a local Hugging Face folder, for its size")
+    size.add_argument("--parameters", type=float, help="of the model, e.g. 7e9")
+    check.add_argument("--json", action="store_true", help="a JSON object instead of lines")
+    check.set_defaults(call=_check)
 
     doctor = commands.add_parser(
         "doctor",
@@ -209,6 +224,27 @@ def _plan(overrides: list[str], world: int | None, explain: bool, as_json: bool)
         print(json.dumps(found.as_json(), indent=1))
     else:
         show(found, Console(soft_wrap=True), explain=explain)
+
+
+def _check(chosen: argparse.Namespace) -> None:
+    from toolkit.check import as_json, check, told
+    from toolkit.plan.shapes import named_shape
+
+    for option in ("world", "parameters"):
+        value = getattr(chosen, option)
+        if value is not None and not 1 <= value < float("inf"):
+            raise ConfigError(f"--{option} {value}: there is one at least. Leave it out where it is not known.")
+    shape = named_shape(chosen.model) if chosen.model else None
+    found = check(
+        chosen.file,
+        world=chosen.world,
+        device=chosen.device,
+        parameters=shape.parameters if shape else chosen.parameters and int(chosen.parameters),
+        largest=max(p.size for p in shape.trained) if shape else None,
+    )
+    print(as_json(chosen.file, found) if chosen.json else "\n".join(told(chosen.file, found)))
+    if any(f.level == "problem" for f in found):
+        sys.exit(2)
 
 
 def _doctor(chosen: argparse.Namespace) -> None:

@@ -1,29 +1,29 @@
 """The ``deepspeed`` node: completed for a run, and checked before any process group exists; pure, no torch.
 
     ds = complete(config, world=2, device="cuda", run_dir=run.dir)    # exactly what DeepSpeed gets
-    check(json.loads(text), world=8, device="cuda")                   # a DeepSpeed file from elsewhere
     required_ops(ds, device="cuda", world=2)                          # builders to compile ahead of time
 
-Both raise one ConfigError with a line for every problem. The keys that DeepSpeed knows are in
-ds_keys.json, written from the installed version by tests/make_ds_keys.py; the rules in ds_rules.py.
+It raises one ConfigError with a line for every problem. The keys that DeepSpeed knows are in ds_keys.json, written
+from the installed version by tests/make_ds_keys.py; the rules in ds_rules.py. toolkit/check.py has the same for files.
 """
 
 import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from toolkit.config import RunConfig, cache_dir, dotted
-from toolkit.ds_rules import RULES, RUN_RULES, UNUSED, Facts
+from toolkit.ds_rules import AUTO, BATCH_KEYS, FILLED, IN_A_FILE, RULES, RUN_RULES, UNUSED, Facts, Rule, Unknown
 from toolkit.errors import ConfigError, nearest
 
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages", "expert_parallel.")  # DeepSpeed's own "auto"
 ADAM_KEYS = {"adam_w_mode": "bool", "torch_adam": "bool", "fp32_optimizer_states": "bool"}
+ONE_BIT = {"onebitadam": "AdamW", "zerooneadam": "AdamW", "onebitlamb": "Lamb"}  # removed, and what they were based on
+MUP = ("muadam", "muadamw", "musgd")  # of the package mup
 ADAM_FAMILY = ("FusedAdam", "DeepSpeedCPUAdam", "MuonWithAuxAdam", "torch.Adam", "torch.AdamW")
 TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -31,6 +31,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "number": (int, float),
     "string": (str,),
     "list": (list, tuple),
+    "object": (Mapping,),  # whose keys are not in ds_keys.json
     "block": (Mapping,),
 }
 
@@ -41,6 +42,7 @@ class Problem:
 
     rule: str
     text: str
+    key: str = ""  # where its value cannot be used
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def examine(
     largest = largest_parameter(config, vocab_size)
     layout = list(_layout_problems(config, world))
     world = max(1, world // config.split)  # from here on: copies of the model
-    ds: dict[str, Any] = _whole_numbers(copy.deepcopy(config.deepspeed))
+    ds: dict[str, Any] = whole_numbers(copy.deepcopy(config.deepspeed))
     batch = list(_batch_problems(config, world))
     if not batch:
         ds = {**_batch(config, world), **ds}
@@ -80,25 +82,48 @@ def examine(
         if "activation_checkpoint_interval" in (ds.get("pipeline") or {}):
             ds["pipeline"].setdefault("use_reentrant", False)
     facts = Facts(ds, world, device, largest, config)
-    rest = [p for p in problems(facts) if not (batch and p.rule == "batch_product")]
-    return Completed(ds, layout + batch + rest + run_problems(facts))
-
-
-def check(ds: Mapping[str, Any], *, world: int, device: str) -> None:
-    """Raise ConfigError if DeepSpeed would refuse ``ds``, or ignore a part of it in silence."""
-    _raise(problems(Facts(_whole_numbers(copy.deepcopy(dict(ds))), world, device), prefix=""))
+    rest = [p for p in problems(facts) if not (batch and p.rule.startswith("batch_"))]
+    return Completed(ds, layout + batch + rest + run_problems(usable(facts)))
 
 
 def problems(facts: Facts, prefix: str = "deepspeed.") -> list[Problem]:
-    """What is wrong with a DeepSpeed config: its keys and types, or else the combination of its values."""
+    """What is wrong with a DeepSpeed config: its keys, its types, the combination of its values."""
     found = list(_shape(facts.ds, prefix))
-    if any(p.rule not in ("unknown_key", "removed_key") for p in found):
-        return found  # the rules read values, which must have their types for that
-    found += _optimizer_shape(facts, prefix)
-    found += _scheduler_shape(facts, prefix)
-    for name, (when, say) in RULES.items():
-        if got := when(facts):
-            found.append(Problem(name, _format(say, p=prefix, f=facts, got=got)))
+    facts = _without(facts, found)
+    for shape in (_optimizer_shape, _scheduler_shape):
+        with suppress(Unknown):
+            found += shape(facts, prefix)
+    return found + broken(RULES, _without(facts, found), prefix)
+
+
+def usable(facts: Facts) -> Facts:
+    """The same without unknown keys, and with values of a wrong type as unknown."""
+    return _without(facts, list(_shape(facts.ds, "")))
+
+
+def _without(facts: Facts, found: list[Problem]) -> Facts:
+    ds = copy.deepcopy(dict(facts.ds))
+    for problem in (p for p in found if p.key):
+        *blocks, last = problem.key.split(".")
+        node = ds
+        for block in blocks:
+            node = node[block] if isinstance(node.get(block), dict) else {}  # a key may have dots
+        node[last] = "auto"
+        if problem.rule in ("unknown_key", "removed_key"):
+            del node[last]
+    return replace(facts, ds=ds)
+
+
+def broken(rules: Mapping[str, Rule], facts: Facts, prefix: str) -> list[Problem]:
+    """Those of ``rules`` that the facts break, as far as these are known."""
+    found = []
+    for name, (when, say) in rules.items():
+        with suppress(Unknown):
+            if got := when(facts):
+                text = _format(say, p=prefix, f=facts, got=got)
+                for preset, key in IN_A_FILE.items() if facts.config is None else ():
+                    text = text.replace(preset, key)
+                found.append(Problem(name, text))
     return found
 
 
@@ -108,9 +133,10 @@ def run_problems(facts: Facts) -> list[Problem]:
     assert config is not None
     found = []
     for name, (when, say) in RUN_RULES.items():
-        if got := when(config, facts):
-            unused = UNUSED.get(got[0]) if isinstance(got, list) else None
-            found.append(Problem(name, _format(say, c=config, f=facts, got=got, unused=unused)))
+        with suppress(Unknown):
+            if got := when(config, facts):
+                unused = UNUSED.get(got[0]) if isinstance(got, list) else None
+                found.append(Problem(name, _format(say, c=config, f=facts, got=got, unused=unused)))
     return found
 
 
@@ -241,10 +267,10 @@ def known() -> dict[str, Any]:
     return json.loads(text)  # type: ignore[no-any-return]
 
 
-def _whole_numbers(tree: Any, path: str = "") -> Any:
+def whole_numbers(tree: Any, path: str = "") -> Any:
     """5e7 is a float in YAML; where DeepSpeed wants an int it gets one."""
     if isinstance(tree, dict):
-        return {k: _whole_numbers(v, f"{path}.{k}" if path else str(k)) for k, v in tree.items()}
+        return {k: whole_numbers(v, f"{path}.{k}" if path else str(k)) for k, v in tree.items()}
     kind = known()["keys"].get(path)
     if path.startswith("scheduler.params.") and path.endswith("num_steps"):
         kind = "int"
@@ -256,9 +282,10 @@ def _shape(ds: Mapping[str, Any], prefix: str) -> Iterator[Problem]:
     """Keys that DeepSpeed does not know, has removed or renamed, and values of another type."""
     keys = known()["keys"]
     for path, value in dotted(ds).items():
-        if value == "auto" and not path.startswith(AUTO):
-            way = "only Hugging Face's Trainer fills this in. Write a value, or drop it."
-            yield Problem("auto", f"{prefix}{path}='auto': {way}")
+        known_path = path in keys or path.startswith(("optimizer.params.", "scheduler.params."))
+        if value == "auto" and known_path and not path.startswith(AUTO):
+            who = "only Hugging Face's Trainer" if path in FILLED else "nothing, Hugging Face's Trainer neither,"
+            yield Problem("auto", f"{prefix}{path}='auto': {who} fills this in. Write a value, or drop it.", path)
     yield from _shape_of(ds, "", keys, prefix)
 
 
@@ -266,18 +293,22 @@ def _shape_of(tree: Mapping[str, Any], path: str, keys: dict[str, Any], prefix: 
     for key, value in tree.items():
         full = f"{path}{key}"
         shown = f"{prefix}{full}"
+        if not path and str(key).startswith("_"):
+            continue  # how JSON is commented; DeepSpeed reads no key that it does not know at the top
         if full in known()["removed"]:
-            yield Problem("removed_key", f"{shown}: {known()['removed'][full]} Drop it.")
+            yield Problem("removed_key", f"{shown}: {known()['removed'][full]} Drop it.", full)
         elif full in known()["replaced"]:
-            yield Problem("replaced_key", f"{shown}: renamed. Use {prefix}{known()['replaced'][full]}.")
+            new = known()["replaced"][full]
+            yield Problem("replaced_key", f"{shown}: renamed. Use {prefix}{new}.", new if new in keys else full)
         elif full not in keys:
-            siblings = [k[len(path) :] for k in keys if k.startswith(path) and "." not in k[len(path) :]]
+            valid = [k for k in keys if k.startswith(path) and k not in known()["replaced"]]
+            siblings = [k[len(path) :] for k in valid if "." not in k[len(path) :]]
             way = nearest(str(key), siblings) or " Drop it."
-            yield Problem("unknown_key", f"{shown}: DeepSpeed knows no such key.{way}")
+            yield Problem("unknown_key", f"{shown}: DeepSpeed knows no such key.{way}", full)
         elif value == "auto":
             continue
         elif not _fits(keys[full], value):
-            yield Problem("type", f"{shown}={value!r}: must be {_named(keys[full])}. Change it, or drop it.")
+            yield Problem("type", f"{shown}={value!r}: must be {_named(keys[full])}. Change it, or drop it.", full)
         elif str(keys[full]).startswith("block") and value is not None:
             yield from _shape_of(value, f"{full}.", keys, prefix)
 
@@ -287,7 +318,7 @@ def _fits(kind: Any, value: Any) -> bool:
         lower = value.lower() if isinstance(value, str) else value
         return any(lower == (k.lower() if isinstance(k, str) else k) for k in kind) and value is not True
     if value is None:
-        return bool(kind.endswith("?"))
+        return bool(kind.endswith("?")) or kind == "any"
     name = kind.rstrip("?")
     is_bool = isinstance(value, bool)  # a bool is an int to Python, but not to a person
     return name not in TYPES or (isinstance(value, TYPES[name]) and is_bool == (name == "bool"))
@@ -296,20 +327,25 @@ def _fits(kind: Any, value: Any) -> bool:
 def _named(kind: Any) -> str:
     if isinstance(kind, list):
         return "one of " + ", ".join("null" if k is None else str(k) for k in kind)
-    articles = {"int": "a whole number", "number": "a number", "bool": "true or false", "string": "a text"}
+    articles = {"int": "a whole number", "bool": "true or false", "string": "a text", "object": "an object"}
     name = kind.rstrip("?")
     return articles.get(name, f"a {name}") + (" or null" if kind.endswith("?") else "")
 
 
 def _optimizer_shape(f: Facts, prefix: str) -> Iterator[Problem]:
     accepted = known()["optimizers"]
-    if not f.optimizer:
+    name = str(f["optimizer.type"] or "").lower()
+    if not name or name in MUP:
+        return
+    if name in ONE_BIT:
+        text = f"{prefix}optimizer.type={f['optimizer.type']}: removed from DeepSpeed, as all 1-bit optimizers are."
+        yield Problem("removed_optimizer", f"{text} Use {ONE_BIT[name]}.", "optimizer.type")
         return
     if f.optimizer not in accepted:
         names = sorted({"Lamb", "Lion", "Muon", *(n[6:] for n in accepted if n.startswith("torch."))})
         text = f"{prefix}optimizer.type={f['optimizer.type']}: DeepSpeed has no such optimizer."
         way = f"{nearest(f['optimizer.type'], names)} Known: {', '.join(names)}."
-        yield Problem("unknown_optimizer", text + way)
+        yield Problem("unknown_optimizer", text + way, "optimizer.type")
         return
     extra = ADAM_KEYS if f.optimizer in ADAM_FAMILY else {}
     yield from _params(f, prefix, "optimizer", {**accepted[f.optimizer], **extra}, ignore="max_grad_norm")
@@ -336,7 +372,7 @@ def _params(f: Facts, prefix: str, block: str, accepted: dict[str, str], ignore:
     name = f.optimizer if block == "optimizer" else f["scheduler.type"]
     for key, value in (f[f"{block}.params"] or {}).items():
         shown = f"{prefix}{block}.params.{key}"
-        if key == ignore:
+        if key == ignore or value == "auto":
             continue
         if key not in accepted:
             way = nearest(key, accepted) or f" Known: {', '.join(sorted(accepted))}."

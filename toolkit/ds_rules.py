@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.config import RunConfig
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPES = {
     "fp32": ("fp32", "float32", "float", "torch.float32"),
     "fp16": ("fp16", "float16", "half", "torch.float16"),
@@ -46,10 +47,52 @@ DYNAMIC_SCALE = (
     "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale",
 )  # fmt: skip
 SWITCHED = (
-    "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "torch_autocast",
+    "fp16", "bf16", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "torch_autocast",
 )  # fmt: skip
 DS_SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+WARMUPS = (None, "log", "linear")
+IGNORED = ("disable_allgather",)  # DeepSpeed reads them and does nothing with them
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+# DeepSpeed's own "auto"
+AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages", "expert_parallel.", "zero_optimization.zenflow.")
+# Filled in by Hugging Face: transformers' integrations/deepspeed.py, accelerate's DeepSpeedPlugin
+FILLED = {
+    "bf16.enabled", "fp16.enabled", "gradient_accumulation_steps", "gradient_clipping", "optimizer.params.betas",
+    "optimizer.params.eps", "optimizer.params.lr", "optimizer.params.weight_decay", "scheduler.params.total_num_steps",
+    "scheduler.params.warmup_max_lr", "scheduler.params.warmup_min_lr", "scheduler.params.warmup_num_steps",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.nvme_path", "zero_optimization.reduce_bucket_size", "zero_optimization.stage",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage3_param_persistence_threshold", "zero_optimization.stage3_prefetch_bucket_size",
+}  # fmt: skip
+# lr_schedules.py: the rate that these reach unless told, whatever the optimizer's is
+OWN_RATE = {"WarmupDecayLR": ("warmup_max_lr", 0.001), "LRRangeTest": ("lr_range_test_min_lr", 0.001)}
+# A preset that a rule names, and what it is in a DeepSpeed file
+IN_A_FILE = {
+    "offload=nvme zero=stage3": "zero_optimization.offload_param.device=nvme",
+    "offload=none": "no offload_optimizer",
+    "offload=cpu_params": "zero_optimization.offload_param.device=cpu",
+    "offload=cpu": "zero_optimization.offload_optimizer.device=cpu",
+    "optimizer=adamw or lion": "optimizer.type=AdamW or Lion",
+    "optimizer=adamw, muon or sgd": "optimizer.type=AdamW, Muon or SGD",
+    "optimizer=adamw": "optimizer.type=AdamW",
+    "parallel=none": "autotp_size=1",
+    "precision=fp32 or precision=bf16": "bf16.enabled=true, or neither",
+    "precision=bf16": "bf16.enabled=true",
+    "precision=fp16": "fp16.enabled=true",
+    "schedule=linear, cosine, inverse_sqrt or constant, or one": "one",
+    "zero=stage": "zero_optimization.stage=",
+    " and train.compile=true": "",
+    "Drop it: it is derived.": "Raise it.",
+    "Use offload=nvme, or set it.": "Set it.",
+}  # fmt: skip
+
+
+class Unknown(Exception):
+    """A rule asks for what cannot be known: a value that others fill in, or the number of ranks."""
 
 
 def installed(package: str) -> bool:
@@ -61,16 +104,26 @@ class Facts:
     """A DeepSpeed config (``facts["zero_optimization.stage"]``) and what it is going to run on."""
 
     ds: Mapping[str, Any]
-    world: int  # data-parallel ranks
+    ranks: int | None  # data-parallel ones; None: unknown, as in a file from elsewhere
     device: str  # cpu, cuda, …
     largest: int | None = None  # elements of the model's largest parameter, where known
     config: RunConfig | None = None  # None: a file from elsewhere
+    parameters: int | None = None  # of the model, where known
 
     def __getitem__(self, path: str) -> Any:
         node: Any = self.ds
         for key in path.split("."):
             node = node.get(key) if isinstance(node, Mapping) else None
+            if node == "auto" and not path.startswith(AUTO):
+                raise Unknown(path)
         return node
+
+    @property
+    def world(self) -> int:
+        """Data-parallel ranks. Raises Unknown."""
+        if self.ranks is None:
+            raise Unknown("ranks")
+        return self.ranks
 
     def given(self, block: str, keys: tuple[str, ...]) -> str:
         """Those of ``keys`` that ``block`` holds, for a message; empty if none."""
@@ -157,6 +210,19 @@ def _unswitched(f: Facts) -> str:
     return ", ".join(block for block in SWITCHED if f[block] and "enabled" not in f[block])
 
 
+def _number(value: Any, default: float) -> float:
+    return float(value) if isinstance(value, int | float) else default
+
+
+def _own_rate(f: Facts) -> tuple[str, str, float] | None:
+    """The optimizer's rate that the scheduler's default replaces, and the scheduler's parameter for it."""
+    key, default = OWN_RATE.get(f["scheduler.type"], ("", 0.0))
+    if not key or key in (f["scheduler.params"] or {}) or f["optimizer.params.lr"] == default:
+        return None
+    given = f["optimizer.params.lr"]
+    return "the optimizer's rate" if given is None else f"optimizer.params.lr={given}", key, default
+
+
 def _missing_packages(f: Facts) -> str:
     return ", ".join(p for block, p in PACKAGES.items() if f[f"{block}.enabled"] and not installed(p))
 
@@ -166,26 +232,39 @@ Rule = tuple[Callable[[Facts], Any], str]
 # {p} is "deepspeed." or empty, {f} the facts, {got} what the condition returned.
 RULES: dict[str, Rule] = {
     # ---- batch
+    "batch_missing": (
+        lambda f: f["train_batch_size"] is None and f["train_micro_batch_size_per_gpu"] is None,
+        "{p}train_batch_size and {p}train_micro_batch_size_per_gpu are both missing: DeepSpeed needs one of them. Set "
+        "{p}train_micro_batch_size_per_gpu.",
+    ),
+    "batch_positive": (
+        lambda f: [key for key in BATCH_KEYS if _number(f[key], 1) < 1],
+        "{p}{got[0]} is below 1. Raise it.",
+    ),
     "batch_product": (
-        lambda f: f.batch_found != (f["train_batch_size"] or f.batch_found) or not f.batch_found,
+        lambda f: (
+            (f["train_batch_size"] or f["train_micro_batch_size_per_gpu"])
+            and (f.batch_found != (f["train_batch_size"] or f.batch_found) or not f.batch_found)
+        ),
         "{p}train_batch_size={f[train_batch_size]} is not train_micro_batch_size_per_gpu x "
         "gradient_accumulation_steps x {f.world} ranks. Give two of the three.",
     ),
     # ---- precision
     "two_precisions": (
         lambda f: f["fp16.enabled"] and f["bf16.enabled"],
-        "{p}fp16.enabled and {p}bf16.enabled are both true: a model has one precision. Use precision=bf16 or fp16.",
+        "{p}fp16.enabled and {p}bf16.enabled are both true: a model has one precision. Use precision=bf16, or "
+        "precision=fp16.",
     ),
     "fp16_on_cpu": (
         lambda f: f["fp16.enabled"] and f.device == "cpu",
         "{p}fp16.enabled=True on a CPU: fp16 does not train there. Use precision=fp32 or precision=bf16.",
     ),
     "fp16_options": (
-        lambda f: not f["fp16.enabled"] and f.others("fp16", "enabled"),
+        lambda f: f["fp16.enabled"] is False and f.others("fp16", "enabled"),
         "{p}{got} without effect: fp16.enabled is false. Use precision=fp16, or drop them.",
     ),
     "bf16_options": (
-        lambda f: not f["bf16.enabled"] and f.others("bf16", "enabled"),
+        lambda f: f["bf16.enabled"] is False and f.others("bf16", "enabled"),
         "{p}{got} without effect: bf16.enabled is false. Use precision=bf16, or drop them.",
     ),
     "static_scale": (
@@ -202,8 +281,7 @@ RULES: dict[str, Rule] = {
     "param_dtype": (  # engine.py, _assert_valid_mixed_precision_config
         lambda f: (canonical(f["data_types.param_dtype"]) or f.dtype) != f.dtype,
         "{p}data_types.param_dtype={f[data_types.param_dtype]} but the weights are {f.dtype}. Drop it, or "
-        "choose "
-        "precision={f[data_types.param_dtype]}.",
+        "choose that precision.",
     ),
     "master_weights": (  # base_optimizer.py, _configure_master_weights
         lambda f: (
@@ -229,7 +307,7 @@ RULES: dict[str, Rule] = {
     # ---- ZeRO
     "zero_keys_at_stage0": (
         lambda f: f.stage == 0 and f.given("zero_optimization", ZERO_KEYS),
-        "{p}{got} without effect at zero_optimization.stage=0. Use zero=stage1 to stage3, or drop them.",
+        "{p}{got} without effect at zero_optimization.stage=0. Use zero=stage1 (or 2, 3), or drop them.",
     ),
     "stage3_keys": (
         lambda f: f.stage < 3 and f.given("zero_optimization", STAGE3_KEYS),
@@ -278,12 +356,17 @@ RULES: dict[str, Rule] = {
         "{p}managed_gradient_accumulation=False with zero_optimization.overlap_comm below stage 2. "
         "Use zero=stage2, or {p}zero_optimization.overlap_comm=false.",
     ),
+    "bucket_size": (  # zero/config.py: gt=0
+        lambda f: _number(f["zero_optimization.reduce_bucket_size"], 1) < 1,
+        "{p}zero_optimization.reduce_bucket_size={f[zero_optimization.reduce_bucket_size]}: it must be 1 at least. "
+        "Drop it for the default of 5e8 elements.",
+    ),
     # ---- offload
     "offload_at_stage0": (
         lambda f: f.stage == 0 and f.offload != "none",
         "{p}zero_optimization.offload_optimizer.device={f.offload} at zero_optimization.stage=0: there is "
         "no ZeRO to "
-        "offload. Use zero=stage1, stage2 or stage3, or offload=none.",
+        "offload. Use zero=stage1 (or 2, 3), or offload=none.",
     ),
     "param_offload_stage": (  # only stage3.py reads offload_param
         lambda f: f.stage < 3 and f.param_offload != "none",
@@ -318,7 +401,8 @@ RULES: dict[str, Rule] = {
         lambda f: (
             f.param_offload == "nvme"
             and f["zero_optimization.offload_param.buffer_size"] is not None
-            and f["zero_optimization.offload_param.buffer_size"] < math.ceil((f.largest or 0) / f.world)
+            and f.largest
+            and f["zero_optimization.offload_param.buffer_size"] < math.ceil(f.largest / f.world)
         ),
         "{p}zero_optimization.offload_param.buffer_size={f[zero_optimization.offload_param.buffer_size]} "
         "is smaller "
@@ -334,8 +418,9 @@ RULES: dict[str, Rule] = {
     # gets garbage off a multiple of 512 bytes; alone in its sub-group it starts at 0. Seen.
     "nvme_sub_groups": (
         lambda f: f.offload == "nvme" and f.stage == 3 and (f["zero_optimization.sub_group_size"] or 2) > 1,
-        "{p}zero_optimization.offload_optimizer.device=nvme needs {p}zero_optimization.sub_group_size=1: DeepSpeed "
-        "misreads the gradients of larger groups and trains on garbage. Use offload=nvme, or set it.",
+        "{p}zero_optimization.offload_optimizer.device=nvme needs {p}zero_optimization.sub_group_size=1: in larger "
+        "groups DeepSpeed misreads gradients that do not start at a multiple of 512 bytes, and "
+        "trains on garbage. Use offload=nvme, or set it.",
     ),
     "partial_offload": (  # zero/config.py, offload_ratio_check; stage3.py
         lambda f: (
@@ -427,11 +512,29 @@ RULES: dict[str, Rule] = {
         lambda f: "scheduler" in f.ds and not f["scheduler.type"],
         "{p}scheduler without a type. Set {p}scheduler.type=WarmupLR, or drop it.",
     ),
-    "warmup_decay_default": (  # lr_schedules.py: warmup_max_lr=0.001, not the optimizer's rate as in WarmupLR
-        lambda f: f["scheduler.type"] == "WarmupDecayLR" and "warmup_max_lr" not in (f["scheduler.params"] or {}),
-        "{p}scheduler.type=WarmupDecayLR would replace optimizer.params.lr={f[optimizer.params.lr]} by "
-        "its own default "
-        "of 0.001. Set {p}scheduler.params.warmup_max_lr.",
+    "scheduler_rate": (  # WarmupLR alone takes the optimizer's
+        _own_rate,
+        "{p}scheduler.type={f[scheduler.type]} replaces {got[0]} by its own default of {got[2]}. Set "
+        "{p}scheduler.params.{got[1]}.",
+    ),
+    "warmup_steps": (  # lr_schedules.py raises
+        lambda f: "Warmup" in str(f["scheduler.type"]) and (_number(f["scheduler.params.warmup_num_steps"], 1) < 1),
+        "{p}scheduler.params.warmup_num_steps={f[scheduler.params.warmup_num_steps]}: it must be 1 at least. Use "
+        "another scheduler for none, or 1.",
+    ),
+    "warmup_longer": (  # lr_schedules.py warns
+        lambda f: (
+            "Warmup" in str(f["scheduler.type"])
+            and _number(f["scheduler.params.warmup_num_steps"], 1000)
+            > _number(f["scheduler.params.total_num_steps"], math.inf)
+        ),
+        "{p}scheduler.params.total_num_steps={f[scheduler.params.total_num_steps]} is below warmup_num_steps (1000 if "
+        "not given): the rate would never be reached. Lower {p}scheduler.params.warmup_num_steps.",
+    ),
+    "warmup_type": (  # lr_schedules.py warns and takes log
+        lambda f: "Warmup" in str(f["scheduler.type"]) and f["scheduler.params.warmup_type"] not in WARMUPS,
+        "{p}scheduler.params.warmup_type={f[scheduler.params.warmup_type]}: DeepSpeed would take log. Use linear or "
+        "log.",
     ),
     "torch_scheduler": (  # engine.py hands it the ZeRO wrapper, which torch refuses; seen
         lambda f: f.stage and f["scheduler.type"] and f["scheduler.type"] not in DS_SCHEDULERS,
@@ -440,6 +543,10 @@ RULES: dict[str, Rule] = {
         "cosine, inverse_sqrt or constant, or one of DeepSpeed's schedulers.",
     ),
     # ---- the rest
+    "ignored": (
+        lambda f: ", ".join(key for key in IGNORED if f[key]),
+        "{p}{got} without effect: DeepSpeed reads it and does nothing with it. Drop it.",
+    ),
     "enabled": (
         _unswitched,
         "{p}{got} without effect: it is off. Set enabled=true in it, or drop it.",
@@ -450,8 +557,8 @@ RULES: dict[str, Rule] = {
     ),
     "deepcompile_stage": (  # engine.py: "Falling back to the torch compiler"
         lambda f: f["compile.deepcompile"] and f.stage == 0,
-        "{p}compile.deepcompile=True without effect at zero_optimization.stage=0. Use zero=stage1 to "
-        "stage3, or drop it.",
+        "{p}compile.deepcompile=True without effect at zero_optimization.stage=0. Use zero=stage1 "
+        "(or 2, 3), or drop it.",
     ),
     "compile_options": (
         lambda f: not f["compile.deepcompile"] and f.others("compile", "deepcompile", "autoep_non_moe"),

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from toolkit.compose import compose
 from toolkit.config import Model, RunConfig
 from toolkit.errors import PlanError, nearest
 
@@ -97,6 +98,24 @@ def model_shape(config: RunConfig) -> ModelShape:
         return _marian(keys)
     labels = len(config.data.labels or ()) or 2  # those of the data are not known before it is read; a row each
     return _bert(keys, task.kind, task.objective, labels)
+
+
+def named_shape(name: str) -> ModelShape:
+    """Of a preset of conf/model or a local Hugging Face folder, with pretraining's or translation's heads.
+
+    Raises ConfigError and PlanError.
+    """
+    if Path(name).is_dir():
+        keys = _read(name)
+    else:
+        config = compose([f"model={name}"])
+        keys = _own_keys(config.model, config.tokenizer.vocab_size)
+    if keys["model_type"] not in KINDS:
+        raise PlanError(f"{name}: a {keys['model_type']} model's size is not known here. Known: {', '.join(KINDS)}.")
+    try:
+        return _marian(keys) if keys["model_type"] == "marian" else _bert(keys, "pretrain", "mlm_nsp", 2)
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"{name}: its config.json lacks a size ({error}). Name another folder.") from error
 
 
 def _own_keys(model: Model, vocab_size: int) -> dict[str, Any]:
