@@ -258,9 +258,9 @@ def _doctor(chosen: argparse.Namespace) -> None:
 
     config = compose(chosen.overrides)
     hostfile = chosen.hostfile or config.cluster.hostfile
-    named = slots("--hostfile" if chosen.hostfile else "cluster.hostfile", Path(hostfile)) if hostfile else {}
-    if named and chosen.world is not None:
+    if hostfile and chosen.world is not None:
         raise ConfigError(f"--world {chosen.world}: the hostfile's slots say how many ranks there are. Drop --world.")
+    named = slots("--hostfile" if chosen.hostfile else "cluster.hostfile", Path(hostfile)) if hostfile else {}
     hosts = [Host(*h) for h in named.items()] or [Host("this host", _world(chosen.world), remote=False)]
     told = Console(stderr=True, soft_wrap=True)
     report = examine(
