@@ -6,6 +6,7 @@ plot(search(["model=bert_large", "machine=h100"]), Path("layouts"), top=20)     
 
 import csv
 import io
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def _best(side: Sequence[Candidate]) -> list[dict[str, Any]]:
 
 
 def _unknown(found: Search) -> Iterator[str]:
-    yield "Small matrices are taken to be as efficient as large ones: of equal micro-batches the larger stands first."
+    yield "Small micro-batches are taken to be as efficient as large ones: of equally fast ones the largest is first."
     if found.unknown:
         some = any(c.plan.speed.step_seconds for c in (*found.fitting, *found.too_large))
         ranked = "what needs it stands last" if some else "all is ranked by memory, the least first"
@@ -135,5 +136,5 @@ def plot(found: Search, stem: Path, *, top: int) -> list[Path]:
 
 
 def _label(one: Mapping[str, Any]) -> str:
-    over = f" ({one['over_gib']:,.1f} GiB over, {one['over_of']})" if one["over_gib"] else ""
-    return (" ".join(o.split(".")[-1] for o in shlex.split(one["overrides"])) or "as given") + over
+    typed = re.sub(r"deepspeed\.tensor_parallel\.|batch\.", "", one["overrides"]) or "as given"
+    return typed + (f" ({one['over_gib']:,.1f} GiB over, {one['over_of']})" if one["over_gib"] else "")
