@@ -131,7 +131,7 @@ def _layouts(
 ) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
     """(what is typed for it, configuration) of each layout, legal or not, with the micro-batch still to be chosen."""
     zeros, offloads, activations = (_options(axis, fixed) for axis in ("zero", "offload", "activation"))
-    kept = {a: compose([*overrides, *a]).activation for a in activations}
+    kept = {a: (compose([*overrides, *a]) if a else base).activation for a in activations}
     tensors = {(): {}} if "parallel" in fixed else _tensors(overrides, ranks)
     whole = next(iter(tensors))
     stages = [base.pipeline.stages] if "pipeline" in fixed else _divisors(ranks)

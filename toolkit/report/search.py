@@ -23,12 +23,11 @@ MISSED = 5  # of those that do not fit, in tables and plots
 
 def as_json(found: Search) -> dict[str, Any]:
     """Every candidate, and why others are illegal."""
+    plan = found.some
     sides = {"fitting": found.fitting, "too_large": found.too_large}
-    return (
-        {"given": found.given, "machine": found.some.machine.name, "ranks": found.some.layout.ranks}
-        | {name: [c.as_row() for c in side] for name, side in sides.items()}
-        | {"refused": dict(found.refused), "unknown": found.unknown, "assumptions": found.some.assumptions}
-    )
+    told = {"given": found.given, "machine": plan.machine.name, "ranks": plan.layout.ranks, "unknown": found.unknown}
+    rows = {name: [c.as_row() for c in side] for name, side in sides.items()}
+    return told | rows | {"refused": dict(found.refused), "assumptions": plan.assumptions}
 
 
 def write_csv(found: Search, path: Path) -> Path:
@@ -60,12 +59,12 @@ def show(found: Search, console: Any, *, top: int) -> None:
 
 
 def _head(found: Search) -> str:
-    count, layout, machine = len(found.fitting) + len(found.too_large), found.some.layout, found.some.machine
-    name = machine.name if machine.name != "this" else machine.device_name or "CPU"
-    return (
-        f"{sum(found.some.parameters.values()):,} parameters; {layout.ranks} {name} ranks; {layout.samples} "
-        f"samples a step; {len(found.fitting):,} of {count:,} legal configurations fit"
+    plan, count = found.some, len(found.fitting) + len(found.too_large)
+    name = plan.machine.name if plan.machine.name != "this" else plan.machine.device_name or "CPU"
+    size = (
+        f"{sum(plan.parameters.values()):,} parameters; {plan.layout.ranks} {name} ranks; {plan.layout.samples} samples"
     )
+    return f"{size} a step; {len(found.fitting):,} of {count:,} legal configurations fit"
 
 
 def _best(side: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -81,10 +80,8 @@ def _unknown(found: Search) -> Iterator[str]:
     if found.unknown:
         some = any(c.plan.speed.step_seconds for c in (*found.fitting, *found.too_large))
         ranked = "what needs it stands last" if some else "all is ranked by memory, the least first"
-        yield (
-            f"No speed without {', '.join(found.unknown)}, which machine={found.some.machine.name} does not say: "
-            f"{ranked}. Give it, e.g. {found.unknown[0]}=10."
-        )
+        where = f"which machine={found.some.machine.name} does not say"
+        yield f"No speed without {', '.join(found.unknown)}, {where}: {ranked}. Give it, e.g. {found.unknown[0]}=10."
 
 
 def _table(what: str, columns: Mapping[str, tuple[str, str]], rows: Sequence[Mapping[str, Any]], top: int) -> Any:
@@ -124,11 +121,10 @@ def plot(found: Search, stem: Path, *, top: int) -> list[Path]:
             memory.vlines(limit, y - 0.5, y + 0.5, color="black", label=None if y else "limit")
         speed.barh(y, rate or 0, color=figures.COLOURS[0], alpha=alpha)
         speed.text(rate or 0, y, f" {_cell(rate, ',.0f')}", va="center", fontsize=8)
-    memory.set_yticks(range(len(rows)), [_label(one) for one in rows], fontsize=8)
-    memory.set_xlabel("GiB of a device")
-    speed.set(
-        yticks=[], xlabel="samples/s, predicted", xlim=(0, 1.12 * max(r["samples_per_second"] or 0 for r in rows) or 1)
-    )
+    memory.set(yticks=range(len(rows)), yticklabels=map(_label, rows), xlabel="GiB of a device")
+    memory.tick_params("y", labelsize=8)
+    fastest = max(one["samples_per_second"] or 0 for one in rows)
+    speed.set(yticks=[], xlabel="samples/s, predicted", xlim=(0, 1.12 * fastest or 1))
     for axes in (memory, speed):
         axes.set_ylim(len(rows) - 0.4, -0.6)
     figure.legend(loc="outside lower center", ncols=8, frameon=False, fontsize=8)
