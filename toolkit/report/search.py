@@ -133,4 +133,4 @@ def plot(found: Search, stem: Path, *, top: int) -> list[Path]:
 
 def _label(one: Mapping[str, Any]) -> str:
     typed = re.sub(r"deepspeed\.tensor_parallel\.|batch\.", "", one["overrides"]) or "as given"
-    return typed + (f" ({one['over_gib']:,.1f} GiB over, {one['over_of']})" if one["over_gib"] else "")
+    return typed + (f" ({one['over_gib']:,.2f} GiB over, {one['over_of']})" if one["over_gib"] else "")
