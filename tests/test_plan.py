@@ -143,6 +143,7 @@ def test_a_node_shape_says_where_it_is_from() -> None:
             ["zero=stage1", "pipeline.stages=4", "pipeline.partition=[5,6,40]"],
             "pipeline.stages=4: 27 layers cannot be cut",
         ),
+        (["zero=stage1", "machine.nodes=4", "pipeline.stages=32"], "pipeline.stages=32: 27 layers cannot be cut"),
     ],
 )
 def test_bad_input_is_one_clear_line(overrides: list[str], said: str) -> None:
@@ -194,4 +195,4 @@ def test_the_command_prints_json_and_refuses_in_one_line(tmp_path: Path) -> None
     here = command("experiment=smoke", "--world", "2")
     assert here.returncode == 0 and "machine=this does not say" in here.stdout
     wrong = command("--world", "0")
-    assert wrong.returncode == 2 and wrong.stderr == "error: --world 0: a job has one rank at least.\n"
+    assert wrong.returncode == 2 and wrong.stderr == "error: --world 0: must be 1 or more.\n"

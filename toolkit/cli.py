@@ -7,6 +7,7 @@ toolkit doctor offload=nvme --hostfile hosts        # does it run here: ops, dis
 toolkit curves runs/multi30k                        # loss and metrics by step, as .png and .svg
 toolkit plan model=bert_large machine=a100_80gb     # what fits and how fast, before any device is rented
 toolkit check ds_config.json --world 8              # what is wrong with a DeepSpeed file, line by line
+toolkit plan machine=h100 --search                  # which ZeRO stage, offload, micro-batch …: what fits, fastest first
 toolkit machines                                    # what devices can do: memory, bandwidth, FLOP/s
 toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
 toolkit launch recipes/pretrain.py --on slurm       # the script, command or manifest that starts a run on a cluster
@@ -58,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--world", type=int, help="ranks of the job (default: all devices of the machine)")
     plan.add_argument("--explain", action="store_true", help="the formula behind each number")
     plan.add_argument("--json", action="store_true", help="everything as one JSON object")
-    plan.set_defaults(call=lambda a: _plan(a.overrides, a.world, a.explain, a.json))
+    plan.add_argument("--search", action="store_true", help="rank every legal layout that the overrides leave open")
+    plan.add_argument("--top", type=int, help="with --search: so many layouts in table and plot (default: 20)")
+    plan.add_argument("--csv", type=Path, help="with --search: a file for all of them, a line each")
+    plan.add_argument("--plot", type=Path, help="with --search: a file for memory and speed, as .png and .svg")
+    plan.set_defaults(call=lambda a: (_search if a.search else _plan)(a))
 
     check = commands.add_parser(
         "check",
@@ -210,20 +215,53 @@ def _launch(recipe: Path, overrides: list[str], on: str, submit: bool, out: Path
     start(recipe, overrides, on=on, submit=submit, out=out)
 
 
-def _plan(overrides: list[str], world: int | None, explain: bool, as_json: bool) -> None:
+def _plan(chosen: argparse.Namespace) -> None:
     from rich.console import Console
 
     from toolkit.compose import compose
     from toolkit.plan.plan import plan
     from toolkit.report.plan import show
 
-    if world is not None and world < 1:
-        raise ConfigError(f"--world {world}: a job has one rank at least.")
-    found = plan(compose(overrides), world=world)
-    if as_json:
+    if alone := [f"--{name}" for name in ("top", "csv", "plot") if getattr(chosen, name) is not None]:
+        raise ConfigError(f"{alone[0]} without --search: there is one configuration only. Add --search.")
+    found = plan(compose(chosen.overrides), world=_at_least_one("--world", chosen.world))
+    if chosen.json:
         print(json.dumps(found.as_json(), indent=1))
     else:
-        show(found, Console(soft_wrap=True), explain=explain)
+        show(found, Console(soft_wrap=True), explain=chosen.explain)
+
+
+def _search(chosen: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from toolkit.plan.search import search
+    from toolkit.report import search as report
+
+    if chosen.explain:
+        raise ConfigError("--explain with --search: formulas are of one configuration. Plan it without --search.")
+    for option, path in (("--csv", chosen.csv), ("--plot", chosen.plot)):
+        if path and (not path.name or path.is_dir()):
+            raise ConfigError(f"{option} {path}: a folder. Name a file in it.")
+    top = _at_least_one("--top", chosen.top) or 20
+    found = search(chosen.overrides, world=_at_least_one("--world", chosen.world))
+    if chosen.json:
+        print(json.dumps(report.as_json(found), indent=1))
+    else:
+        report.show(found, Console(width=250), top=top)  # a terminal breaks lines so that they can be copied
+    stem = chosen.plot and (chosen.plot.with_suffix("") if chosen.plot.suffix in (".png", ".svg") else chosen.plot)
+    try:
+        files = report.plot(found, stem, top=top) if stem else []
+        files += [report.write_csv(found, chosen.csv)] if chosen.csv else []
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}. Name a file where it can be written.") from error
+    if files:
+        print("Written:", *files, file=sys.stderr)
+
+
+def _at_least_one(option: str, given: int | None) -> int | None:
+    if given is not None and given < 1:
+        raise ConfigError(f"{option} {given}: must be 1 or more.")
+    return given
 
 
 def _check(chosen: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ config = compose(["zero=stage3", "batch.global_size=64"])     # as a recipe woul
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from toolkit.config import RunConfig, conf_dir, load, schema
 from toolkit.errors import ConfigError, nearest
@@ -13,6 +14,15 @@ from toolkit.errors import ConfigError, nearest
 
 def compose(overrides: list[str], model: type[RunConfig] = RunConfig) -> RunConfig:
     """The checked configuration of these command-line overrides. Raises ConfigError."""
+    return load(_composed(overrides, model), model)
+
+
+def options(overrides: list[str]) -> dict[str, str]:
+    """Which option of each group these overrides lead to. Raises ConfigError."""
+    return dict(_composed(overrides, RunConfig, return_hydra_config=True).hydra.runtime.choices)
+
+
+def _composed(overrides: list[str], model: type[RunConfig], *, return_hydra_config: bool = False) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -22,7 +32,7 @@ def compose(overrides: list[str], model: type[RunConfig] = RunConfig) -> RunConf
     within = GlobalHydra.instance().is_initialized()  # a recipe that composes further runs
     with nullcontext() if within else initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
-            return load(hydra_compose("config", permissive(overrides)), model)
+            return hydra_compose("config", permissive(overrides), return_hydra_config=return_hydra_config)
         except HydraException as error:
             raise ConfigError(str(error)) from error
 

@@ -6,6 +6,7 @@ own.count, own.shard(layout)                 # of all parameters, and of this ra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import ceil
 
@@ -42,11 +43,11 @@ class Elements:
         frozen = sum(p.size for p in every if not p.trained)
         return cls(tuple(groups), _states(trained, size, layout), frozen)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(size for group in self.groups for size in group)
 
-    @property
+    @cached_property
     def count(self) -> int:
         return sum(self.sizes)
 

@@ -36,7 +36,7 @@ class Plan:
     host_limit_gib: float | None
     nvme_gib: float  # of a node
     nvme_limit_gib: float | None
-    largest_micro: int | None  # None: not even one sample fits, or no limit is known
+    largest_micro: int | None  # None: not even one sample fits, no limit is known, or not looked for
     speed: Speed
     hours: float | None  # None: no time is known, or the run ends by epochs
     assumptions: tuple[str, ...]
@@ -65,9 +65,17 @@ class Plan:
 
 def plan(config: RunConfig, *, world: int | None = None) -> Plan:
     """``world`` ranks, or all devices of the machine. Raises ConfigError and PlanError, a line for each problem."""
-    machine, ranks, device = _machine(config, world)
+    machine, ranks, device = place(config, world)
     shape = model_shape(config)
     ds = ds_config.complete(config, world=ranks, device=device, vocab_size=shape.vocab_size)
+    found = plan_on(machine, config, ds, shape, ranks=ranks, device=device)
+    return replace(found, largest_micro=_largest_micro(shape, found.layout, found.device_limit_gib))
+
+
+def plan_on(
+    machine: Machine, config: RunConfig, ds: Mapping[str, Any], shape: ModelShape, *, ranks: int, device: str
+) -> Plan:
+    """The same of a completed ``ds``, but for the largest micro-batch. Raises PlanError."""
     layout = Layout.of(config, ds, world=ranks, device=device)
     _refuse(config, shape, layout)
     stages = [memory_of(shape, layout, stage) for stage in range(layout.pipe)]
@@ -83,17 +91,17 @@ def plan(config: RunConfig, *, world: int | None = None) -> Plan:
         device_gib=_device_gib(stages[worst], layout), device_limit_gib=machine.memory_gib,
         host_gib=host, pinned_gib=pinned, host_limit_gib=machine.host_memory_gib,
         nvme_gib=per_node * sum(m.total("nvme") for m in stages), nvme_limit_gib=machine.nvme_gib,
-        largest_micro=_largest_micro(shape, layout, machine.memory_gib),
-        speed=speed, hours=steps * seconds / 3600 if steps and seconds else None,
+        largest_micro=None, speed=speed, hours=steps * seconds / 3600 if steps and seconds else None,
         assumptions=tuple(assumptions.told()),
     )  # fmt: skip
 
 
-def _machine(config: RunConfig, world: int | None) -> tuple[Machine, int, str]:
-    """The machine, the ranks to plan for, and DeepSpeed's word for its devices."""
+def place(config: RunConfig, world: int | None) -> tuple[Machine, int, str]:
+    """The machine, the ranks to plan for, and DeepSpeed's word for its devices. Raises PlanError."""
     machine = config.machine
     if machine.name == "this":
-        machine = machines.here().model_copy(update={"nodes": machine.nodes})
+        given = {key: getattr(machine, key) for key in machine.model_dump(exclude_defaults=True)}
+        machine = machines.here().model_copy(update=given)
     ranks = world or machine.nodes * machine.devices_per_node
     if machine.name == "this" and not machine.device_name:  # a CPU has as many as are started
         machine = machine.model_copy(update={"devices_per_node": -(-ranks // machine.nodes)})

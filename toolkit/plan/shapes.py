@@ -7,6 +7,7 @@ shape.parameters                             # 336,226,108 for bert_large
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Parameter:
     split: int | None = None
     trained: bool = True
 
-    @property
+    @cached_property
     def size(self) -> int:
         return prod(self.shape)
 
@@ -40,7 +41,7 @@ class Layer:
     kind: str
     parameters: tuple[Parameter, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         return sum(p.size for p in self.parameters)
 

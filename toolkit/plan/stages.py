@@ -4,6 +4,7 @@ stages(shape, count=2, how="parameters")[1]       # the layers of the second sta
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ def stages(shape: ModelShape, *, count: int, how: Any) -> list[tuple[Layer, ...]
     words = embeddings.parameters[0]
     tied = Layer("head", (*head.parameters, words)) if shape.tied else head
     items = [Layer("embeddings", (words,)), Layer("positions", embeddings.parameters[1:]), *blocks, tied]
-    parts = _parts([layer.size for layer in items], count, how)
+    parts = _parts([layer.size for layer in items], count, how) if count <= len(items) else []
     if len(parts) != count + 1 or any(a >= b for a, b in pairwise(parts)):
         raise PlanError(
             f"pipeline.stages={count}: {len(items)} layers cannot be cut so that each stage has one "
@@ -34,7 +35,7 @@ def _parts(sizes: Sequence[int], count: int, how: Any) -> list[int]:
         return [0, *accumulate(chunk + (i < rest) for i in range(count))]
     if isinstance(how, tuple):
         return [0, *how, len(sizes)]
-    return balanced(sizes, count)  # by time it is measured; layers of one size make much the same cut
+    return _balanced(tuple(sizes), count)  # by time it is measured; layers of one size make much the same cut
 
 
 def balanced(sizes: Sequence[int], count: int) -> list[int]:
@@ -61,3 +62,6 @@ def balanced(sizes: Sequence[int], count: int) -> list[int]:
     for j in range(count, 0, -1):
         parts.append(best[parts[-1], j][2])
     return parts[::-1]
+
+
+_balanced = lru_cache(balanced)  # a search asks the same again and again

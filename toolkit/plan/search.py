@@ -1,0 +1,196 @@
+"""Every legal layout of a configuration on a machine, fastest first: `toolkit plan … --search`; no torch.
+
+found = search(["model=bert_large", "machine=a100_80gb", "machine.nodes=4"])
+found.fitting[0].overrides, found.fitting[0].plan.speed.samples_per_second
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+from math import inf, isqrt
+from typing import Any
+
+from toolkit import ds_config
+from toolkit.compose import compose, options
+from toolkit.config import Machine, RunConfig, conf_dir
+from toolkit.errors import PlanError
+from toolkit.plan.plan import GIB, Plan, place, plan_on
+from toolkit.plan.shapes import ModelShape, model_shape
+
+MICRO = "batch.micro_size"
+ZERO = "deepspeed.zero_optimization"
+# What is searched, and the keys (or what they are part of) that fix it when they are given
+AXES = {
+    "zero": ("zero", f"{ZERO}.stage"),
+    "offload": ("offload", f"{ZERO}.offload_optimizer.device", f"{ZERO}.offload_param.device"),
+    "activation": ("activation.recompute", "activation.offload"),
+    "pipeline": ("pipeline.stages",),
+    "parallel": ("parallel", "deepspeed.tensor_parallel.autotp_size"),
+    MICRO: (MICRO,),
+}
+GROUPS = ("weights", "gradients", "optimizer", "buffers", "activations", "workspace")
+LAYOUT = ("stage", "offload", "offload_params", "recompute", "offload_activations", "pipe", "tensor", "data", "micro",
+          "accumulation")  # fmt: skip
+RATES = ("samples_per_second", "tokens_per_second", "step_seconds", "mfu")
+MICRO_RULES = {"batch_split", "batch_twice", "dualpipev_micro_batches"}  # that another micro-batch may keep
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``overrides`` are typed after those that were given."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+    @property
+    def rank(self) -> tuple[float, int, float, int]:
+        """Fastest first, unknown speed last. The speeds of a plan are those of large matrices: of equally fast ones
+        the larger micro-batch is first, then what holds least, then what is typed sooner.
+        """
+        speed = round(self.plan.speed.samples_per_second or 0, 3)
+        return -speed, -self.plan.layout.micro * bool(speed), self.plan.device_gib, len(self.overrides)
+
+    @property
+    def over(self) -> tuple[str, float]:
+        """The place (device, host, nvme) that lacks most and how many GiB; below 0, what is left there."""
+        plan = self.plan
+        needs = (("device", plan.device_gib, plan.device_limit_gib), ("host", plan.host_gib, plan.host_limit_gib),
+                 ("nvme", plan.nvme_gib, plan.nvme_limit_gib))  # fmt: skip
+        known = [(where, need - limit) for where, need, limit in needs if limit is not None]
+        return max(known, key=lambda found: found[1], default=("device", -inf))
+
+    def as_row(self) -> dict[str, Any]:
+        """Flat: what is typed, the layout, rates, GiB of a device by part and of a node's host and NVMe."""
+        plan, (place, over) = self.plan, self.over
+        place = place if over > 0 else "device"
+        parts = plan.memory.at_peak if place == "device" else [p for p in plan.memory.parts if p.place == place]
+        groups = {f"{g}_gib": sum(p.bytes for p in plan.memory.at_peak if p.group == g) / GIB for g in GROUPS}
+        return (
+            {"overrides": shlex.join(self.overrides), "fits": plan.fits}
+            | {name: getattr(plan.layout, name) for name in LAYOUT}
+            | {name: getattr(plan.speed, name) for name in RATES}
+            | {"hours": plan.hours, "unknown": " ".join(plan.speed.unknown)}
+            | {"device_gib": plan.device_gib, "left_gib": plan.left_gib, "host_gib": plan.host_gib}
+            | {"nvme_gib": plan.nvme_gib, "over_gib": max(0.0, over), "over_of": place if over > 0 else None}
+            | {"largest_part": max(parts, key=lambda part: part.bytes).name}
+            | {**groups, "context_gib": plan.device_gib - sum(groups.values())}
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """``refused``: how many layouts each rule, in the words of its message, made illegal."""
+
+    given: tuple[str, ...]  # with --world, where it was
+    fitting: tuple[Candidate, ...]  # fastest first; also those of which nobody knows
+    too_large: tuple[Candidate, ...]  # likewise, of equally fast ones what lacks least; where nothing fits only that
+    refused: Mapping[str, int]
+
+    @property
+    def some(self) -> Plan:
+        """Any plan, for what all have in common."""
+        return (self.fitting or self.too_large)[0].plan
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The machine's missing keys, without which some candidates have no speed."""
+        return tuple(dict.fromkeys(key for c in self.fitting + self.too_large for key in c.plan.speed.unknown))
+
+
+def search(overrides: list[str], *, world: int | None = None) -> Search:
+    """What ``overrides`` leave open is searched. Raises ConfigError and PlanError, the latter if nothing is legal."""
+    base = compose(overrides)
+    machine, ranks, device = place(base, world)
+    plans = partial(_plans, machine=machine, shape=model_shape(base), ranks=ranks, device=device)
+    keys = [o.lstrip("+~").partition("=")[0] for o in overrides]
+    fixed = {axis for axis, own in AXES.items() for k in keys if any(o == k or o.startswith(f"{k}.") for o in own)}
+    refused: Counter[str] = Counter()
+    found = []
+    for typed, config in _layouts(overrides, base, fixed, ranks):
+        micros = [config.batch.micro_size] if MICRO in fixed else _micros(config, ranks)
+        try:
+            for plan in plans(config, micros, refused):
+                micro = () if MICRO in fixed else (f"{MICRO}={plan.layout.micro}",)
+                found.append(Candidate((*typed, *micro), plan))
+        except PlanError as error:
+            refused[str(error)] += 1
+    if not found:
+        raise PlanError(refused.most_common(1)[0][0])
+    found.sort(key=lambda c: c.rank)
+    fitting, large = ([c for c in found if (c.plan.fits is False) is over] for over in (False, True))
+    large.sort(key=lambda c: (c.rank[0] if fitting else 0, c.over[1]))
+    given = (*overrides, *(["--world", str(world)] if world else []))
+    return Search(given, tuple(fitting), tuple(large), refused)
+
+
+def _layouts(
+    overrides: list[str], base: RunConfig, fixed: set[str], ranks: int
+) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+    """(what is typed for it, configuration) of each layout, legal or not, with the micro-batch still to be chosen."""
+    zeros, offloads, activations = (_options(axis, fixed) for axis in ("zero", "offload", "activation"))
+    kept = {a: (compose([*overrides, *a]) if a else base).activation for a in activations}
+    tensors = {(): {}} if "parallel" in fixed else _tensors(overrides, ranks)
+    whole = next(iter(tensors))
+    stages = [base.pipeline.stages] if "pipeline" in fixed else _divisors(ranks)
+    usual = {f"{group}={option}" for group, option in options(overrides).items() if group != "zero"}
+    usual.add(f"pipeline.stages={base.pipeline.stages}")
+    for zero, offload in product(zeros, offloads):
+        composed = compose([*overrides, *zero, *offload, *whole])
+        for activation, count, (tensor, block) in product(activations, stages, tensors.items()):
+            pipeline = base.pipeline.model_copy(update={"stages": count})
+            update = {"deepspeed": composed.deepspeed | block, "activation": kept[activation], "pipeline": pipeline}
+            typed = (*zero, *offload, *activation, f"pipeline.stages={count}", *tensor)
+            yield tuple(o for o in typed if o not in usual), composed.model_copy(update=update)
+
+
+def _tensors(overrides: list[str], ranks: int) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What is typed for every tensor size, the first for none, and what it changes in the DeepSpeed config."""
+    block = compose([*overrides, "parallel=tensor"]).deepspeed["tensor_parallel"]
+    found: dict[tuple[str, ...], dict[str, Any]] = {("parallel=none",): {}}
+    for size in _divisors(ranks)[1:]:
+        more = [f"deepspeed.tensor_parallel.autotp_size={size}"] * (size != block["autotp_size"])
+        found[("parallel=tensor", *more)] = {"tensor_parallel": block | {"autotp_size": size}}
+    return found
+
+
+def _plans(
+    config: RunConfig, micros: list[int], refused: Counter[str], *, machine: Machine, shape: ModelShape, ranks: int,
+    device: str,
+) -> Iterator[Plan]:  # fmt: skip
+    """Of these micro-batches, largest first, the largest that fits and the powers of two. Raises PlanError."""
+    fits = False
+    for micro in micros:
+        asked = len(micros) == 1 or micro & (micro - 1) == 0
+        if fits and not asked:
+            continue
+        tried = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": micro})})
+        completed = ds_config.examine(tried, world=ranks, device=device, vocab_size=shape.vocab_size)
+        refused.update({problem.text for problem in completed.problems})
+        if {problem.rule for problem in completed.problems} - MICRO_RULES:
+            return
+        if completed.problems:
+            continue
+        plan = plan_on(machine, tried, completed.ds, shape, ranks=ranks, device=device)
+        if asked or plan.fits is not False:
+            yield plan
+        fits = fits or plan.fits is not False
+
+
+def _options(group: str, fixed: set[str]) -> list[tuple[str, ...]]:
+    """What is typed for each option of the group; nothing if it is fixed."""
+    return [()] if group in fixed else [(f"{group}={f.stem}",) for f in sorted((conf_dir() / group).glob("*.yaml"))]
+
+
+def _micros(config: RunConfig, ranks: int) -> list[int]:
+    """All that divide a copy's share of the global batch, largest first; 1 where it has none, for a rule to refuse."""
+    share, rest = divmod(config.batch.global_size, max(1, ranks // config.split))
+    return [1] if rest or not share else _divisors(share)[::-1]
+
+
+@cache
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

@@ -1,0 +1,136 @@
+"""What a search found as tables for a terminal, as JSON, as CSV and as a picture.
+
+show(search(["model=bert_large", "machine=h100"]), Console(), top=20)
+plot(search(["model=bert_large", "machine=h100"]), Path("layouts"), top=20)     # layouts.png and .svg
+"""
+
+import csv
+import io
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.plan.search import GROUPS, MICRO, Candidate, Search
+
+FITTING = {"samples/s": ("samples_per_second", ",.0f"), "MFU": ("mfu", ".0%"), "GiB": ("device_gib", ",.2f"),
+           "left": ("left_gib", ",.2f"), "to type": ("overrides", "")}  # fmt: skip
+TOO_LARGE = {"samples/s": ("samples_per_second", ",.0f"), "GiB over": ("over_gib", ",.2f"), "of": ("over_of", ""),
+             "largest part": ("largest_part", ""), "to type": ("overrides", "")}  # fmt: skip
+MISSED = 5  # of those that do not fit, in tables and plots
+
+
+def as_json(found: Search) -> dict[str, Any]:
+    """Every candidate, and why others are illegal."""
+    plan = found.some
+    sides = {"fitting": found.fitting, "too_large": found.too_large}
+    told = {"given": found.given, "machine": plan.machine.name, "ranks": plan.layout.ranks, "unknown": found.unknown}
+    rows = {name: [c.as_row() for c in side] for name, side in sides.items()}
+    return told | rows | {"refused": dict(found.refused), "assumptions": plan.assumptions}
+
+
+def write_csv(found: Search, path: Path) -> Path:
+    """A line for each candidate: those that fit, fastest first, then the others."""
+    from toolkit.run import replace
+
+    rows = [c.as_row() for c in (*found.fitting, *found.too_large)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, text.getvalue())
+    return path
+
+
+def show(found: Search, console: Any, *, top: int) -> None:
+    """The fastest layouts that fit and the command for the first; the fastest that do not; what nobody knows."""
+    fitting, large = _best(found.fitting), _best(found.too_large)
+    console.print(_head(found), highlight=False)
+    if fitting:
+        command = f"toolkit plan {shlex.join([*found.given, *found.fitting[0].overrides])}"
+        console.print(_table("layouts, each with its best micro-batch", FITTING, fitting, top))
+        console.print(command, style="bold", highlight=False, markup=False)
+    if large:
+        console.print(_table("layouts with a micro-batch that does not fit", TOO_LARGE, large, MISSED))
+    for line in (*_unknown(found), *found.some.assumptions):
+        console.print(line, highlight=False, style="dim")
+
+
+def _head(found: Search) -> str:
+    plan, count = found.some, len(found.fitting) + len(found.too_large)
+    name = plan.machine.name if plan.machine.name != "this" else plan.machine.device_name or "CPU"
+    size = (
+        f"{sum(plan.parameters.values()):,} parameters; {plan.layout.ranks} {name} ranks; {plan.layout.samples} samples"
+    )
+    return f"{size} a step; {len(found.fitting):,} of {count:,} legal configurations fit"
+
+
+def _best(side: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """The first of those that differ in the micro-batch only, as rows."""
+    layouts: dict[tuple[str, ...], Candidate] = {}
+    for one in side:
+        layouts.setdefault(tuple(o for o in one.overrides if not o.startswith(MICRO)), one)
+    return [c.as_row() for c in layouts.values()]
+
+
+def _unknown(found: Search) -> Iterator[str]:
+    yield "Small micro-batches are taken to be as efficient as large ones: of equally fast ones the largest is first."
+    if found.unknown:
+        some = any(c.plan.speed.step_seconds for c in (*found.fitting, *found.too_large))
+        ranked = "what needs it stands last" if some else "all is ranked by memory, the least first"
+        where = f"which machine={found.some.machine.name} does not say"
+        yield f"No speed without {', '.join(found.unknown)}, {where}: {ranked}. Give it, e.g. {found.unknown[0]}=10."
+
+
+def _table(what: str, columns: Mapping[str, tuple[str, str]], rows: Sequence[Mapping[str, Any]], top: int) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"{min(top, len(rows))} of {len(rows)} {what}"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for name, (_, form) in columns.items():
+        table.add_column(name, justify="right" if form else "left", no_wrap=True)
+    for one in rows[:top]:
+        table.add_row(*(Text(_cell(one[key], form)) for key, form in columns.values()))
+    return table
+
+
+def _cell(value: Any, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def plot(found: Search, stem: Path, *, top: int) -> list[Path]:
+    """``stem``.png and .svg: GiB of a device by part beside samples/s, a bar a layout; what does not fit is pale."""
+    from toolkit.report import figures
+
+    fitting, large = _best(found.fitting)[:top], _best(found.too_large)[:MISSED]
+    rows = [*fitting, *large]
+    figure, (memory, speed) = figures.new(2, _head(found), width=7, height=1.6 + 0.3 * len(rows))
+    colours = dict(zip([*GROUPS, "context"], [*figures.COLOURS, "#bab0ac"], strict=True))
+    for y, one in enumerate(rows):
+        alpha, start, rate = 1.0 if y < len(fitting) else 0.45, 0.0, one["samples_per_second"]
+        for group, colour in colours.items():
+            gib = one[f"{group}_gib"]
+            memory.barh(y, gib, left=start, color=colour, alpha=alpha, label=None if y else group)
+            start += gib
+        if one["left_gib"] is not None:
+            limit = one["device_gib"] + one["left_gib"]
+            memory.vlines(limit, y - 0.5, y + 0.5, color="black", label=None if y else "limit")
+        speed.barh(y, rate or 0, color=figures.COLOURS[0], alpha=alpha)
+        speed.text(rate or 0, y, f" {_cell(rate, ',.0f')}", va="center", fontsize=8)
+    memory.set(yticks=range(len(rows)), yticklabels=map(_label, rows), xlabel="GiB of a device")
+    memory.tick_params("y", labelsize=8)
+    fastest = max(one["samples_per_second"] or 0 for one in rows)
+    speed.set(yticks=[], xlabel="samples/s, predicted", xlim=(0, 1.12 * fastest or 1))
+    for axes in (memory, speed):
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+    figure.legend(loc="outside lower center", ncols=8, frameon=False, fontsize=8)
+    return figures.save(figure, stem)
+
+
+def _label(one: Mapping[str, Any]) -> str:
+    typed = re.sub(r"deepspeed\.tensor_parallel\.|batch\.", "", one["overrides"]) or "as given"
+    return typed + (f" ({one['over_gib']:,.2f} GiB over, {one['over_of']})" if one["over_gib"] else "")
