@@ -32,7 +32,7 @@ def here() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "missing"
-    return found | {"commit": _commit(), "code": _code()}
+    return found | {"commit": git("rev-parse", "--short=12", "HEAD") or "none", "code": _code()}
 
 
 def of(config: RunConfig) -> str:
@@ -86,13 +86,14 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
-def _commit() -> str:
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where there is no git or no checkout."""
+    code = Path(__file__).resolve().parent
     try:
-        command = ["git", "rev-parse", "--short=12", "HEAD"]
-        code = Path(__file__).resolve().parent
-        return subprocess.run(command, cwd=code, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *arguments], cwd=code, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "none"
+        return None
+    return done.stdout.strip()
 
 
 def _digest(data: bytes) -> str:

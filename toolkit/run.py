@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from toolkit import ds_config, ranks
+from toolkit import ds_config, fingerprint, ranks
 from toolkit.config import RunConfig
 from toolkit.errors import CheckpointError, ConfigError, ToolkitError
 
@@ -293,10 +292,5 @@ def _cpu() -> list[str]:
 
 
 def _git() -> dict[str, Any] | None:
-    code = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=code, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=code, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit.stdout.strip(), "modified": bool(status.stdout.strip())}
+    commit, status = fingerprint.git("rev-parse", "HEAD"), fingerprint.git("status", "--porcelain")
+    return None if commit is None or status is None else {"commit": commit, "modified": bool(status)}
