@@ -15,7 +15,7 @@ from toolkit.plan.plan import place, plan_on
 from toolkit.plan.shapes import ModelShape, model_shape
 from toolkit.studies.superlinear import gpt2
 
-MOST = 4096  # layers
+MOST = 512  # layers
 
 
 def rows(data: Mapping[str, Any]) -> list[Row]:

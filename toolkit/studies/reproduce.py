@@ -136,25 +136,38 @@ def listing(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     return shown
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> Any:
-    """A rich table: a line for each number."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    shown = Table(box=SIMPLE, padding=(0, 1))
-    for name in COLUMNS:
-        shown.add_column(name, justify="right" if name in ("published", "ours", "difference") else "left")
-    for record in found:
-        shown.add_row(*_cells(record))
-    return shown
-
-
 COLUMNS = ("what", "published", "ours", "unit", "difference", "verdict")
 
 
-def _cells(record: Mapping[str, Any]) -> list[str]:
-    numbers = {name: _number(record[name]) for name in ("published", "ours")}
-    return [str((record | numbers | {"difference": f"{round(record['difference'], 3) + 0:+.1%}"})[n]) for n in COLUMNS]
+def table(found: Sequence[Mapping[str, Any]]) -> Any:
+    """A rich table: a line for each number, and below it why some differ."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    shown = Table(box=SIMPLE, padding=(0, 1), caption="\n".join(reasons(found)), caption_justify="left")
+    for name in COLUMNS:
+        shown.add_column(name, justify="right" if name in ("published", "ours", "difference") else "left")
+    for cells in _lines(found):
+        shown.add_row(*cells)
+    return shown
+
+
+def reasons(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``1: why`` of each way in which numbers differ."""
+    texts = dict.fromkeys(record["verdict"] for record in found if record["verdict"].startswith("differs: "))
+    return [f"{i}: {text.removeprefix('differs: ')}." for i, text in enumerate(texts, start=1)]
+
+
+def _lines(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    numbers = {why.partition(": ")[2]: why.partition(": ")[0] for why in reasons(found)}
+    lines = []
+    for record in found:
+        word, _, why = record["verdict"].partition(": ")
+        shown = {name: _number(record[name]) for name in ("published", "ours")}
+        shown |= {"difference": f"{round(record['difference'], 3) + 0:+.1%}"}
+        shown |= {"verdict": f"{word}, {numbers[f'{why}.']}" if why else word}
+        lines.append([str((record | shown)[name]) for name in COLUMNS])
+    return lines
 
 
 def _number(value: float) -> str:
@@ -169,7 +182,8 @@ def markdown(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         lines += ["", f"## {target}: {summary(mine)}", "", f"{data['what']}. {data['source']}."]
         lines += ["", f"Assumed: {data['assumes']}"] if "assumes" in data else []
         lines += ["", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        lines += [f"| {' | '.join(_cells(record))} |" for record in mine]
+        lines += [f"| {' | '.join(cells)} |" for cells in _lines(mine)]
+        lines += ["", *(f"- {why}" for why in reasons(mine))] if reasons(mine) else []
     return "\n".join(lines) + "\n"
 
 

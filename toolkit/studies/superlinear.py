@@ -12,6 +12,7 @@ of them share the node's ports; nothing of it is hidden (overlap_comm is off bel
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,24 +131,23 @@ def implied(data: Mapping[str, Any]) -> list[float]:
 
 
 def rows(data: Mapping[str, Any]) -> list[Row]:
+    """Batches by three accountings, throughput at the paper's batch and from step to step, and what the paper implies."""
     gpus, batches, rates = data["gpus"], data["batch"], data["tflops"]
     study, points = Study.of(data), curve(data)
     device = usable(study.machine)
     found = []
     for n, batch, rate, point in zip(gpus, batches, rates, points, strict=True):
-        by = {
-            "in the memory that the first takes": point.batch,
-            "by the paper's bytes": study.largest_batch(n, device, study.paper_bytes),
-            "by DeepSpeed 0.19.8's": study.largest_batch(n, device, study.deepspeed_bytes),
-        }
-        found += [Row(f"{n} GPUs: largest batch {name}", batch, ours, "samples") for name, ours in by.items()]
-        found.append(Row(f"{n} GPUs: throughput at the paper's batch", rate, study.at(n, batch).each, "TFLOP/s each"))
-    for i in (1, 2, 3):
-        times = gpus[i] * rates[i] / gpus[i - 1] / rates[i - 1]
-        ours = points[i].throughput / points[i - 1].throughput
-        found.append(Row(f"{gpus[i]} over {gpus[i - 1]} GPUs: throughput", times, ours, "times"))
+        found += [
+            Row(f"{n} GPUs: batch", batch, point.batch, "samples"),
+            Row(f"{n} GPUs: batch by bytes alone", batch, study.largest_batch(n, device, study.paper_bytes), "samples"),
+            Row(f"{n} GPUs: batch by DeepSpeed 0.19.8", batch, study.largest_batch(n, device, study.deepspeed_bytes),
+                "samples"),
+            Row(f"{n} GPUs: throughput", rate, study.at(n, batch).each, "TFLOP/s each"),
+        ]  # fmt: skip
+    for (m, low, before), (n, high, after) in pairwise(zip(gpus, rates, points, strict=True)):
+        found.append(Row(f"{n} over {m} GPUs", n * high / m / low, after.throughput / before.throughput, "times"))
     for n, rate, ours in list(zip(gpus, rates, implied(data), strict=True))[2:]:
-        found.append(Row(f"{n} GPUs: throughput that the first two imply", rate, ours, "TFLOP/s each"))
+        found.append(Row(f"{n} GPUs: as 64 and 128 imply", rate, ours, "TFLOP/s each"))
     return found
 
 
