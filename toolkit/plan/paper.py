@@ -58,7 +58,7 @@ class Row:
         if as_printed(self.ours, self.published) == self.published or math.isclose(self.ours, self.published):
             return "equal"
         if abs(self.difference) <= data.get("tolerance", 0):
-            return f"within {math.ceil(100 * abs(self.difference))} %"
+            return f"within {math.ceil(round(100 * abs(self.difference), 6))} %"
         why = (text for pattern, text in data.get("why", {}).items() if fnmatchcase(self.what, pattern))
         return f"differs: {next(why, 'unexplained')}"
 
@@ -66,7 +66,8 @@ class Row:
 def as_printed(value: float, printed: float) -> float:
     """``value`` to as many digits as ``printed`` has: integers are cut off, decimals rounded half up."""
     places = len(str(printed).partition(".")[2])
-    return math.floor(value * 10**places + (0.5 if places else 0)) / 10**places
+    scale = 10.0**places
+    return math.floor(value * scale + (0.5 if places else 0)) / scale
 
 
 def published(name: str) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def _lines(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         shown = {name: _number(record[name]) for name in ("published", "ours")}
         shown |= {"difference": f"{round(record['difference'], 3) + 0:+.1%}"}
         shown |= {"verdict": f"{word}, {numbers[f'{why}.']}" if why else word}
-        lines.append([str((record | shown)[name]) for name in COLUMNS])
+        lines.append([shown.get(name, str(record[name])) for name in COLUMNS])
     return lines
 
 
@@ -191,12 +191,14 @@ def plot(target: str, found: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """``target``.png and .svg, for those that have one."""
     if target == "zero_superlinear":
         superlinear.plot(published(target), folder / target, "60 billion parameters, tensor parallel 16, ZeRO 2")
-    elif target == "gpipe_speedup" or target.endswith("_largest"):
-        _bars(found, folder / target, published(target)["what"], log=target.endswith("_largest"))
+    elif target == "gpipe_speedup":
+        _bars([r for r in found if r["what"].startswith("Transformer-48")], folder / target, "GPipe, Transformer-48")
+    elif target.endswith("_largest"):
+        _bars(found, folder / target, published(target)["what"], log=True)
 
 
-def _bars(found: Sequence[Mapping[str, Any]], stem: Path, title: str, *, log: bool) -> None:
-    """What is published and, by each way of ours (the end of ``what``), what is computed; the first one on top."""
+def _bars(found: Sequence[Mapping[str, Any]], stem: Path, title: str, *, log: bool = False) -> None:
+    """What is published beside what each way of ours, the end of ``what``, gives; the first row on top."""
     groups = list(dict.fromkeys(record["what"].split(": ")[0] for record in found))
     ways = list(dict.fromkeys(record["what"].split(": ")[1] for record in found))
     figure, (axes,) = figures.new(1, title, width=8, height=1 + 0.42 * len(groups))
@@ -209,6 +211,7 @@ def _bars(found: Sequence[Mapping[str, Any]], stem: Path, title: str, *, log: bo
         drawn = axes.barh([y + 0.27 * (i - 1) for y in range(len(groups))], bars, 0.25, label=name, color=colour)
         axes.bar_label(drawn, [_number(bar) if bar else "" for bar in bars], fontsize=7, padding=2)
     axes.set_yticks(range(len(groups)), groups, fontsize=8)
+    axes.margins(x=0.1, y=0.02)
     axes.invert_yaxis()
     if log:
         axes.set_xscale("log")

@@ -1,12 +1,12 @@
-"""ZeRO's super-linear speed-up: more devices free memory, which larger batches fill, which need fewer reductions a sample.
+"""ZeRO's super-linear speed-up: more devices free memory, larger batches fill it and need fewer reductions a sample.
 
 points = curve(published("zero_superlinear"))       # a Point for each number of GPUs, at the largest batch that fits
 points[1].throughput / points[0].throughput         # above 2
 
 Memory and traffic are the paper's: 16 bytes a parameter, gradients scattered and weights gathered (2 elements a
 parameter), the input of each layer shared out over the tensor ranks (its P_a). Activations, computing and the tensor
-ranks' all-reduces are the planner's. Each of a node's tensor ranks reduces with its like on the other nodes, so that all
-of them share the node's ports; nothing of it is hidden (overlap_comm is off below stage 3 unless it is asked for).
+ranks' all-reduces are the planner's. Each of a node's tensor ranks reduces with its like on the other nodes, so they
+share the node's ports. Nothing of it is hidden (overlap_comm is off below stage 3 unless it is asked for).
 """
 
 from bisect import bisect_left
@@ -52,15 +52,15 @@ class Study:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Study":
+        ranks, tensor = max(data["gpus"]), data["tensor_parallel"]
         config = compose([
-            "machine=dgx2", f"machine.nodes={max(data['gpus']) // data['tensor_parallel']}", "zero=stage2",
-            "precision=fp16", "activation=recompute", "model.attention=eager", "parallel=tensor",
-            f"deepspeed.tensor_parallel.autotp_size={data['tensor_parallel']}", "batch.micro_size=1",
-            f"batch.global_size={max(data['gpus']) // data['tensor_parallel']}", *gpt2(data, data["tensor_parallel"]),
+            "machine=dgx2", f"machine.nodes={ranks // 16}", "zero=stage2", "precision=fp16", "activation=recompute",
+            "model.attention=eager", "parallel=tensor", f"deepspeed.tensor_parallel.autotp_size={tensor}",
+            "batch.micro_size=1", f"batch.global_size={ranks // tensor}", *gpt2(data, tensor),
         ])  # fmt: skip
         shape = model_shape(config)
-        ds = ds_config.complete(config, world=max(data["gpus"]), device="cuda", vocab_size=shape.vocab_size)
-        return cls(shape, Layout.of(config, ds, world=max(data["gpus"]), device="cuda"), config.machine)
+        ds = ds_config.complete(config, world=ranks, device="cuda", vocab_size=shape.vocab_size)
+        return cls(shape, Layout.of(config, ds, world=ranks, device="cuda"), config.machine)
 
     def on(self, gpus: int, batch: int) -> Layout:
         copies = gpus // self.layout.tensor
@@ -82,10 +82,11 @@ class Study:
     def at(self, gpus: int, batch: int) -> Point:
         layout = self.on(gpus, batch)
         speed = speed_of(self.shape, layout, self.machine, memory_of(self.shape, layout), tf32=False)
-        own = sum(s.seconds for s in speed.shares if s.name in ("computing", "activations, all-reduce"))
+        own = {share.name: share.seconds for share in speed.shares}
         sent = zero_volume(self.shape.parameters / layout.tensor, stage=2) * layout.bytes * (1 - 1 / layout.data)
         rate = (self.machine.node_link_gbs or 0) * LINK_EFFICIENCY * 1e9 / self.machine.devices_per_node
-        return Point(gpus, batch, sum(step_flops(self.shape, layout)) / (own + sent / rate) / 1e12)
+        seconds = own["computing"] + own["activations, all-reduce"] + sent / rate
+        return Point(gpus, batch, sum(step_flops(self.shape, layout)) / seconds / 1e12)
 
 
 def usable(machine: Machine) -> float:
@@ -131,7 +132,7 @@ def implied(data: Mapping[str, Any]) -> list[float]:
 
 
 def rows(data: Mapping[str, Any]) -> list[Row]:
-    """Batches by three accountings, throughput at the paper's batch and from step to step, and what the paper implies."""
+    """Batches by three accountings, throughput at the paper's batch, what each step gains, what the paper implies."""
     gpus, batches, rates = data["gpus"], data["batch"], data["tflops"]
     study, points = Study.of(data), curve(data)
     device = usable(study.machine)
@@ -158,16 +159,15 @@ def plot(data: Mapping[str, Any], stem: Path, title: str) -> None:
     fixed = curve(data, batch=ours[0].batch)
     figure, (total, each) = figures.new(2, title, width=5)
     blue, orange, green = figures.COLOURS[:3]
-    total.plot(gpus, [n * data["tflops"][0] for n in gpus], "--", color="0.6", label="linear from the first point")
-    total.plot(gpus, [n * ours[0].each for n in gpus], "--", color="0.6")
-    for axes, published, mine in (
-        (total, [n * rate for n, rate in zip(gpus, data["tflops"], strict=True)], [p.throughput for p in ours]),
-        (each, data["tflops"], [p.each for p in ours]),
-    ):
-        axes.plot(gpus, published, "o-", color=orange, label="published (batches 16, 48, 48, 64)")
-        axes.plot(gpus, mine, "o-", color=blue, label=f"planned (batches {', '.join(str(p.batch) for p in ours)})")
-    each.plot(gpus, [p.each for p in fixed], ":", color=blue, label=f"planned, batch {ours[0].batch} throughout")
-    each.plot(gpus, implied(data), ":", color=green, label="from what the first two published points imply")
+    batches = (data["batch"], [point.batch for point in ours])
+    rates = (data["tflops"], [point.each for point in ours])
+    for name, used, mine, colour in zip(("published", "planned"), batches, rates, (orange, blue), strict=True):
+        label = f"{name}, batches of {', '.join(map(str, used))}"
+        each.plot(gpus, mine, "o-", color=colour, label=label)
+        total.plot(gpus, [n * rate for n, rate in zip(gpus, mine, strict=True)], "o-", color=colour, label=label)
+        total.plot(gpus, [n * mine[0] for n in gpus], "--", color=colour, alpha=0.5, label="linear from there")
+    each.plot(gpus, [p.each for p in fixed], ":", color=blue, label=f"planned, batches of {ours[0].batch}")
+    each.plot(gpus, implied(data), ":", color=green, label="as the first two published points imply")
     total.set(xscale="log", yscale="log", ylabel="TFLOP/s of all GPUs")
     total.set_yticks([2048, 4096, 8192, 16384], ["2,048", "4,096", "8,192", "16,384"])
     each.set(ylabel="TFLOP/s of a GPU", ylim=(0, None))
