@@ -1,7 +1,7 @@
 """What papers have printed beside what this toolkit computes, target by target: numbers in conf/reproduce/*.yaml.
 
-rows("zero_table1")                # a Row for each number: published, ours, unit
-records("zero_table1")             # the same with difference and verdict, for reproduce.csv
+found = {target: records(target) for target in chosen("all")}    # published, ours, difference, verdict of each number
+markdown(found)
 """
 
 from collections import Counter
@@ -99,14 +99,14 @@ TARGETS: dict[str, Callable[[Data], list[Row]]] = {
 
 def chosen(target: str) -> list[str]:
     """The targets of ``target``, which is one of them or all. Raises ConfigError."""
-    return list(TARGETS) if target == "all" else [target] if published(target) else []
-
-
-def rows(target: str) -> list[Row]:
-    return TARGETS[target](published(target))
+    if target == "all":
+        return list(TARGETS)
+    published(target)
+    return [target]
 
 
 def records(target: str) -> list[dict[str, Any]]:
+    """The lines of reproduce.csv."""
     data = published(target)
     return [
         {"target": target, "what": row.what, "published": row.published, "ours": row.ours, "unit": row.unit,
