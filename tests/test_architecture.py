@@ -56,6 +56,7 @@ def test_imports_point_one_way() -> None:
         "plan.machines",
         "launch",
         "report.timeline",
+        "studies.reproduce",
         "launchers.start",
         "cli",
     ],

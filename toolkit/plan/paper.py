@@ -2,11 +2,15 @@
 
 zero_bytes(7.5e9, stage=1, world=64) / 1e9        # 31.4 GB
 zero_volume(7.5e9, stage=3)                       # elements that a device sends in a step
+published("zero_table1")["gb"]                    # printed numbers, of this paper and others
 
 Sixteen bytes a parameter: 2 of weights, 2 of gradients in half precision, 12 of Adam (weights, momentum, variance in
 fp32). What DeepSpeed 0.19.8 holds differs, see toolkit/plan/memory.py.
 """
 
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from toolkit.config import conf_dir
@@ -36,13 +40,43 @@ def zero_volume(parameters: float, *, stage: int) -> float:
     return parameters * (3 if stage == 3 else 2)
 
 
+@dataclass(frozen=True)
+class Row:
+    """A published number beside ours."""
+
+    what: str
+    published: float
+    ours: float
+    unit: str
+
+    @property
+    def difference(self) -> float:
+        return self.ours / self.published - 1
+
+    def verdict(self, data: dict[str, Any]) -> str:
+        """``data`` has the tolerance, and why rows differ: a text by pattern of their names, the first that matches."""
+        if as_printed(self.ours, self.published) == self.published or math.isclose(self.ours, self.published):
+            return "equal"
+        if abs(self.difference) <= data.get("tolerance", 0):
+            return f"within {math.ceil(round(100 * abs(self.difference), 6))} %"
+        why = (text for pattern, text in data.get("why", {}).items() if fnmatchcase(self.what, pattern))
+        return f"differs: {next(why, 'unexplained')}"
+
+
+def as_printed(value: float, printed: float) -> float:
+    """``value`` to as many digits as ``printed`` has: integers are cut off, decimals rounded half up."""
+    places = len(str(printed).partition(".")[2])
+    scale = 10.0**places
+    return math.floor(value * scale + (0.5 if places else 0)) / scale
+
+
 def published(name: str) -> dict[str, Any]:
     """The numbers of conf/reproduce/<name>.yaml with their source."""
     from omegaconf import OmegaConf
 
-    files = {f.stem: f for f in (conf_dir() / "reproduce").glob("*.yaml")}
+    files = {f.stem: f for f in sorted((conf_dir() / "reproduce").glob("*.yaml"))}
     if name not in files:
         raise ConfigError(
-            f"{name}: nothing published under that name.{nearest(name, files)} Known: {', '.join(files)}."
+            f"target={name}: nothing published under that name.{nearest(name, files)} Known: {', '.join(files)}."
         )
     return dict(OmegaConf.to_container(OmegaConf.load(files[name])))  # type: ignore[arg-type]
