@@ -1,15 +1,19 @@
-"""What a device can do at best: the table in conf/machine, or a measurement on CPU.
+"""What a device can do at best: the table in conf/machine, or a measurement.
 
 known("NVIDIA A100-SXM4-40GB")                  # -> the machine a100_40gb
 balance(known("NVIDIA H200"), "bf16")           # 206 FLOP for each byte that it reads
 """
 
+import platform
 import re
 import subprocess
 import time
+from collections.abc import Collection
 from functools import lru_cache
+from pathlib import Path
 
-from toolkit.config import Dtype, Machine, conf_dir
+from toolkit.config import Dtype, Machine, cache_dir, conf_dir
+from toolkit.errors import PlanError
 
 
 def table() -> list[Machine]:
@@ -52,6 +56,40 @@ def here() -> Machine:
     return found.model_copy(update={"devices_per_node": len(names), "host_memory_gib": total})
 
 
+def stored(machine: Machine) -> Path:
+    """Where `toolkit plan --calibrate` keeps what this host does; CPU ranks share its cores, so their number counts."""
+    host = re.sub(r"[^\w.-]", "_", platform.node())
+    return cache_dir("machines") / f"{host}{'' if machine.device_name else f'-cpu{machine.devices_per_node}'}.yaml"
+
+
+def calibrated(machine: Machine, given: Collection[str]) -> Machine:
+    """``machine`` with the rates that are stored for it, but for the keys ``given``. Raises PlanError."""
+    path = stored(machine)
+    if not path.exists():
+        return machine
+    found = read(path)
+    if found.device_name != machine.device_name:
+        raise PlanError(_useless(path, f"it is of {found.device_name or 'a CPU'}"))
+    keys = [key for key in found.measured if key not in given]
+    rates = {key: getattr(found, key) for key in (*keys, "source", "node_source")}
+    return machine.model_copy(update=rates | {"measured": tuple(keys)})
+
+
+def read(path: Path) -> Machine:
+    """A calibration. Raises PlanError."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return Machine.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
+    except (OSError, ValueError, YAMLError) as error:
+        raise PlanError(_useless(path, " ".join(str(error).split())[:200])) from error
+
+
+def _useless(path: Path, why: str) -> str:
+    return f"{path}: not a calibration of this machine: {why}. Delete it, or plan with --calibrate to measure again."
+
+
 def balance(machine: Machine, dtype: Dtype) -> float | None:
     """FLOP per byte of memory at the ridge of the roofline: work with fewer waits for memory (Williams et al. 2009)."""
     peak = machine.peak_tflops.get(dtype)
@@ -73,15 +111,21 @@ def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> floa
 
 
 @lru_cache
-def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10) -> float:
-    """The best of ``repeats`` products of two square matrices, in TFLOP/s, with this process's threads."""
+def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: str = "cpu") -> float:
+    """The best of ``repeats`` products of two square matrices, in TFLOP/s, with this process's threads.
+
+    tf32 is the caller's to set, by torch.set_float32_matmul_precision.
+    """
     import torch
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
-    a, b = torch.ones(size, size, dtype=kind), torch.ones(size, size, dtype=kind)  # no draws: dropout's come next
+    a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in "ab")  # no draws: dropout's come next
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
+        wait()
         start = time.perf_counter()
         torch.mm(a, b)
+        wait()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
