@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,19 +29,23 @@ REPEATS = 5
 
 
 def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
-    """Measure with ``world`` ranks (None: this host's GPUs, or 2) and store it. Returns how many. Raises ToolkitError."""
+    """Measure with ``world`` ranks (None: this host's GPUs, or 2), store it, and return how many they were.
+
+    ``console`` is for what a person should know meanwhile. Raises ToolkitError.
+    """
     from toolkit.compose import compose
     from toolkit.run import replace
 
     config, here = compose(overrides), machines.here()
     if config.machine.name != "this":
-        raise ConfigError(f"machine={config.machine.name} with --calibrate: only this host is at hand. Drop one of them.")
+        raise ConfigError(f"machine={config.machine.name} with --calibrate: only this host can be measured. Drop one.")
     ranks = world or (here.devices_per_node if here.device_name else 2)
     if here.device_name and ranks > here.devices_per_node:
         raise PlanError(f"--world {ranks}: this host has {here.devices_per_node} GPUs. Lower it, or leave it out.")
     _refuse(config, here, ranks)
     console.print(f"Measuring this host with {ranks} ranks …", highlight=False)
-    found, text = _measured(config, ranks)
+    text = _measured(config, ranks)
+    found = machines.parsed(text)
     path = machines.stored(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, text)
@@ -68,43 +73,41 @@ def _refuse(config: RunConfig, here: Machine, ranks: int) -> None:
     plan_on(here, config, ds, shape, ranks=ranks, device=device)
 
 
-def _measured(config: RunConfig, ranks: int) -> tuple[Machine, str]:
-    """The machine, and its file, of a job in a folder of output_dir's disk, which is gone afterwards."""
+def _measured(config: RunConfig, ranks: int) -> str:
+    """The YAML that a job writes in a folder on output_dir's disk, which is gone afterwards."""
     from omegaconf import OmegaConf
 
+    from toolkit.doctor.disk import refused
     from toolkit.doctor.finding import existing
 
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=".calibrate-", dir=existing(Path(config.output_dir)))
-    except OSError as error:
-        raise ConfigError(f"output_dir={config.output_dir}: {error.strerror}. Name a folder that can be written.") from error
-    with temporary as name:
-        folder = Path(name)
-        own = config.model_copy(update={"output_dir": name, "name": "run", "resume": "never"})
-        (folder / "job.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(own.model_dump(mode="json"))))
-        _run(folder, ranks)
-        path = folder / "run" / "machine.yaml"
-        return machines.read(path), path.read_text()
+    disk = existing(Path(config.output_dir))
+    if problem := refused(disk):
+        raise ConfigError(f"output_dir={config.output_dir}: {disk}: {problem}. Name a folder that can be written.")
+    with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=disk.resolve()) as folder:
+        own = config.model_copy(update={"output_dir": folder, "name": "run", "resume": "never"})
+        (Path(folder) / "job.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(own.model_dump(mode="json"))))
+        _run(Path(folder), ranks)
+        return (Path(folder) / "run" / "machine.yaml").read_text()
 
 
 def _run(folder: Path, world: int) -> None:
     """The job to its end. Raises ToolkitError with what its ranks say."""
     from toolkit.ranks import free_port
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-addr", "127.0.0.1",
-               "--master-port", str(free_port()), "-m", "toolkit.calibrate", "--config-path", str(folder),
-               "--config-name", "job"]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-addr", "127.0.0.1",
+                "--master-port", str(free_port())]  # fmt: skip
+    job = ["-m", "toolkit.calibrate", "--config-path", str(folder), "--config-name", "job"]
     threads = str(max(1, (os.cpu_count() or 1) // world))  # as toolkit.ranks has it; the launcher would set 1
     with (folder / "stderr").open("w+") as log:
-        job = subprocess.Popen(
-            command, stdout=sys.stderr, stderr=log, stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(
+            [sys.executable, *launcher, *job], stdout=sys.stderr, stderr=log, stdin=subprocess.DEVNULL,
             env={"OMP_NUM_THREADS": threads, **os.environ},
         )  # fmt: skip
         try:
-            code = job.wait()
+            code = process.wait()
         except BaseException:  # Ctrl-C: the launcher ends its ranks
-            job.terminate()
-            job.wait()
+            process.terminate()
+            process.wait()
             raise
         log.seek(0)
         said = log.read()
@@ -162,13 +165,13 @@ def _rates(device: str, drive: Path) -> dict[str, Any]:
     for dtype in _dtypes(device):
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         size = 8192 if device == "cuda" else 1024 if dtype == "fp32" else 512  # slow in bf16 without AMX
-        peaks[dtype] = _slowest(lambda d=dtype, s=size: machines.measured_tflops(d, s, device=device))
+        peaks[dtype] = _slowest(partial(machines.measured_tflops, dtype, size, device=device))
     here, there = (torch.ones(COPY_BYTES, dtype=torch.uint8, device=device) for _ in "ab")
-    copied = _slowest(lambda: _copy_gbs(there, here))
+    copied = _slowest(partial(_copy_gbs, there, here))
     rates: dict[str, Any] = {"peak_tflops": peaks, "bandwidth_gbs": 2 * copied, "pcie_gbs": copied}
     if device == "cuda":
         host = torch.ones(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-        rates["pcie_gbs"] = min(_slowest(lambda: _copy_gbs(host, here)), _slowest(lambda: _copy_gbs(here, host)))
+        rates["pcie_gbs"] = min(_slowest(partial(_copy_gbs, *way)) for way in ((host, here), (here, host)))
     if ranks.world() > 1:
         seconds = timed(torch.ones(BYTES // 4, device=device), ranks.world())
         rates["link_gbs"] = bus_gbs(BYTES, seconds, ranks.world())

@@ -24,9 +24,11 @@ def host_gbs(machine: Machine, device: str) -> float:
 def told(machine: Machine, device: str) -> list[str]:
     """The sentences that stand below a plan."""
     rates = ", ".join(f"{dtype} {share:.0%}" for dtype, share in (machine.efficiency or EFFICIENCY).items())
-    whose = f"rate and links theirs: {machine.source}" if machine.measured else f"sheet's rate, links {LINK_EFFICIENCY:.0%}"
+    whose = f"of the sheet's rate, links {LINK_EFFICIENCY:.0%}"
+    if machine.measured:
+        whose = f"of their rate and links all of theirs, {machine.source}"
     return [
-        f"Matrix products reach {rates} of the {whose}; {OVERLAP:.0%} of the backward pass can hide communication.",
+        f"Matrix products reach {rates} {whose}; {OVERLAP:.0%} of the backward pass can hide communication.",
         f"A GPU holds {CONTEXT_GIB} GiB besides tensors, the allocator {SLACK:.0%} more than it is asked for; host "
         f"memory {host_gbs(machine, device):.4g} GB/s a node.",
         "Every sequence is as long as data.max_length and has all its predictions; pipe stages take equally long.",

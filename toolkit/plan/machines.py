@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 
@@ -64,30 +64,30 @@ def stored(machine: Machine) -> Path:
 
 def calibrated(machine: Machine, given: Collection[str]) -> Machine:
     """``machine`` with the rates that are stored for it, but for the keys ``given``. Raises PlanError."""
+    from yaml import YAMLError
+
     path = stored(machine)
     if not path.exists():
         return machine
-    found = read(path)
-    if found.device_name != machine.device_name:
-        raise PlanError(_useless(path, f"it is of {found.device_name or 'a CPU'}"))
+    try:
+        found = parsed(path.read_text())
+        if not found.measured or found.device_name != machine.device_name:
+            raise ValueError(f"it is of {found.device_name or 'a CPU'} and says measured: {list(found.measured)}")
+    except (OSError, ValueError, YAMLError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise PlanError(
+            f"{path}: not a calibration of this machine: {why}. Delete it, or plan with --calibrate to measure again."
+        ) from error
     keys = [key for key in found.measured if key not in given]
     rates = {key: getattr(found, key) for key in (*keys, "source", "node_source")}
     return machine.model_copy(update=rates | {"measured": tuple(keys)})
 
 
-def read(path: Path) -> Machine:
-    """A calibration. Raises PlanError."""
+def parsed(text: str) -> Machine:
+    """A machine's YAML. Raises ValueError and YAMLError."""
     from omegaconf import OmegaConf
-    from yaml import YAMLError
 
-    try:
-        return Machine.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
-    except (OSError, ValueError, YAMLError) as error:
-        raise PlanError(_useless(path, " ".join(str(error).split())[:200])) from error
-
-
-def _useless(path: Path, why: str) -> str:
-    return f"{path}: not a calibration of this machine: {why}. Delete it, or plan with --calibrate to measure again."
+    return Machine.model_validate(OmegaConf.to_container(OmegaConf.create(text)))
 
 
 def balance(machine: Machine, dtype: Dtype) -> float | None:
@@ -120,7 +120,7 @@ def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: s
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
     a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in "ab")  # no draws: dropout's come next
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
         wait()
