@@ -43,8 +43,7 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     if here.device_name and ranks > here.devices_per_node:
         raise PlanError(f"--world {ranks}: this host has {here.devices_per_node} GPUs. Lower it, or leave it out.")
     _refuse(config, here, ranks)
-    console.print(f"Measuring this host with {ranks} ranks …", highlight=False)
-    text = _measured(config, ranks)
+    text = _measured(config, ranks, console)
     found = machines.parsed(text)
     path = machines.stored(found)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +72,7 @@ def _refuse(config: RunConfig, here: Machine, ranks: int) -> None:
     plan_on(here, config, ds, shape, ranks=ranks, device=device)
 
 
-def _measured(config: RunConfig, ranks: int) -> str:
+def _measured(config: RunConfig, ranks: int, console: Any) -> str:
     """The YAML that a job writes in a folder on output_dir's disk, which is gone afterwards."""
     from omegaconf import OmegaConf
 
@@ -83,6 +82,7 @@ def _measured(config: RunConfig, ranks: int) -> str:
     disk = existing(Path(config.output_dir))
     if problem := refused(disk):
         raise ConfigError(f"output_dir={config.output_dir}: {disk}: {problem}. Name a folder that can be written.")
+    console.print(f"Measuring this host with {ranks} ranks …", highlight=False)
     with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=disk.resolve()) as folder:
         own = config.model_copy(update={"output_dir": folder, "name": "run", "resume": "never"})
         (Path(folder) / "job.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(own.model_dump(mode="json"))))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 
-from toolkit.config import Dtype, Machine, cache_dir, conf_dir
-from toolkit.errors import PlanError
+from toolkit.config import Dtype, Machine, cache_dir, conf_dir, load
+from toolkit.errors import ConfigError, PlanError
 
 
 def table() -> list[Machine]:
@@ -73,7 +73,7 @@ def calibrated(machine: Machine, given: Collection[str]) -> Machine:
         found = parsed(path.read_text())
         if not found.measured or found.device_name != machine.device_name:
             raise ValueError(f"it is of {found.device_name or 'a CPU'} and says measured: {list(found.measured)}")
-    except (OSError, ValueError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError, ConfigError) as error:
         why = " ".join(str(error).split())[:200]
         raise PlanError(
             f"{path}: not a calibration of this machine: {why}. Delete it, or plan with --calibrate to measure again."
@@ -84,10 +84,10 @@ def calibrated(machine: Machine, given: Collection[str]) -> Machine:
 
 
 def parsed(text: str) -> Machine:
-    """A machine's YAML. Raises ValueError and YAMLError."""
-    from omegaconf import OmegaConf
+    """A machine's YAML. Raises ConfigError and YAMLError."""
+    import yaml
 
-    return Machine.model_validate(OmegaConf.to_container(OmegaConf.create(text)))
+    return load({"machine": yaml.safe_load(text)}).machine
 
 
 def balance(machine: Machine, dtype: Dtype) -> float | None:
