@@ -60,9 +60,11 @@ def file() -> Path:
 
 def test_it_stores_a_machine_and_plans_with_it(calibration: Any, file: Path) -> None:
     machine = parsed(file.read_text())
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    assert [p.name for p in file.parent.iterdir()] == [file.name], "nothing of another name"
     found = json.loads(calibration.stdout)
     assert found["layout"]["data"] == machine.devices_per_node == 2 and found["speed"]["step_seconds"] > 0
+    rate = machine.peak_tflops["fp32"] * machine.efficiency["fp32"] * 1e12
+    assert shares(found)["computing"] == pytest.approx(found["speed"]["flops"] / 2 / rate)
     assert f"fp32 {machine.efficiency['fp32']:.0%} of their rate" in found["assumptions"][0]
     assert "measured by toolkit plan --calibrate" in found["assumptions"][0] and str(file) in calibration.stderr
     assert set(machine.measured) == {
@@ -157,10 +159,33 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     assert file.read_text() == before and not list(tmp_path.iterdir())
 
 
-def test_what_ends_the_ranks_is_said_in_their_words(tmp_path: Path) -> None:
-    weights = f"data.path={tmp_path}/none.txt"
-    done = plan(*MINI, "data=text", weights, "--calibrate", cwd=tmp_path)
-    assert done.returncode == 2 and [x for x in done.stderr.splitlines() if x.startswith("error: ")] == [
-        f"error: {weights}: no file."
-    ]
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver's tool that lists two GPUs, which PyTorch does not see."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nprintf 'NVIDIA L4\\nNVIDIA L4\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+
+def test_gpus_that_pytorch_does_not_see_are_refused_and_nothing_is_left(two_gpus: None, tmp_path: Path) -> None:
+    done = plan(*MINI, "--world", "3", "--calibrate", cwd=tmp_path)
+    assert done.stderr == "error: --world 3: this host has 2 GPUs. Lower it, or leave it out.\n"
+    done = plan(*MINI, "--calibrate", cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1
+    assert errors[0].startswith("error: DeepSpeed's device is cpu, but a plan's is L4:")
+    assert [p.name for p in tmp_path.iterdir()] == ["bin"]
+
+
+def test_a_hosts_gpus_are_one_machine_for_any_number_of_ranks(two_gpus: None) -> None:
+    file = stored(Machine(device_name="L4"))
+    try:
+        file.write_text("device_name: L4\npeak_tflops: {fp16: 100}\nmeasured: [peak_tflops]\nsource: measured\n")
+        for world in ("1", "2"):
+            found = planned("--world", world, "precision=fp16")
+            assert found["speed"]["peak_tflops"] == 100 and found["machine"]["memory_gib"] == 24
+            assert found["machine"]["devices_per_node"] == 2
+    finally:
+        file.unlink()

@@ -27,8 +27,9 @@ def told(machine: Machine, device: str) -> list[str]:
     whose = f"of the sheet's rate, links {LINK_EFFICIENCY:.0%}"
     if machine.measured:
         whose = f"of their rate and links all of theirs, {machine.source}"
+    hidden = "no computing hides" if device == "cpu" else f"{OVERLAP:.0%} of the backward pass can hide"
     return [
-        f"Matrix products reach {rates} {whose}; {OVERLAP:.0%} of the backward pass can hide communication.",
+        f"Matrix products reach {rates} {whose}; {hidden} communication.",
         f"A GPU holds {CONTEXT_GIB} GiB besides tensors, the allocator {SLACK:.0%} more than it is asked for; host "
         f"memory {host_gbs(machine, device):.4g} GB/s a node.",
         "Every sequence is as long as data.max_length and has all its predictions; pipe stages take equally long.",

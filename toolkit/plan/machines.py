@@ -53,7 +53,7 @@ def here() -> Machine:
     if not names:
         return Machine(host_memory_gib=total)
     found = known(names[0]) or Machine(device_name=names[0])
-    return found.model_copy(update={"devices_per_node": len(names), "host_memory_gib": total})
+    return found.model_copy(update={"name": "this", "devices_per_node": len(names), "host_memory_gib": total})
 
 
 def stored(machine: Machine) -> Path:

@@ -109,7 +109,7 @@ def place(config: RunConfig, world: int | None) -> tuple[Machine, int, str]:
         raise PlanError(f"--world {ranks}: {_told(machine)} has fewer. Add machine.nodes, or leave --world out.")
     if machine.name == "this" and not machine.measured:
         machine = machines.calibrated(machine, given)
-    cpu = machine.name == "xeon_8180" or (machine.name == "this" and not machine.device_name)
+    cpu = machine.name == "xeon_8180" or ((machine.name == "this" or machine.measured) and not machine.device_name)
     return machine, ranks, "cpu" if cpu else "cuda"
 
 
