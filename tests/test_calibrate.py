@@ -124,9 +124,10 @@ def test_another_number_of_ranks_on_a_cpu_is_not_calibrated() -> None:
         ("- 1\n", "machine=[1]: Input should be"),
         ("", "machine=None: Input should be"),
         ("device_name: NVIDIA L4\nmeasured: [link_gbs]\n", "it is of NVIDIA L4"),
-        ("peak_tflops: {fp32: ${oc.env:HOME}}\n", "${oc.env:HOME}"),
+        ("name: this\n", "says measured: []"),
+        ("peak_tflops:\n  fp32: ${oc.env:HOME}\n", "machine.peak_tflops.fp32='${oc.env:HOME}'"),
     ],
-    ids=["no YAML", "an unknown key", "a list", "empty", "of another device", "an interpolation"],
+    ids=["no YAML", "an unknown key", "a list", "empty", "of another device", "no rates", "an interpolation"],
 )
 def test_a_damaged_file_is_one_clear_line(text: str, said: str, file: Path) -> None:
     good = file.read_text()

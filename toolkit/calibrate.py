@@ -8,6 +8,7 @@ conf/machine/*.yaml of this host, which `toolkit plan` with machine=this reads f
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -99,13 +100,14 @@ def _run(folder: Path, world: int) -> None:
     job = ["-m", "toolkit.calibrate", "--config-path", str(folder), "--config-name", "job"]
     threads = str(max(1, (os.cpu_count() or 1) // world))  # as toolkit.ranks has it; the launcher would set 1
     with (folder / "stderr").open("w+") as log:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: without ranks or folders left behind
         process = subprocess.Popen(
             [sys.executable, *launcher, *job], stdout=sys.stderr, stderr=log, stdin=subprocess.DEVNULL,
             env={"OMP_NUM_THREADS": threads, **os.environ},
         )  # fmt: skip
         try:
             code = process.wait()
-        except BaseException:  # Ctrl-C: the launcher ends its ranks
+        except BaseException:  # the launcher ends its ranks
             process.terminate()
             process.wait()
             raise
