@@ -160,6 +160,13 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     assert file.read_text() == before and not list(tmp_path.iterdir())
 
 
+def test_a_cache_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    done = plan(*MINI, "--calibrate", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: /proc/none/deepspeed-toolkit/machines: No such file")
+    assert "Measuring" not in done.stderr
+
+
 @pytest.fixture
 def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver's tool that lists two GPUs, which PyTorch does not see."""

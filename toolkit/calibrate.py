@@ -35,6 +35,7 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     ``console`` is for what a person should know meanwhile. Raises ToolkitError.
     """
     from toolkit.compose import compose
+    from toolkit.doctor.disk import refused
     from toolkit.run import replace
 
     config, here = compose(overrides), machines.here()
@@ -43,13 +44,15 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     ranks = world or (here.devices_per_node if here.device_name else 2)
     if here.device_name and ranks > here.devices_per_node:
         raise PlanError(f"--world {ranks}: this host has {here.devices_per_node} GPUs. Lower it, or leave it out.")
+    here = here if here.device_name else here.model_copy(update={"devices_per_node": ranks})
     _refuse(config, here, ranks)
+    path = machines.stored(here)
+    if problem := refused(path.parent):
+        raise ConfigError(f"{path.parent}: {problem}. Set XDG_CACHE_HOME to a folder that can be written.")
     text = _measured(config, ranks, console)
-    found = machines.parsed(text)
-    path = machines.stored(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, text)
-    console.print(f"{told(found)}. Stored in {path}", highlight=False)
+    console.print(f"{told(machines.parsed(text))}. Stored in {path}", highlight=False)
     return ranks
 
 
@@ -163,6 +166,8 @@ def _rates(device: str, drive: Path) -> dict[str, Any]:
     from toolkit import ranks
     from toolkit.doctor.allreduce import BYTES, bus_gbs, timed
 
+    if device == "cuda":
+        torch.cuda.set_device(ranks.local_rank())
     peaks = {}
     for dtype in _dtypes(device):
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
