@@ -13,7 +13,7 @@ ORDER = [
     "errors", "hostfile", "config", "compose", "ds_rules", "ds_config", "plan", "check", "ranks", "fingerprint",
     "watchdog", "workers", "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data",
     "models", "tasks", "engine", "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report",
-    "studies", "doctor", "sweep", "launch", "launchers", "cli",
+    "studies", "doctor", "sweep", "launch", "calibrate", "launchers", "cli",
 ]  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def test_imports_point_one_way() -> None:
         "plan.plan",
         "plan.machines",
         "launch",
+        "calibrate",
         "report.timeline",
         "studies.reproduce",
         "launchers.start",

@@ -188,7 +188,8 @@ def test_the_command_answers_in_two_seconds_without_torch() -> None:
         assert said in done.stdout, said
 
 
-def test_the_command_prints_json_and_refuses_in_one_line(tmp_path: Path) -> None:
+def test_the_command_prints_json_and_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no calibration of this host
     found = json.loads(command(*LARGE, "--json").stdout)
     assert found["fits"] is True and found["speed"]["step_seconds"] > 0 and found["layout"]["data"] == 8
     assert {"formula", "bytes", "place"} <= set(found["memory"]["parts"][0])

@@ -7,6 +7,7 @@ toolkit doctor offload=nvme --hostfile hosts        # does it run here: ops, dis
 toolkit curves runs/multi30k                        # loss and metrics by step, as .png and .svg
 toolkit plan model=bert_large machine=a100_80gb     # what fits and how fast, before any device is rented
 toolkit check ds_config.json --world 8              # what is wrong with a DeepSpeed file, line by line
+toolkit plan model=bert_mini --world 2 --calibrate  # the same of this host, whose rates are measured first, and kept
 toolkit plan machine=h100 --search                  # which ZeRO stage, offload, micro-batch …: what fits, fastest first
 toolkit machines                                    # what devices can do: memory, bandwidth, FLOP/s
 toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--world", type=int, help="ranks of the job (default: all devices of the machine)")
     plan.add_argument("--explain", action="store_true", help="the formula behind each number")
     plan.add_argument("--json", action="store_true", help="everything as one JSON object")
+    plan.add_argument("--calibrate", action="store_true", help="first measure this host, with three steps; it is kept")
     plan.add_argument("--search", action="store_true", help="rank every legal layout that the overrides leave open")
     plan.add_argument("--top", type=int, help="with --search: so many layouts in table and plot (default: 20)")
     plan.add_argument("--csv", type=Path, help="with --search: a file for all of them, a line each")
@@ -224,7 +226,7 @@ def _plan(chosen: argparse.Namespace) -> None:
 
     if alone := [f"--{name}" for name in ("top", "csv", "plot") if getattr(chosen, name) is not None]:
         raise ConfigError(f"{alone[0]} without --search: there is one configuration only. Add --search.")
-    found = plan(compose(chosen.overrides), world=_at_least_one("--world", chosen.world))
+    found = plan(compose(chosen.overrides), world=_planned_world(chosen))
     if chosen.json:
         print(json.dumps(found.as_json(), indent=1))
     else:
@@ -243,7 +245,7 @@ def _search(chosen: argparse.Namespace) -> None:
         if path and (not path.name or path.is_dir()):
             raise ConfigError(f"{option} {path}: a folder. Name a file in it.")
     top = _at_least_one("--top", chosen.top) or 20
-    found = search(chosen.overrides, world=_at_least_one("--world", chosen.world))
+    found = search(chosen.overrides, world=_planned_world(chosen))
     if chosen.json:
         print(json.dumps(report.as_json(found), indent=1))
     else:
@@ -256,6 +258,18 @@ def _search(chosen: argparse.Namespace) -> None:
         raise ConfigError(f"{error.filename}: {error.strerror}. Name a file where it can be written.") from error
     if files:
         print("Written:", *files, file=sys.stderr)
+
+
+def _planned_world(chosen: argparse.Namespace) -> int | None:
+    """What --world says; with --calibrate the ranks that have measured this host."""
+    world = _at_least_one("--world", chosen.world)
+    if not chosen.calibrate:
+        return world
+    from rich.console import Console
+
+    from toolkit.calibrate import calibrate
+
+    return calibrate(chosen.overrides, world, Console(stderr=True, soft_wrap=True))
 
 
 def _at_least_one(option: str, given: int | None) -> int | None:

@@ -241,6 +241,10 @@ class Machine(Strict):
     nvme_gib: float | None = Field(None, gt=0)
     nvme_gbs: float | None = Field(None, gt=0)  # GB/s to and from all drives of a node
     node_source: str | None = None
+    # What `toolkit plan --calibrate` adds: the share of peak_tflops that steps reach (else assumptions.py's), and which
+    # keys were measured: links among them need no allowance
+    efficiency: dict[Dtype, Annotated[float, Field(gt=0, le=1)]] = {}
+    measured: tuple[Literal["peak_tflops", "efficiency", "bandwidth_gbs", "link_gbs", "pcie_gbs", "nvme_gbs"], ...] = ()
 
 
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]

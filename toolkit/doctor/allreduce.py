@@ -68,7 +68,7 @@ def _rank(local: int, request: Request) -> None:
     torch.set_num_threads(1)
     backend = "nccl" if request.device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-    seconds = _timed(torch.ones(BYTES // 4, device=device), world)
+    seconds = timed(torch.ones(BYTES // 4, device=device), world)
     blind = _blind(store, rank, world, Path(request.output_dir))
     if rank == 0:
         _say({"missing": [], "seconds": seconds, "bytes": BYTES, "backend": backend, "blind": blind})
@@ -92,7 +92,7 @@ def _missing(store: Any, rank: int, world: int, patience: timedelta) -> list[int
     return list(missing)
 
 
-def _timed(tensor: Any, world: int) -> float:
+def timed(tensor: Any, world: int) -> float:
     """Seconds of one all-reduce, on the slowest rank, after one that warms up and whose sum is checked."""
     import torch
     import torch.distributed as dist

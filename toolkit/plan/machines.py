@@ -1,15 +1,19 @@
-"""What a device can do at best: the table in conf/machine, or a measurement on CPU.
+"""What a device can do at best: the table in conf/machine, or a measurement.
 
 known("NVIDIA A100-SXM4-40GB")                  # -> the machine a100_40gb
 balance(known("NVIDIA H200"), "bf16")           # 206 FLOP for each byte that it reads
 """
 
+import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable, Collection
 from functools import lru_cache
+from pathlib import Path
 
-from toolkit.config import Dtype, Machine, conf_dir
+from toolkit.config import Dtype, Machine, cache_dir, conf_dir, load
+from toolkit.errors import ConfigError, PlanError
 
 
 def table() -> list[Machine]:
@@ -49,7 +53,41 @@ def here() -> Machine:
     if not names:
         return Machine(host_memory_gib=total)
     found = known(names[0]) or Machine(device_name=names[0])
-    return found.model_copy(update={"devices_per_node": len(names), "host_memory_gib": total})
+    return found.model_copy(update={"name": "this", "devices_per_node": len(names), "host_memory_gib": total})
+
+
+def stored(machine: Machine) -> Path:
+    """Where `toolkit plan --calibrate` keeps what this host does; CPU ranks share its cores, so their number counts."""
+    host = re.sub(r"[^\w.-]", "_", platform.node())
+    return cache_dir("machines") / f"{host}{'' if machine.device_name else f'-cpu{machine.devices_per_node}'}.yaml"
+
+
+def calibrated(machine: Machine, given: Collection[str]) -> Machine:
+    """``machine`` with the rates that are stored for it, but for the keys ``given``. Raises PlanError."""
+    from yaml import YAMLError
+
+    path = stored(machine)
+    if not path.exists():
+        return machine
+    try:
+        found = parsed(path.read_text())
+        if not found.measured or found.device_name != machine.device_name:
+            raise ValueError(f"it is of {found.device_name or 'a CPU'} and says measured: {list(found.measured)}")
+    except (OSError, ValueError, YAMLError, ConfigError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise PlanError(
+            f"{path}: not a calibration of this machine: {why}. Delete it, or plan with --calibrate to measure again."
+        ) from error
+    keys = [key for key in found.measured if key not in given]
+    rates = {key: getattr(found, key) for key in (*keys, "source", "node_source")}
+    return machine.model_copy(update=rates | {"measured": tuple(keys)})
+
+
+def parsed(text: str) -> Machine:
+    """A machine's YAML. Raises ConfigError and YAMLError."""
+    import yaml
+
+    return load({"machine": yaml.safe_load(text)}).machine
 
 
 def balance(machine: Machine, dtype: Dtype) -> float | None:
@@ -73,15 +111,21 @@ def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> floa
 
 
 @lru_cache
-def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10) -> float:
-    """The best of ``repeats`` products of two square matrices, in TFLOP/s, with this process's threads."""
+def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: str = "cpu") -> float:
+    """The best of ``repeats`` products of two square matrices, in TFLOP/s, with this process's threads.
+
+    tf32 is the caller's to set, by torch.set_float32_matmul_precision.
+    """
     import torch
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
-    a, b = torch.ones(size, size, dtype=kind), torch.ones(size, size, dtype=kind)  # no draws: dropout's come next
+    a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in "ab")  # no draws: dropout's come next
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
+        wait()
         start = time.perf_counter()
         torch.mm(a, b)
+        wait()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12

@@ -92,22 +92,24 @@ def plan_on(
         host_gib=host, pinned_gib=pinned, host_limit_gib=machine.host_memory_gib,
         nvme_gib=per_node * sum(m.total("nvme") for m in stages), nvme_limit_gib=machine.nvme_gib,
         largest_micro=None, speed=speed, hours=steps * seconds / 3600 if steps and seconds else None,
-        assumptions=tuple(assumptions.told()),
+        assumptions=tuple(assumptions.told(machine, device)),
     )  # fmt: skip
 
 
 def place(config: RunConfig, world: int | None) -> tuple[Machine, int, str]:
     """The machine, the ranks to plan for, and DeepSpeed's word for its devices. Raises PlanError."""
     machine = config.machine
+    given = {key: getattr(machine, key) for key in machine.model_dump(exclude_defaults=True)}
     if machine.name == "this":
-        given = {key: getattr(machine, key) for key in machine.model_dump(exclude_defaults=True)}
         machine = machines.here().model_copy(update=given)
     ranks = world or machine.nodes * machine.devices_per_node
     if machine.name == "this" and not machine.device_name:  # a CPU has as many as are started
         machine = machine.model_copy(update={"devices_per_node": -(-ranks // machine.nodes)})
     if ranks > machine.nodes * machine.devices_per_node:
         raise PlanError(f"--world {ranks}: {_told(machine)} has fewer. Add machine.nodes, or leave --world out.")
-    cpu = machine.name == "xeon_8180" or (machine.name == "this" and not machine.device_name)
+    if machine.name == "this" and not machine.measured:
+        machine = machines.calibrated(machine, given)
+    cpu = machine.name == "xeon_8180" or ((machine.name == "this" or machine.measured) and not machine.device_name)
     return machine, ranks, "cpu" if cpu else "cuda"
 
 

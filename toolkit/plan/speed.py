@@ -9,7 +9,7 @@ from typing import cast
 
 from toolkit.config import Dtype, Machine
 from toolkit.plan import flops
-from toolkit.plan.assumptions import ADAM_BYTES, EFFICIENCY, HOST_GBS, LINK_EFFICIENCY, OVERLAP
+from toolkit.plan.assumptions import ADAM_BYTES, EFFICIENCY, LINK_EFFICIENCY, OVERLAP, host_gbs
 from toolkit.plan.layout import Layout
 from toolkit.plan.memory import Memory
 from toolkit.plan.shapes import ModelShape
@@ -60,7 +60,7 @@ class Speed:
 
 def speed_of(shape: ModelShape, layout: Layout, machine: Machine, memory: Memory, *, tf32: bool) -> Speed:
     """``memory`` is that of a rank: what it holds on host and NVMe moves in every step."""
-    dtype = cast(Dtype, "tf32" if tf32 and layout.dtype == "fp32" and "tf32" in machine.peak_tflops else layout.dtype)
+    dtype = product_dtype(layout, machine, tf32=tf32)
     peak = machine.peak_tflops.get(dtype)
     useful, again = step_flops(shape, layout)
     sent = traffic(shape, layout)
@@ -69,12 +69,18 @@ def speed_of(shape: ModelShape, layout: Layout, machine: Machine, memory: Memory
     tokens = layout.samples * layout.sequences * layout.length * (2 if shape.type == "marian" else 1)
     shares: tuple[Share, ...] = ()
     if not unknown and peak:
-        rate = peak * EFFICIENCY[dtype] * 1e12
-        said = f"{useful + again:.3g} FLOP / {devices} / ({peak:g} TFLOP/s x {EFFICIENCY[dtype]})"
+        share = machine.efficiency.get(dtype, EFFICIENCY[dtype])
+        rate = peak * share * 1e12
+        said = f"{useful + again:.3g} FLOP / {devices} / ({peak:.4g} TFLOP/s x {share:.3g})"
         computing = Share("computing", (useful + again) / devices / rate, 0.0, said)
         shares = (computing, *_bubble(layout, computing), *_links(layout, machine, sent, computing),
-                  *_offload(layout, machine, memory))  # fmt: skip
+                  *_optimizer(layout, machine, memory), *_offload(layout, machine, memory))  # fmt: skip
     return Speed(useful, shares, tuple(sent), unknown, peak, layout.samples, tokens, devices)
+
+
+def product_dtype(layout: Layout, machine: Machine, *, tf32: bool) -> Dtype:
+    """What matrix products are computed in."""
+    return cast(Dtype, "tf32" if tf32 and layout.dtype == "fp32" and "tf32" in machine.peak_tflops else layout.dtype)
 
 
 @dataclass
@@ -134,26 +140,46 @@ def _bubble(layout: Layout, computing: Share) -> list[Share]:
 
 def _links(layout: Layout, machine: Machine, sent: list[Sent], computing: Share) -> list[Share]:
     """Groups of ranks that leave a node are as slow as its ports, which the node's ranks share as one ring."""
-    inside = machine.link_gbs or machine.pcie_gbs or machine.node_link_gbs or 1.0
+    between = _gbs(machine, "node_link_gbs")
+    inside = _gbs(machine, "link_gbs") or _gbs(machine, "pcie_gbs") or between or 1.0
     spans = {"tensor": layout.tensor, "data": layout.tensor * layout.pipe * layout.data, "pipe": layout.tensor * 2}
-    room = OVERLAP * computing.seconds * 2 / 3  # the backward pass is two thirds of computing
+    # The backward pass is two thirds of computing. On a CPU ranks compute and communicate with the same cores
+    room = OVERLAP * computing.seconds * 2 / 3 if layout.device != "cpu" else 0.0
     shares = []
     for one in sent:
         leaves = spans[one.among] > machine.devices_per_node
-        rate = min(inside, machine.node_link_gbs or inside) if leaves else inside
-        seconds = one.bytes / (rate * LINK_EFFICIENCY * 1e9)
+        rate = min(inside, between or inside) if leaves else inside
+        seconds = one.bytes / (rate * 1e9)
         hidden = min(seconds, room) if one.hidden else 0.0
         room -= hidden
         where = "between nodes" if leaves else "within the node"
-        said = f"{one.formula} / ({rate:g} GB/s x {LINK_EFFICIENCY}), {where}"
-        shares.append(Share(one.name, seconds, hidden, said))
+        shares.append(Share(one.name, seconds, hidden, f"{one.formula} / {rate:.4g} GB/s, {where}"))
     return shares
+
+
+def _gbs(machine: Machine, key: str) -> float | None:
+    """What a link or drive reaches of the sheet's rate, or what was measured."""
+    rate: float | None = getattr(machine, key)
+    return rate and rate * (1 if key in machine.measured else LINK_EFFICIENCY)
+
+
+def _optimizer(layout: Layout, machine: Machine, memory: Memory) -> list[Share]:
+    """On the device: its memory is what it waits for. Offloaded it is the host's, see :func:`_offload`."""
+    if layout.offload != "none" or not machine.bandwidth_gbs:
+        return []
+    held = {p.name: p.bytes for p in memory.at("o")}
+    shard = (held.get("master weights") or held.get("gradients", 0)) // 4
+    # Gradients are read for their norm, read and written to clip them, and read; weights and states read and written
+    size = 4 * 4 + 2 * 4 + (layout.bytes if layout.dtype != "fp32" else 0)
+    total = size * shard + 2 * held.get("optimizer states", 0)
+    said = f"({size} B x {shard:,} + 2 x states) / {machine.bandwidth_gbs:.4g} GB/s"
+    return [Share("optimizer", total / machine.bandwidth_gbs / 1e9, 0.0, said)]
 
 
 def _offload(layout: Layout, machine: Machine, memory: Memory) -> list[Share]:
     """Gradients out and weights in over PCIe, the optimizer on the node's CPUs, states in and out of its drives."""
     shares = []
-    pcie = (machine.pcie_gbs or 1.0) * LINK_EFFICIENCY * 1e9
+    pcie = (_gbs(machine, "pcie_gbs") or 1.0) * 1e9
     moved = sum(p.bytes for p in memory.parts if p.name == "moved activations")
     if moved:
         total = 2 * moved * layout.accumulation
@@ -163,9 +189,10 @@ def _offload(layout: Layout, machine: Machine, memory: Memory) -> list[Share]:
         total = shard * (4 * (layout.accumulation if layout.stage >= 2 else 1) + layout.bytes)
         shares.append(Share("gradients out, weights in", total / pcie, 0.0, f"{total:,} B over PCIe"))
         node = shard * min(layout.ranks, machine.devices_per_node)
-        seconds = node * ADAM_BYTES / (HOST_GBS * 1e9)
-        shares.append(Share("optimizer on the CPU", seconds, 0.0, f"{node:,} x {ADAM_BYTES} B / {HOST_GBS:g} GB/s"))
+        rate = host_gbs(machine, layout.device)
+        seconds = node * ADAM_BYTES / (rate * 1e9)
+        shares.append(Share("optimizer on the CPU", seconds, 0.0, f"{node:,} x {ADAM_BYTES} B / {rate:.4g} GB/s"))
     if nvme := 2 * memory.total("nvme") * min(layout.ranks, machine.devices_per_node):
-        rate = (machine.nvme_gbs or 1.0) * LINK_EFFICIENCY * 1e9
+        rate = (_gbs(machine, "nvme_gbs") or 1.0) * 1e9
         shares.append(Share("NVMe", nvme / rate, 0.0, f"{nvme:,} B read and written by a node"))
     return shares

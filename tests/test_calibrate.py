@@ -1,0 +1,199 @@
+"""A real calibration on two CPU ranks: what it stores, against measurements of its own, and what plans make of it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from launching import ROOT, build_ops, data_cache, launch
+
+from toolkit.config import Machine, cache_dir
+from toolkit.plan.machines import measured_tflops, parsed, stored
+
+MINI = (
+    "experiment=demo", "model=bert_mini", "tokenizer.vocab_size=512", "data.max_length=128", "data.max_predictions=20",
+    "batch.micro_size=8", "batch.global_size=16",
+)  # fmt: skip
+
+
+def plan(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    toolkit = str(Path(sys.executable).parent / "toolkit")
+    return subprocess.run([toolkit, "plan", *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    done = plan(*MINI, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def shares(found: dict[str, Any]) -> dict[str, float]:
+    return {s["name"]: s["seconds"] for s in found["speed"]["shares"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What `toolkit plan … --calibrate --json` printed; the cache of rates is an empty one, that of ops the user's."""
+    build_ops()
+    folder = tmp_path_factory.mktemp("calibrate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR") or str(cache_dir("ops")))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        arguments = (*MINI, f"data.cache_dir={data_cache()}", "--calibrate", "--json")
+        done = plan(*arguments, f"output_dir={folder}/out", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert [p.name for p in folder.iterdir()] == ["cache"], "the job's folder is gone"
+        yield done
+
+
+@pytest.fixture
+def file() -> Path:
+    return stored(Machine(devices_per_node=2))
+
+
+def test_it_stores_a_machine_and_plans_with_it(calibration: Any, file: Path) -> None:
+    machine = parsed(file.read_text())
+    assert [p.name for p in file.parent.iterdir()] == [file.name], "nothing of another name"
+    found = json.loads(calibration.stdout)
+    assert found["layout"]["data"] == machine.devices_per_node == 2 and found["speed"]["step_seconds"] > 0
+    rate = machine.peak_tflops["fp32"] * machine.efficiency["fp32"] * 1e12
+    assert shares(found)["computing"] == pytest.approx(found["speed"]["flops"] / 2 / rate)
+    assert f"fp32 {machine.efficiency['fp32']:.0%} of their rate" in found["assumptions"][0]
+    assert "measured by toolkit plan --calibrate" in found["assumptions"][0] and str(file) in calibration.stderr
+    assert set(machine.measured) == {
+        "peak_tflops", "efficiency", "bandwidth_gbs", "link_gbs", "pcie_gbs", "nvme_gbs"
+    }  # fmt: skip
+
+
+def test_its_rates_are_those_that_one_process_measures(file: Path) -> None:
+    """Within a factor of two: other work on the machine comes and goes."""
+    machine = parsed(file.read_text())
+    source = torch.ones(2**26)
+    target = torch.zeros(2**26)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    copied = source.nbytes / min(seconds) / 1e9
+    torch.set_num_threads(1)
+    assert 0.5 < machine.peak_tflops["fp32"] / measured_tflops("fp32", 1024) < 2
+    assert machine.pcie_gbs and machine.bandwidth_gbs and machine.link_gbs and machine.nvme_gbs
+    assert machine.pcie_gbs == pytest.approx(machine.bandwidth_gbs / 2)
+    assert copied / 4 < machine.pcie_gbs < 2 * copied, "both ranks copy at once, and may share one memory's rate"
+    assert machine.link_gbs < machine.bandwidth_gbs
+
+
+def test_a_plan_of_another_layout_tells_the_time_of_a_real_run(tmp_path: Path) -> None:
+    """Seen on two idle cores: 1.04 to 1.08 of the run's; while other jobs came and went, down to 0.54."""
+    other = (*MINI, "zero=stage1", "batch.global_size=32")
+    predicted = planned("--world", "2", *other)["speed"]["step_seconds"]
+    run = launch(tmp_path, *other, "train.steps=7", "train.log_every=1", "train.eval_samples=8", "schedule.warmup=2",
+                 f"output_dir={tmp_path}", bare=True)  # fmt: skip
+    measured = median(r["step_seconds"] for r in run.steps if "step_seconds" in r)
+    assert 0.5 < predicted / measured < 2
+
+
+def test_what_is_given_wins() -> None:
+    found, slow = (planned("--world", "2", *more) for more in ((), ("machine.link_gbs=0.001",)))
+    before, after = shares(found), shares(slow)
+    assert after["computing"] == before["computing"]
+    rate = found["machine"]["link_gbs"]
+    reduced = "gradients, all-reduce"
+    assert after[reduced] / before[reduced] == pytest.approx(rate / (0.001 * 0.8)), "a sheet's links need an allowance"
+
+
+def test_another_number_of_ranks_on_a_cpu_is_not_calibrated() -> None:
+    done = plan(*MINI, "--world", "1")
+    assert "No time without machine.peak_tflops.fp32: machine=this does not say." in done.stdout
+    assert "Measure it: toolkit plan … --world 1 --calibrate." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: [", "while parsing"),
+        ("name: this\nspeed: 3\n", "machine.speed: unknown key"),
+        ("- 1\n", "machine=[1]: Input should be"),
+        ("", "machine=None: Input should be"),
+        ("device_name: NVIDIA L4\nmeasured: [link_gbs]\n", "it is of NVIDIA L4"),
+        ("name: this\n", "says measured: []"),
+        ("peak_tflops:\n  fp32: ${oc.env:HOME}\n", "machine.peak_tflops.fp32='${oc.env:HOME}'"),
+    ],
+    ids=["no YAML", "an unknown key", "a list", "empty", "of another device", "no rates", "an interpolation"],
+)
+def test_a_damaged_file_is_one_clear_line(text: str, said: str, file: Path) -> None:
+    good = file.read_text()
+    try:
+        file.write_text(text)
+        done = plan(*MINI, "--world", "2")
+    finally:
+        file.write_text(good)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {file}: not a calibration of this machine: ") and said in done.stderr
+    assert done.stderr.endswith("Delete it, or plan with --calibrate to measure again.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["machine=h100"], "machine=h100 with --calibrate: only this host can be measured. Drop one."),
+        (["batch.global_size=17"], "batch.global_size=17 is no multiple of batch.micro_size=8 x 2 ranks"),
+        (["--world", "0"], "--world 0: must be 1 or more."),
+        (["output_dir=/proc/none"], "output_dir=/proc/none: /proc: "),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_what_cannot_run_is_refused_before_anything_starts(
+    arguments: Sequence[str], said: str, tmp_path: Path, file: Path
+) -> None:
+    before = file.read_text()
+    done = plan(*MINI, *arguments, "--calibrate", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    assert file.read_text() == before and not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    done = plan(*MINI, "--calibrate", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: /proc/none/deepspeed-toolkit/machines: No such file")
+    assert "Measuring" not in done.stderr
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver's tool that lists two GPUs, which PyTorch does not see."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nprintf 'NVIDIA L4\\nNVIDIA L4\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+
+def test_gpus_that_pytorch_does_not_see_are_refused_and_nothing_is_left(two_gpus: None, tmp_path: Path) -> None:
+    done = plan(*MINI, "--world", "3", "--calibrate", cwd=tmp_path)
+    assert done.stderr == "error: --world 3: this host has 2 GPUs. Lower it, or leave it out.\n"
+    done = plan(*MINI, "--calibrate", cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1
+    assert errors[0].startswith("error: DeepSpeed's device is cpu, but a plan's is L4:")
+    assert [p.name for p in tmp_path.iterdir()] == ["bin"]
+
+
+def test_a_hosts_gpus_are_one_machine_for_any_number_of_ranks(two_gpus: None) -> None:
+    file = stored(Machine(device_name="L4"))
+    try:
+        file.write_text("device_name: L4\npeak_tflops: {fp16: 100}\nmeasured: [peak_tflops]\nsource: measured\n")
+        for world in ("1", "2"):
+            found = planned("--world", world, "precision=fp16")
+            assert found["speed"]["peak_tflops"] == 100 and found["machine"]["memory_gib"] == 24
+            assert found["machine"]["devices_per_node"] == 2
+    finally:
+        file.unlink()
