@@ -243,6 +243,12 @@ class Machine(Strict):
     node_source: str | None = None
 
 
+class Planning(Strict):
+    """What a run makes of its own plan."""
+
+    enforce: bool = True  # refuse to start where the plan says that memory or drives are too small
+
+
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9./][\w./:@+=-]*$")]  # neither an option nor anything for a shell
 SECRET = r"(?i)token(?!izers_)|secret|passw|credential|api_?key|access_?key"
@@ -329,6 +335,7 @@ class RunConfig(Strict):
     activation: Activation = Activation()
     pipeline: Pipeline = Pipeline()
     machine: Machine = Machine()
+    plan: Planning = Planning()
     cluster: Cluster = Cluster()
     deepspeed: dict[str, Any] = {}  # DeepSpeed's JSON, checked by toolkit.ds_config
 
