@@ -14,6 +14,7 @@ from toolkit.launch import recipe
 
 @recipe(composes=True)
 def main(config: RunConfig) -> None:
+    from rich.console import Console
     from rich.progress import Progress
 
     from toolkit import nvme, ops, ranks
@@ -33,7 +34,7 @@ def main(config: RunConfig) -> None:
         for overrides in bar.track(memory.combinations(typed())):
             name = memory.label(overrides)
             try:
-                one = Run(run.dir, compose(overrides), run.console)
+                one = Run(run.dir, compose(overrides), Console(quiet=True))
                 ds = one.deepspeed(task.vocab_size)
                 ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), run.console)
                 engine = Engine.start(build_model(one, task), task, one)

@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "toolkit"
 # A module may import those before it; ranks and schedule are leaves that several need.
 ORDER = [
     "errors", "hostfile", "config", "compose", "ds_rules", "ds_config", "plan", "check", "ranks", "fingerprint",
-    "watchdog", "workers", "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "metrics", "data",
-    "models", "tasks", "engine", "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several", "report",
-    "studies", "doctor", "sweep", "launch", "calibrate", "launchers", "cli",
+    "watchdog", "workers", "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "run_plan", "metrics",
+    "data", "models", "tasks", "engine", "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several",
+    "report", "studies", "doctor", "sweep", "launch", "calibrate", "launchers", "cli",
 ]  # fmt: skip
 
 

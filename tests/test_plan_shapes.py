@@ -98,3 +98,11 @@ def test_a_folder_without_a_known_model_is_refused(text: str | None, said: str, 
 def test_a_task_that_the_model_cannot_do_is_refused() -> None:
     with pytest.raises(PlanError, match=r"task.kind=translate with a bert model"):
         model_shape(compose(["task=translate", "model=bert_base"]))
+
+
+def test_labels_of_the_data_are_those_that_a_runs_model_has(tmp_path: Path) -> None:
+    keys = {"model_type": "bert", "hidden_size": 8, "intermediate_size": 16, "vocab_size": 9, "num_hidden_layers": 1}
+    keys |= {"num_attention_heads": 1, "id2label": {str(i): f"L{i}" for i in range(5)}}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    shape = model_shape(compose(["task=conll2003", f"model.weights={tmp_path}"]))
+    assert shape.by_part()["head"] == 5 * 8 + 5

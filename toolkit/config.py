@@ -247,6 +247,12 @@ class Machine(Strict):
     measured: tuple[Literal["peak_tflops", "efficiency", "bandwidth_gbs", "link_gbs", "pcie_gbs", "nvme_gbs"], ...] = ()
 
 
+class Planning(Strict):
+    """What a run makes of its own plan."""
+
+    enforce: bool = True  # refuse to start where the plan says that memory or drives are too small
+
+
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9./][\w./:@+=-]*$")]  # neither an option nor anything for a shell
 SECRET = r"(?i)token(?!izers_)|secret|passw|credential|api_?key|access_?key"
@@ -333,6 +339,7 @@ class RunConfig(Strict):
     activation: Activation = Activation()
     pipeline: Pipeline = Pipeline()
     machine: Machine = Machine()
+    plan: Planning = Planning()
     cluster: Cluster = Cluster()
     deepspeed: dict[str, Any] = {}  # DeepSpeed's JSON, checked by toolkit.ds_config
 

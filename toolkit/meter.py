@@ -37,7 +37,9 @@ class Meter:
         self.peak_tflops = peak_tflops(config.machine, dtype, name)
         self.seen = 0
         self.active_seconds = 0.0  # of all counted steps of this process
+        self.active_steps = 0
         self.active_counts: dict[str, float] = {}
+        self.peak_gib = 0.0  # of this rank's device, at the last reading
         self.traffic = Traffic() if config.train.communication else None
         self._restart()
 
@@ -78,7 +80,7 @@ class Meter:
     def read(self) -> dict[str, float | None]:
         """Rates since the last reading, over all ranks; {} while warming up. All ranks must call it."""
         seconds = self._now() - self.start - self.paused_seconds
-        memory = self._memory()
+        self.peak_gib, _ = memory = self._memory()
         steps, counts, waited = self.steps, self.counts, self.waited
         warming = self.seen < WARMUP_STEPS or steps == 0
         found = {} if warming else self._conditions(seconds, memory[0])
@@ -90,18 +92,24 @@ class Meter:
         if warming:
             return dict(memory_record)
         self.active_seconds += slowest
+        self.active_steps += steps
         for name, count in counts.items():
             self.active_counts[name] = self.active_counts.get(name, 0) + count
-        tflops = self.task.useful_flops(counts) / slowest / ranks.world() / 1e12
+        waiting = {"data_wait": all_waited / ranks.world() / slowest}
+        return {**self._speed(steps, counts, slowest), **waiting, **memory_record, **found}
+
+    def overall(self) -> dict[str, float | None]:
+        """Rates of all counted steps of this process; {} if there were none."""
+        return self._speed(self.active_steps, self.active_counts, self.active_seconds) if self.active_steps else {}
+
+    def _speed(self, steps: int, counts: dict[str, float], seconds: float) -> dict[str, float | None]:
+        tflops = self.task.useful_flops(counts) / seconds / ranks.world() / 1e12
         return {
-            "step_seconds": slowest / steps,
-            "samples_per_second": counts["sequences"] / slowest,
-            **_rates(counts, slowest),
-            "data_wait": all_waited / ranks.world() / slowest,
+            "step_seconds": seconds / steps,
+            "samples_per_second": counts["sequences"] / seconds,
+            **_rates(counts, seconds),
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
-            **memory_record,
-            **found,
         }
 
     def _conditions(self, seconds: float, peak: float) -> dict[str, float]:

@@ -3,7 +3,7 @@
 run = Run.open(config)          # runs/<name>/, the same on every rank
 run.log({"step": 1, "loss": 9})  # one flat line in metrics.jsonl
 
-runs/<name>/  config.yaml  ds_config.json  env.json  metrics.jsonl  log.rank0.txt  checkpoints/  export/
+runs/<name>/  config.yaml  ds_config.json  plan.json  env.json  metrics.jsonl  log.rank0.txt  checkpoints/  export/
 """
 
 import csv
@@ -28,6 +28,7 @@ from rich.console import Console
 from toolkit import ds_config, fingerprint, ranks
 from toolkit.config import RunConfig
 from toolkit.errors import CheckpointError, ConfigError, ToolkitError
+from toolkit.plan.plan import Plan
 
 
 class Terminal:
@@ -123,6 +124,8 @@ class Run:
         self.replica = ranks.replica(stages=config.pipeline.stages, tensor=config.tensor_size)
         self.monitor: Any = None  # DeepSpeed's MonitorMaster, once the engine has one
         self.notes: dict[str, float] = {}  # numbers to show beside the held-out results
+        self.plan: Plan | None = None  # on rank 0, where there can be one
+        self.resident_gib: float | None = None  # of this process before the model, where its peak was then forgotten
         self.metrics = directory / "metrics.jsonl"
         self.steps = config.train.steps or 0  # optimizer steps of the whole run, once lasts() is called
         self.epoch_steps: int | None = None

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from toolkit import nvme, ranks
@@ -70,8 +69,6 @@ def train(config: RunConfig) -> Outcome:
     run = Run.open(config)
     _export(config.model.weights)
     task = build_task(run)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of the training before
     engine = Engine.start(build_model(run, task), task, run)
     result = fit(engine, task, run)
     engine.close()

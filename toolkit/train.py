@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from toolkit import checkpoint, metrics, ranks, watchdog
+from toolkit import checkpoint, metrics, ranks, run_plan, watchdog
 from toolkit.engine import Batch, Engine, Step, loss_key
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.meter import Meter
@@ -66,6 +66,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     result = result or evaluate(engine, task, run, step if best.step is None else best.step, watch)
     task.predict(engine, watch)
     watchdog.expect(None)
+    run_plan.finish(run, meter.peak_gib, meter.overall())
     summarise(run, meter, result)
     return result
 

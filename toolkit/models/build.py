@@ -17,7 +17,7 @@ from transformers import BertConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from toolkit import nvme, ranks
+from toolkit import nvme, ranks, run_plan
 from toolkit.config import Model, RunConfig
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models import activation
@@ -58,7 +58,11 @@ def read_config(weights: str, kind: Any, **changes: Any) -> Any:
 
 
 def build_model(run: Any, task: Any) -> nn.Module:
-    """The task's model in this run's layout, on the CPU or partitioned; its activations where asked for."""
+    """The task's model in this run's layout, on the CPU or partitioned; its activations where asked for.
+
+    Raises PlanError on every rank, before any memory is taken, where the run cannot fit.
+    """
+    run_plan.begin(run)
     config = run.config
     hf_config = task.hf_config
     if hasattr(hf_config, "num_attention_heads"):

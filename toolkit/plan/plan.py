@@ -66,7 +66,11 @@ class Plan:
 def plan(config: RunConfig, *, world: int | None = None) -> Plan:
     """``world`` ranks, or all devices of the machine. Raises ConfigError and PlanError, a line for each problem."""
     machine, ranks, device = place(config, world)
-    shape = model_shape(config)
+    return plan_for(machine, config, model_shape(config), ranks=ranks, device=device)
+
+
+def plan_for(machine: Machine, config: RunConfig, shape: ModelShape, *, ranks: int, device: str) -> Plan:
+    """The same of a known shape on known devices. Raises ConfigError and PlanError."""
     ds = ds_config.complete(config, world=ranks, device=device, vocab_size=shape.vocab_size)
     found = plan_on(machine, config, ds, shape, ranks=ranks, device=device)
     return replace(found, largest_micro=_largest_micro(shape, found.layout, found.device_limit_gib))
@@ -83,7 +87,8 @@ def plan_on(
     per_node = min(ranks, machine.devices_per_node) / layout.pipe / GIB
     host, pinned = (per_node * sum(m.total("host", pinned=only) for m in stages) for only in (False, True))
     if device == "cpu" and machine.host_memory_gib:  # its ranks share the host's memory
-        machine = machine.model_copy(update={"memory_gib": (machine.host_memory_gib - host) / ranks})
+        left = max(0.0, machine.host_memory_gib - host) / min(ranks, machine.devices_per_node)
+        machine = machine.model_copy(update={"memory_gib": left})
     speed = speed_of(shape, layout, machine, stages[worst], tf32=config.train.tf32)
     steps, seconds = config.train.steps if config.train.epochs is None else None, speed.step_seconds
     return Plan(
@@ -98,19 +103,39 @@ def plan_on(
 
 def place(config: RunConfig, world: int | None) -> tuple[Machine, int, str]:
     """The machine, the ranks to plan for, and DeepSpeed's word for its devices. Raises PlanError."""
-    machine = config.machine
-    given = {key: getattr(machine, key) for key in machine.model_dump(exclude_defaults=True)}
-    if machine.name == "this":
-        machine = machines.here().model_copy(update=given)
+    machine = _here(config.machine)
     ranks = world or machine.nodes * machine.devices_per_node
     if machine.name == "this" and not machine.device_name:  # a CPU has as many as are started
         machine = machine.model_copy(update={"devices_per_node": -(-ranks // machine.nodes)})
     if ranks > machine.nodes * machine.devices_per_node:
         raise PlanError(f"--world {ranks}: {_told(machine)} has fewer. Add machine.nodes, or leave --world out.")
-    if machine.name == "this" and not machine.measured:
-        machine = machines.calibrated(machine, given)
+    machine = _with_rates(machine, config.machine)
     cpu = machine.name == "xeon_8180" or ((machine.name == "this" or machine.measured) and not machine.device_name)
     return machine, ranks, "cpu" if cpu else "cuda"
+
+
+def place_of_job(config: RunConfig, *, world: int, per_node: int, device: str) -> Machine:
+    """The machine as a job that has been started takes it: its ranks, on its nodes, on the device that they use."""
+    machine = _here(config.machine)
+    if device == "cpu" and machine.device_name:  # there are GPUs, or one is named for its peak: not what is used
+        machine = Machine(host_memory_gib=machines.here().host_memory_gib)
+    machine = machine.model_copy(update={"nodes": -(-world // per_node), "devices_per_node": per_node})
+    return _with_rates(machine, config.machine)
+
+
+def _here(machine: Machine) -> Machine:
+    """machine=this is what is at hand, but for the keys that are given."""
+    return machines.here().model_copy(update=_given(machine)) if machine.name == "this" else machine
+
+
+def _with_rates(machine: Machine, chosen: Machine) -> Machine:
+    """With those that were measured on this host, but for the keys that are given."""
+    measurable = machine.name == "this" and not machine.measured
+    return machines.calibrated(machine, _given(chosen)) if measurable else machine
+
+
+def _given(machine: Machine) -> dict[str, Any]:
+    return {key: getattr(machine, key) for key in machine.model_dump(exclude_defaults=True)}
 
 
 def _told(machine: Machine) -> str:

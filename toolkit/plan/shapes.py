@@ -97,7 +97,8 @@ def model_shape(config: RunConfig) -> ModelShape:
         )
     if keys["model_type"] == "marian":
         return _marian(keys)
-    labels = len(config.data.labels or ()) or 2  # those of the data are not known before it is read; a row each
+    # Those of the data are not known before it is read; a row each
+    labels = len(config.data.labels or keys.get("id2label") or ()) or 2
     return _bert(keys, task.kind, task.objective, labels)
 
 
