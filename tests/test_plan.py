@@ -91,6 +91,23 @@ def test_what_leaves_a_node_is_as_slow_as_its_ports() -> None:
     assert reduced[1].seconds / reduced[0].seconds == pytest.approx(sent[1] / sent[0] * 300 / 200)
 
 
+def test_tensor_ranks_of_a_node_share_its_ports_and_pipe_stages_cross_them_once() -> None:
+    tensor = planned("parallel=tensor", "deepspeed.tensor_parallel.autotp_size=8", "machine.nodes=2", "zero=stage1")
+    said = {s.name: s.formula for s in tensor.speed.shares}
+    assert "within the node" in said["activations, all-reduce"]
+    assert "20 GB/s, between nodes, 8 share the ports" in said["gradients, all-reduce"]  # 200 x 0.8 / 8
+    piped = planned("pipeline.stages=2", "machine.nodes=2", "zero=stage1", "batch.global_size=1024")
+    said = {s.name: s.formula for s in piped.speed.shares}
+    assert "within the node" in said["gradients, all-reduce"], "each stage has a node of its own"
+    assert "20 GB/s, between nodes, 8 share the ports" in said["activations to the next stage"]
+
+
+def test_mfu_is_of_the_data_sheet_also_where_rates_are_measured() -> None:
+    measured = "machine.peak_tflops={bf16: 156}", "machine.measured=[peak_tflops]", "machine.efficiency={bf16: 1}"
+    found, sheet = planned(*measured, world=1), planned(world=1)
+    assert found.speed.mfu == pytest.approx(0.5, rel=0.1) and sheet.speed.mfu == pytest.approx(0.45, rel=0.1)
+
+
 def test_a_pipeline_has_its_bubble() -> None:
     found = planned("zero=stage1", "pipeline.stages=4", "batch.micro_size=16", world=8)
     shares = {s.name: s.seconds for s in found.speed.shares}

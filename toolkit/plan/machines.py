@@ -25,6 +25,7 @@ def table() -> list[Machine]:
     return sorted(machines, key=lambda m: (m.year or 0, m.bandwidth_gbs or 0, m.name))
 
 
+@lru_cache
 def known(device_name: str) -> Machine | None:
     """The machine all of whose words are in torch's name of a device; of several the one with the most words.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from toolkit.config import Dtype, Machine
-from toolkit.plan import flops
+from toolkit.plan import flops, machines
 from toolkit.plan.assumptions import ADAM_BYTES, EFFICIENCY, LINK_EFFICIENCY, OVERLAP, host_gbs
 from toolkit.plan.layout import Layout
 from toolkit.plan.memory import Memory
@@ -75,12 +75,19 @@ def speed_of(shape: ModelShape, layout: Layout, machine: Machine, memory: Memory
         computing = Share("computing", (useful + again) / devices / rate, 0.0, said)
         shares = (computing, *_bubble(layout, computing), *_links(layout, machine, sent, computing),
                   *_optimizer(layout, machine, memory), *_offload(layout, machine, memory))  # fmt: skip
-    return Speed(useful, shares, tuple(sent), unknown, peak, layout.samples, tokens, devices)
+    return Speed(useful, shares, tuple(sent), unknown, _sheet_peak(machine, dtype), layout.samples, tokens, devices)
 
 
 def product_dtype(layout: Layout, machine: Machine, *, tf32: bool) -> Dtype:
     """What matrix products are computed in."""
     return cast(Dtype, "tf32" if tf32 and layout.dtype == "fp32" and "tf32" in machine.peak_tflops else layout.dtype)
+
+
+def _sheet_peak(machine: Machine, dtype: Dtype) -> float | None:
+    """MFU's: of a GPU that of its data sheet, as a run's meter has it, though the plan takes what was measured."""
+    name = machine.device_name if "peak_tflops" in machine.measured else None
+    sheet = machines.known(name) if name else None
+    return (sheet or machine).peak_tflops.get(dtype)
 
 
 @dataclass
@@ -139,20 +146,25 @@ def _bubble(layout: Layout, computing: Share) -> list[Share]:
 
 
 def _links(layout: Layout, machine: Machine, sent: list[Sent], computing: Share) -> list[Share]:
-    """Groups of ranks that leave a node are as slow as its ports, which the node's ranks share as one ring."""
-    between = _gbs(machine, "node_link_gbs")
+    """A group that leaves a node is as slow as the node's ports, which as many rings share as pass through them.
+
+    DeepSpeed numbers tensor ranks first, then copies, then pipe stages: neighbours are on the same node.
+    """
+    node, between = machine.devices_per_node, _gbs(machine, "node_link_gbs")
     inside = _gbs(machine, "link_gbs") or _gbs(machine, "pcie_gbs") or between or 1.0
-    spans = {"tensor": layout.tensor, "data": layout.tensor * layout.pipe * layout.data, "pipe": layout.tensor * 2}
+    spans = {"tensor": layout.tensor, "data": layout.tensor * layout.data, "pipe": layout.ranks}
+    rings = {"tensor": 1, "data": layout.tensor, "pipe": layout.data}
     # The backward pass is two thirds of computing. On a CPU ranks compute and communicate with the same cores
     room = OVERLAP * computing.seconds * 2 / 3 if layout.device != "cpu" else 0.0
     shares = []
     for one in sent:
-        leaves = spans[one.among] > machine.devices_per_node
-        rate = min(inside, between or inside) if leaves else inside
+        rate, where = inside, "within the node"
+        if between and spans[one.among] > node:
+            many = min(rings[one.among], node)
+            rate, where = min(inside, between / many), f"between nodes{f', {many} share the ports' * (many > 1)}"
         seconds = one.bytes / (rate * 1e9)
         hidden = min(seconds, room) if one.hidden else 0.0
         room -= hidden
-        where = "between nodes" if leaves else "within the node"
         shares.append(Share(one.name, seconds, hidden, f"{one.formula} / {rate:.4g} GB/s, {where}"))
     return shares
 
