@@ -32,6 +32,7 @@ RUNS = {
         "model.num_hidden_layers=6",
     ),
     "linear": ("task=linear", "data=synthetic", "data.rows=200", "zero=stage0", "model.hidden_size=32"),
+    "second": HEAVY,  # a training after others in one process
 }  # fmt: skip
 ANYWAY = "; `toolkit plan … --search` lists what fits, plan.enforce=false tries it anyway."
 REFUSAL = (
@@ -63,8 +64,9 @@ def test_plan_json_is_what_toolkit_plan_says_of_the_config(done: Many, folder: P
     assert found["planned"]["peak_gib"] == of_config.memory.peak / 2**30
 
 
-def test_measured_stands_beside_planned(done: Many, folder: Path) -> None:
-    found, records = written(folder / "planned"), read(folder / "planned" / "metrics.jsonl")
+@pytest.mark.parametrize("name", ["planned", "second"])
+def test_measured_stands_beside_planned(name: str, done: Many, folder: Path) -> None:
+    found, records = written(folder / name), read(folder / name / "metrics.jsonl")
     planned, measured = found["planned"], found["measured"]
     assert 0.7 * planned["peak_gib"] < measured["peak_gib"] < planned["peak_gib"] + 0.2
     seconds = [r["step_seconds"] for r in records if "step_seconds" in r]

@@ -4,6 +4,7 @@ begin(run)                                             # in build_model: PlanErr
 finish(run, meter.peak_gib, meter.overall())           # at the end of fit
 """
 
+import ctypes
 import json
 import logging
 from collections.abc import Mapping
@@ -100,7 +101,8 @@ def _forget_peak() -> float | None:
         return 0.0
     import psutil
 
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc gives back what the training before had: it would not grow again
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is resident now (man 5 proc)
         return psutil.Process().memory_info().rss / GIB
     return None
