@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from launching import ROOT, build_ops, data_cache, launch
@@ -40,8 +41,12 @@ def shares(found: dict[str, Any]) -> dict[str, float]:
 
 @pytest.fixture(scope="module", autouse=True)
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `toolkit plan … --calibrate --json` printed; the cache of rates is an empty one, that of ops the user's."""
+    """What `toolkit plan … --calibrate --json` printed, and how busy others kept the cores before.
+
+    The cache of rates is an empty one, that of ops the user's.
+    """
     build_ops()
+    busy = psutil.cpu_percent(interval=1)
     folder = tmp_path_factory.mktemp("calibrate")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR") or str(cache_dir("ops")))
@@ -50,7 +55,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Any:
         done = plan(*arguments, f"output_dir={folder}/out", cwd=folder)
         assert done.returncode == 0, done.stderr
         assert [p.name for p in folder.iterdir()] == ["cache"], "the job's folder is gone"
-        yield done
+        yield done, busy
 
 
 @pytest.fixture
@@ -61,12 +66,13 @@ def file() -> Path:
 def test_it_stores_a_machine_and_plans_with_it(calibration: Any, file: Path) -> None:
     machine = parsed(file.read_text())
     assert [p.name for p in file.parent.iterdir()] == [file.name], "nothing of another name"
-    found = json.loads(calibration.stdout)
+    done, _ = calibration
+    found = json.loads(done.stdout)
     assert found["layout"]["data"] == machine.devices_per_node == 2 and found["speed"]["step_seconds"] > 0
     rate = machine.peak_tflops["fp32"] * machine.efficiency["fp32"] * 1e12
     assert shares(found)["computing"] == pytest.approx(found["speed"]["flops"] / 2 / rate)
     assert f"fp32 {machine.efficiency['fp32']:.0%} of their rate" in found["assumptions"][0]
-    assert "measured by toolkit plan --calibrate" in found["assumptions"][0] and str(file) in calibration.stderr
+    assert "measured by toolkit plan --calibrate" in found["assumptions"][0] and str(file) in done.stderr
     assert set(machine.measured) == {
         "peak_tflops", "efficiency", "bandwidth_gbs", "link_gbs", "pcie_gbs", "nvme_gbs"
     }  # fmt: skip
@@ -91,14 +97,17 @@ def test_its_rates_are_those_that_one_process_measures(file: Path) -> None:
     assert machine.link_gbs < machine.bandwidth_gbs
 
 
-def test_a_plan_of_another_layout_tells_the_time_of_a_real_run(tmp_path: Path) -> None:
-    """Seen on two idle cores: 1.04 to 1.08 of the run's; while other jobs came and went, down to 0.54."""
+def test_a_plan_of_another_layout_tells_the_time_of_a_real_run(calibration: Any, tmp_path: Path) -> None:
+    """Seen on two idle cores: 1.04 to 1.08 of the run's; while other jobs came and went, down to 0.51."""
     other = (*MINI, "zero=stage1", "batch.global_size=32")
     predicted = planned("--world", "2", *other)["speed"]["step_seconds"]
+    busy = [calibration[1], psutil.cpu_percent(interval=1)]
     run = launch(tmp_path, *other, "train.steps=7", "train.log_every=1", "train.eval_samples=8", "schedule.warmup=2",
                  f"output_dir={tmp_path}", bare=True)  # fmt: skip
     measured = median(r["step_seconds"] for r in run.steps if "step_seconds" in r)
-    assert 0.5 < predicted / measured < 2
+    if max(*busy, psutil.cpu_percent(interval=1)) > 25:
+        pytest.skip("other jobs keep the cores busy: neither the calibration nor the run tells anything")
+    assert 1 / 1.5 < predicted / measured < 1.5
 
 
 def test_what_is_given_wins() -> None:
