@@ -1,6 +1,7 @@
 """A run tells its plan, refuses what cannot fit, and sets what it measured beside it."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from toolkit import run_plan
 from toolkit.compose import compose
 from toolkit.config import load
+from toolkit.errors import PlanError
 from toolkit.plan.plan import Plan, place_of_job, plan, plan_for
 from toolkit.plan.shapes import model_shape
 from toolkit.run import Run
@@ -114,15 +116,26 @@ def test_starting_a_finished_run_again_keeps_what_it_measured(done: Many, folder
     assert written(tmp_path)["measured"] == written(old)["measured"]
 
 
+def test_batches_that_may_be_short_are_not_refused(done: Many, folder: Path, tmp_path: Path) -> None:
+    """Pretraining fills every sequence, the other tasks pad to the longest of a batch."""
+    (tmp_path / "model").symlink_to(folder / "planned" / "model")
+    shape = ("zero=stage0", "data.max_length=128", "batch.micro_size=32", "batch.global_size=32")
+    for task, limit, refused in (("pretrain", 0.1, True), ("sst2", 0.1, False), ("sst2", 0.001, True)):
+        run = Run(tmp_path, compose([f"task={task}", *shape, f"machine.host_memory_gib={limit}"]), Console(quiet=True))
+        with pytest.raises(PlanError) if refused else nullcontext():
+            run_plan._judge(run, 1)
+        assert run.plan and run.plan.fits is False
+
+
 def on_gpus(*overrides: str) -> Plan:
     return plan(compose([*LARGE, *overrides]))
 
 
 def test_the_line_of_gpus() -> None:
-    rest = "largest micro-batch 128; 0.922 s a step, 568,491 tokens/s, MFU 45%, 0.9 h"
+    rest = "largest micro-batch 128; 0.923 s a step, 567,958 tokens/s, MFU 45%, 0.9 h"
     assert run_plan.line(on_gpus("train.steps=3600")) == f"plan: 9.18 of 80 GiB a device (activations 6.6), {rest}"
     offloaded = run_plan.line(on_gpus("zero=stage3", "offload=cpu", "machine.host_memory_gib=5"))
-    assert " 6.26 of 5 GiB of host, does not fit, largest micro-batch 128; " in offloaded
+    assert " 6.26 of 5 GiB of host, does not fit at 512 tokens a sequence, largest micro-batch 128; " in offloaded
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from toolkit.plan.plan import GIB, Plan, place_of_job, plan_for
 from toolkit.plan.shapes import model_shape
 from toolkit.run import Run
 
+SHORTEST = 8  # tokens of a sequence
 RATES = ("step_seconds", "samples_per_second", "tokens_per_second", "mfu")
 Numbers = Mapping[str, float | None]
 
@@ -57,17 +58,25 @@ def _judge(run: Run, per_node: int) -> None:
         return
     run.plan = found
     _write(run, found, _measured_before(run.dir / "plan.json"))
-    if found.fits is False and run.config.plan.enforce:
+    if run.config.plan.enforce and not _may_fit(run, per_node, found):
         raise PlanError(refusal(found))
     run.console.print(line(found), highlight=False)
 
 
-def _plan(run: Run, per_node: int) -> Plan:
+def _may_fit(run: Run, per_node: int, found: Plan) -> bool:
+    """Only pretraining fills every sequence; the other tasks pad a batch to its longest, which may be short."""
+    if found.fits is not False or run.config.task.kind == "pretrain":
+        return found.fits is not False
+    return _plan(run, per_node, length=SHORTEST).fits is not False
+
+
+def _plan(run: Run, per_node: int, length: int | None = None) -> Plan:
     """Of the very model, as model/ describes it: the vocabulary and the labels are known by now."""
-    config, device, world = run.config, ranks.device(), ranks.world()
-    shape = model_shape(
-        config.model_copy(update={"model": config.model.model_copy(update={"weights": str(run.dir / "model")})})
-    )
+    device, world = ranks.device(), ranks.world()
+    model = run.config.model.model_copy(update={"weights": str(run.dir / "model")})
+    data = run.config.data.model_copy(update={"max_length": length or run.config.data.max_length})
+    config = run.config.model_copy(update={"model": model, "data": data})
+    shape = model_shape(config)
     machine = place_of_job(config, world=world, per_node=per_node, device=device)
     found = plan_for(machine, config, shape, ranks=world, device=device)
     seconds = found.speed.step_seconds
@@ -114,7 +123,7 @@ def line(plan: Plan) -> str:
     memory = [f"{own} (activations {_held(plan, 'activations')})"]
     others = (("host", plan.host_gib, plan.host_limit_gib), ("NVMe", plan.nvme_gib, plan.nvme_limit_gib))
     memory += [f"{_gib(need)}{_of(limit)} GiB of {place}" for place, need, limit in others if need]
-    memory += ["does not fit"] if plan.fits is False else []
+    memory += [f"does not fit at {plan.layout.length} tokens a sequence"] if plan.fits is False else []
     memory += [f"largest micro-batch {plan.largest_micro}"] if plan.largest_micro else []
     return f"plan: {', '.join(memory)}; {_speed(plan)}"
 
