@@ -3,7 +3,8 @@
     deepspeed --num_gpus 2 tests/many_runs.py <output_dir> runs.json [memory]    # {"name": ["override", …], …}
 
 With ``memory``, one more step of each is counted: <output_dir>/<name>/peak.json, bytes of the rank with most, and
-memory.json, those of every rank by category: at the peak, the largest of each, and between steps.
+memory.json, those of every rank by category: at the peak, the largest of each, and between steps. With DeepSpeed's
+comms_logger and its ``debug`` on, also the messages of the step after that.
 What a run was refused with is written to <output_dir>/<name>.error.json, one message per rank.
 """
 
@@ -11,9 +12,11 @@ import faulthandler
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
+    from deepspeed import comm
     from rich.console import Console
 
     from toolkit import ops, ranks
@@ -49,6 +52,9 @@ def main() -> None:
                             engine.train_batch(task.train_batches(start_sample=0))
                         run.write_json("peak.json", ranks.largest([sum(tracker.at_peak.values())])[0])
                         found = {"at_peak": tracker.at_peak, "peak": tracker.peak, "state": sizes(engine.ds)}
+                        comm.reset_log()  # after a step: weights gathered to evaluate need no gathering in the first
+                        engine.train_batch(task.train_batches(start_sample=0))
+                        found["logged"] = logged(comm.comm.comms_logger)
                         run.write_json("memory.json", ranks.gathered(found))
                 except ToolkitError as refused:
                     error = f"{type(refused).__name__}: {refused}"
@@ -57,6 +63,12 @@ def main() -> None:
                     (output_dir / f"{name}.error.json").write_text(json.dumps(errors))
                 if engine is not None:
                     engine.close()
+
+
+def logged(logger: Any) -> list[Any]:
+    """[operation, caller, bytes of a message, count] of each entry of DeepSpeed's comms logger, if it is on."""
+    entries = [(name, size, count) for name, of in logger.get_raw_data().items() for size, (count, *_) in of.items()]
+    return [[*name.rstrip("]").split(" | [Caller Func: "), size, count] for name, size, count in entries]
 
 
 if __name__ == "__main__":
