@@ -226,8 +226,8 @@ def launch_many(
     output_dir.mkdir(parents=True, exist_ok=True)
     output = Path(tempfile.mkdtemp(prefix="launch-", dir=output_dir))
     (output / "runs.json").write_text(json.dumps(overrides))
-    command = [*_launcher("deepspeed", ranks), "tests/many_runs.py", str(output_dir), str(output / "runs.json")]
-    command += ["memory"] if memory else []
+    command = [sys.executable, "tests/many_runs.py", str(ranks), str(free_port()), str(output_dir)]
+    command += [str(output / "runs.json"), *(["memory"] if memory else [])]
     job = Job(command, output, output_dir)
     try:
         result = job.wait(900)
