@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launching import ROOT, free_port
+from launching import ROOT
+
+from toolkit.ranks import free_port
 
 STEPS, WARMUP, SIZE, ROUNDS = 32, 8, 32, 2
 

@@ -9,7 +9,6 @@ import atexit
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from toolkit.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -225,8 +226,8 @@ def launch_many(
     output_dir.mkdir(parents=True, exist_ok=True)
     output = Path(tempfile.mkdtemp(prefix="launch-", dir=output_dir))
     (output / "runs.json").write_text(json.dumps(overrides))
-    command = [*_launcher("deepspeed", ranks), "tests/many_runs.py", str(output_dir), str(output / "runs.json")]
-    command += ["memory"] if memory else []
+    command = [sys.executable, "tests/many_runs.py", str(ranks), str(free_port()), str(output_dir)]
+    command += [str(output / "runs.json"), *(["memory"] if memory else [])]
     job = Job(command, output, output_dir)
     try:
         result = job.wait(900)
@@ -271,12 +272,6 @@ def data_cache() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="toolkit-data-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,19 +1,64 @@
 """Several small runs in one launch, as importing takes longer than they do; fit() and all below it is the real one.
 
-    deepspeed --num_gpus 2 tests/many_runs.py <output_dir> runs.json [memory]    # {"name": ["override", …], …}
+    python tests/many_runs.py 2 29500 <output_dir> runs.json [memory]    # ranks, port, {"name": ["override", …], …}
+
+The ranks are forks of one process that has imported all they need; no launcher. The first that fails ends the others.
 
 With ``memory``, one more step of each is counted: <output_dir>/<name>/peak.json, bytes of the rank with most, and
-memory.json, those of every rank by category: at the peak, the largest of each, and between steps.
+memory.json, those of every rank by category: at the peak, the largest of each, and between steps. With DeepSpeed's
+comms_logger and its ``debug`` on, also the messages of the step after that.
 What a run was refused with is written to <output_dir>/<name>.error.json, one message per rank.
 """
 
 import faulthandler
 import json
+import os
+import signal
 import sys
+import time
+import traceback
 from pathlib import Path
+from typing import Any
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking the driver itself would bar CUDA from forks
+    import deepspeed  # noqa: F401
+    import transformers  # noqa: F401
+
+    import toolkit.train  # noqa: F401
+
+    ranks, port, *rest = arguments
+    children = {fork(rank, int(ranks), port, rest) for rank in range(int(ranks))}
+    while children:
+        child, status = os.wait()
+        children.discard(child)
+        if status:
+            time.sleep(1)  # for the last words of the others
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(abs(os.waitstatus_to_exitcode(status)))
+
+
+def fork(rank: int, count: int, port: str, arguments: list[str]) -> int:
+    """A rank with the variables that DeepSpeed's launcher sets; in the parent its process id."""
+    child = os.fork()
+    if child:
+        return child
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    code = 1
+    try:
+        train(arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def train(arguments: list[str]) -> None:
+    from deepspeed import comm
     from rich.console import Console
 
     from toolkit import ops, ranks
@@ -27,7 +72,7 @@ def main() -> None:
     from toolkit.tasks import build_task
     from toolkit.train import fit
 
-    output_dir, file, *extra = (Path(a) for a in sys.argv[1:] if not a.startswith("--local_rank"))
+    output_dir, file, *extra = (Path(a) for a in arguments)
     runs = json.loads(file.read_text())
     configs = {n: compose([*overrides, f"name={n}", f"output_dir={output_dir}"]) for n, overrides in runs.items()}
     ranks.complete_environment()
@@ -49,6 +94,9 @@ def main() -> None:
                             engine.train_batch(task.train_batches(start_sample=0))
                         run.write_json("peak.json", ranks.largest([sum(tracker.at_peak.values())])[0])
                         found = {"at_peak": tracker.at_peak, "peak": tracker.peak, "state": sizes(engine.ds)}
+                        comm.reset_log()  # after a step: weights gathered to evaluate need no gathering in the first
+                        engine.train_batch(task.train_batches(start_sample=0))
+                        found["logged"] = logged(comm.comm.comms_logger)
                         run.write_json("memory.json", ranks.gathered(found))
                 except ToolkitError as refused:
                     error = f"{type(refused).__name__}: {refused}"
@@ -59,5 +107,11 @@ def main() -> None:
                     engine.close()
 
 
+def logged(logger: Any) -> list[Any]:
+    """[operation, caller, bytes of a message, count] of each entry of DeepSpeed's comms logger, if it is on."""
+    entries = [(name, size, count) for name, of in logger.get_raw_data().items() for size, (count, *_) in of.items()]
+    return [[*name.rstrip("]").split(" | [Caller Func: "), size, count] for name, size, count in entries]
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

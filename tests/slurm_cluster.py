@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launching import free_port
+
+from toolkit.ranks import free_port
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 PATH = f"{os.environ['PATH']}:/usr/sbin"

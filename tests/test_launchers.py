@@ -16,7 +16,7 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from launching import ROOT, TINY, Job, build_ops, data_cache, free_port, launch, logs, read
+from launching import ROOT, TINY, Job, build_ops, data_cache, launch, logs, read
 from manifest_schemas import problems
 from omegaconf import OmegaConf
 from slurm_cluster import Cluster, needs_slurm, slurm_cluster
@@ -26,6 +26,7 @@ from toolkit.compose import compose
 from toolkit.config import load
 from toolkit.errors import ConfigError
 from toolkit.launchers.start import start
+from toolkit.ranks import free_port
 
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 TOOLKIT = str(Path(sys.executable).parent / "toolkit")

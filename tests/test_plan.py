@@ -81,6 +81,14 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
     assert planned("machine.memory_gib=1").fits is False and planned("machine.memory_gib=1").largest_micro is None
 
 
+def test_the_largest_micro_batch_fits_the_host_too() -> None:
+    moved = ("machine.nodes=4", "batch.micro_size=1", "activation=offload_cpu")
+    free, tight = planned(*moved), planned(*moved, "machine.host_memory_gib=40")
+    assert free.largest_micro == 32 and tight.largest_micro is not None and tight.largest_micro < 32
+    above = planned(*moved, "machine.host_memory_gib=40", f"batch.micro_size={2 * tight.largest_micro}")
+    assert above.host_gib > 40 and above.device_gib < 40
+
+
 def test_what_leaves_a_node_is_as_slow_as_its_ports() -> None:
     one, four = planned(), planned("machine.nodes=4")
     reduced = [next(s for s in p.speed.shares if s.name.startswith("gradients")) for p in (one, four)]

@@ -15,7 +15,7 @@ from toolkit.config import Batch
 from toolkit.errors import ConfigError
 from toolkit.meter import Share, conditions
 from toolkit.studies import scaling
-from toolkit.traffic import _TO_ALL, _message, _size
+from toolkit.traffic import WIRE, _message, _size
 
 MIB = 2**20
 KEEPS_NOTHING = (
@@ -41,8 +41,8 @@ def test_the_message_of_every_kind_of_call_is_found() -> None:
     assert _size(_message("all_gather", (), {"tensor_list": [two], "tensor": one})) == 12
     assert _size(_message("all_gather_coalesced", ([two, two], [one, two]), {})) == 32
     assert _size(_message("reduce_scatter", (), {"output": one, "input_list": [one, two]})) == 32
-    assert _TO_ALL["all_reduce"](4) == _TO_ALL["reduce_scatter"](4) + _TO_ALL["all_gather"](4) / 4
-    assert all(_TO_ALL[name](1) == 0 for name in _TO_ALL if "send" not in name)
+    assert WIRE["all_reduce"](4) == WIRE["reduce_scatter"](4) + WIRE["all_gather"](4) / 4
+    assert all(WIRE[name](1) == 0 for name in WIRE if "send" not in name)
 
 
 def test_the_bytes_are_those_of_the_paper(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch.distributed import get_world_size
 
 # Bytes sent per byte of the message, by the number of ranks.
-_TO_ALL: dict[str, Callable[[int], float]] = {
+WIRE: dict[str, Callable[[int], float]] = {
     **dict.fromkeys(("all_reduce", "all_reduce_coalesced", "inference_all_reduce"), lambda n: 2 * (n - 1) / n),
     **dict.fromkeys(("reduce_scatter", "reduce_scatter_tensor", "reduce", "broadcast"), lambda n: (n - 1) / n),
     **dict.fromkeys(("all_to_all", "all_to_all_single"), lambda n: (n - 1) / n),
@@ -42,7 +42,7 @@ class Traffic:
         self.counting = True
         self.cuda = torch.cuda.is_available() and dist.cdb.get_backend() == "nccl"
         self._restart()
-        for name in _TO_ALL:
+        for name in WIRE:
             method = getattr(type(dist.cdb), name).__get__(dist.cdb)  # not one of an earlier Traffic
             setattr(dist.cdb, name, self._counted(name, method))
 
@@ -79,7 +79,7 @@ class Traffic:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.counting and name != "barrier":
                 group = kwargs.get("group", args[2] if len(args) > 2 else None)
-                self.sent += _TO_ALL[name](get_world_size(group)) * _size(_message(name, args, kwargs))
+                self.sent += WIRE[name](get_world_size(group)) * _size(_message(name, args, kwargs))
             with self.clock():
                 work = method(*args, **kwargs)
             if isinstance(work, list):

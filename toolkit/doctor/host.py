@@ -18,7 +18,7 @@ from toolkit import fingerprint, nvme, ops, ranks
 from toolkit.config import load
 from toolkit.doctor import disk, gpu
 from toolkit.doctor.finding import Finding, Job, gib, rated, unneeded
-from toolkit.doctor.size import host_bytes, parameters
+from toolkit.doctor.size import host_bytes
 from toolkit.errors import ConfigError, PlanError
 
 CAP_IPC_LOCK = 14  # bit of /proc/self/status, CapEff: pins without a limit
@@ -149,10 +149,9 @@ def memory(job: Job) -> Finding:
     """What is offloaded to this host's memory, against what is free, in a container too."""
     if "cpu" not in (job.facts.offload, job.facts.param_offload):
         return unneeded("host memory", "nothing is offloaded to it")
-    free, count = _free_memory(), parameters(job.config)
-    if count is None:
+    free, needed = _free_memory(), host_bytes(job)
+    if needed is None:
         return Finding("host memory", "ok", f"{gib(free)} free", "the model's size is not known here")
-    needed = host_bytes(job, count)
     way = "Use more hosts, offload=nvme, or offload=none on more GPUs."
     return rated("host memory", free >= needed, f"{gib(free)} free", f"{gib(needed)} of optimizer and weights", way)
 

@@ -4,47 +4,40 @@ parameters(config)          # 4_384_316, or None where only the data would tell
 checkpoint_bytes(job)       # of one checkpoint
 """
 
-from typing import Any
+from statistics import mean
 
 from toolkit import ds_config
 from toolkit.config import RunConfig
 from toolkit.doctor.finding import Job
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, PlanError
+from toolkit.plan.layout import Layout
+from toolkit.plan.memory import memory_of
+from toolkit.plan.shapes import model_shape
 
 STATES = {"Adam": 2, "AdamW": 2, "LAMB": 2, "Lion": 2, "Muon": 2, "SGD": 1}  # fp32 numbers a parameter, at most
 
 
 def parameters(config: RunConfig) -> int | None:
-    """Of the model with its pretraining head, the vocabulary being what the tokenizer was asked for."""
-    if config.task.kind in ("linear", "denoise"):
-        return None
+    """As the plan counts them; of weights that it cannot read, without a head, if this host has them."""
+    try:
+        return model_shape(config).parameters
+    except PlanError:
+        return _of_weights(config.model.weights) if config.model.weights else None
+
+
+def _of_weights(name: str) -> int | None:
     import torch
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
     from transformers.initialization import no_init_weights
 
-    try:
-        hf_config, build = _described(config)
+    from toolkit.models.build import read_config
+
+    try:  # what the hub has and this host has not is not asked for
+        hf_config = read_config(name, AutoConfig, local_files_only=True)
     except (ConfigError, OSError):
         return None
     with torch.device("meta"), no_init_weights():
-        model = (build or AutoModel.from_config)(hf_config)
-    model.tie_weights()
-    return int(model.num_parameters())
-
-
-def _described(config: RunConfig) -> tuple[Any, Any]:
-    """The Hugging Face configuration and the class that is built from it; None: what AutoModel takes."""
-    from transformers import AutoConfig, BertForPreTraining, MarianMTModel
-
-    from toolkit.models.build import bert_config, read_config
-    from toolkit.models.seq2seq import Special, marian_config
-
-    model, vocabulary = config.model, config.model.vocab_size or config.tokenizer.vocab_size
-    if model.weights:  # what the hub has and this host has not is not asked for
-        return read_config(model.weights, AutoConfig, local_files_only=True), None
-    if config.task.kind == "translate":
-        return marian_config(model, Special(0, 1, 0), vocabulary), MarianMTModel
-    return bert_config(model, vocab_size=vocabulary, pad_id=0), BertForPreTraining
+        return int(AutoModel.from_config(hf_config).num_parameters())
 
 
 def checkpoint_bytes(job: Job, count: int) -> int:
@@ -60,9 +53,11 @@ def checkpoint_bytes(job: Job, count: int) -> int:
     return (count + ds_config.largest_parameter(job.config)) * size + count * 4
 
 
-def host_bytes(job: Job, count: int) -> int:
-    """What offloading keeps in this host's memory: master copy, two states and gradient in fp32; the weights."""
-    facts, share = job.facts, job.slots / job.world
-    optimizer = 16 if facts.offload == "cpu" else 0
-    weights = (4 if facts.dtype == "fp32" else 2) if facts.param_offload == "cpu" else 0
-    return int(count * share * (optimizer + weights))
+def host_bytes(job: Job) -> int | None:
+    """What the plan says that this host's ranks keep in its memory; None of a model that has no plan."""
+    try:
+        shape = model_shape(job.config)
+    except PlanError:
+        return None
+    layout = Layout.of(job.config, job.ds, world=job.world, device=job.device)
+    return int(job.slots * mean(memory_of(shape, layout, stage).total("host") for stage in range(layout.pipe)))

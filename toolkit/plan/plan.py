@@ -6,6 +6,8 @@ found.fits, found.left_gib, found.largest_micro, found.speed.step_seconds
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from math import isqrt
 from typing import Any
 
 from toolkit import ds_config
@@ -73,7 +75,7 @@ def plan_for(machine: Machine, config: RunConfig, shape: ModelShape, *, ranks: i
     """The same of a known shape on known devices. Raises ConfigError and PlanError."""
     ds = ds_config.complete(config, world=ranks, device=device, vocab_size=shape.vocab_size)
     found = plan_on(machine, config, ds, shape, ranks=ranks, device=device)
-    return replace(found, largest_micro=_largest_micro(shape, found.layout, found.device_limit_gib))
+    return replace(found, largest_micro=_largest_micro(machine, config, ds, shape, ranks=ranks, device=device))
 
 
 def plan_on(
@@ -163,11 +165,21 @@ def _device_gib(memory: Memory, layout: Layout) -> float:
     return memory.peak * (1 + assumptions.SLACK) / GIB + assumptions.CONTEXT_GIB
 
 
-def _largest_micro(shape: ModelShape, layout: Layout, limit: float | None) -> int | None:
-    """The largest micro-batch of those that divide a copy's share of the global batch."""
-    share = layout.samples // layout.data
-    for micro in (d for d in range(share, 0, -1) if share % d == 0) if limit else ():
-        tried = replace(layout, micro=micro, accumulation=share // micro)
-        if all(_device_gib(memory_of(shape, tried, s), tried) <= limit for s in range(layout.pipe)):  # type: ignore[operator]
+def _largest_micro(
+    machine: Machine, config: RunConfig, ds: Mapping[str, Any], shape: ModelShape, *, ranks: int, device: str
+) -> int | None:
+    """The largest micro-batch with which all fits, of those that divide a copy's share of the global batch."""
+    share = config.batch.global_size // (ranks // config.split)
+    for micro in reversed(divisors(share)):
+        tried = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": micro})})
+        steps = {"gradient_accumulation_steps": share // micro}
+        if plan_on(machine, tried, {**ds, **steps}, shape, ranks=ranks, device=device).fits:
             return micro
     return None
+
+
+@cache
+def divisors(number: int) -> list[int]:
+    """All of them, smallest first."""
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

@@ -8,16 +8,16 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
-from math import inf, isqrt
+from math import inf
 from typing import Any
 
 from toolkit import ds_config
 from toolkit.compose import compose, options
 from toolkit.config import Machine, RunConfig, conf_dir
 from toolkit.errors import PlanError
-from toolkit.plan.plan import GIB, Plan, place, plan_on
+from toolkit.plan.plan import GIB, Plan, divisors, place, plan_on
 from toolkit.plan.shapes import ModelShape, model_shape
 
 MICRO = "batch.micro_size"
@@ -134,7 +134,7 @@ def _layouts(
     kept = {a: (compose([*overrides, *a]) if a else base).activation for a in activations}
     tensors = {(): {}} if "parallel" in fixed else _tensors(overrides, ranks)
     whole = next(iter(tensors))
-    stages = [base.pipeline.stages] if "pipeline" in fixed else _divisors(ranks)
+    stages = [base.pipeline.stages] if "pipeline" in fixed else divisors(ranks)
     usual = {f"{group}={option}" for group, option in options(overrides).items() if group != "zero"}
     usual.add(f"pipeline.stages={base.pipeline.stages}")
     for zero, offload in product(zeros, offloads):
@@ -150,7 +150,7 @@ def _tensors(overrides: list[str], ranks: int) -> dict[tuple[str, ...], dict[str
     """What is typed for every tensor size, the first for none, and what it changes in the DeepSpeed config."""
     block = compose([*overrides, "parallel=tensor"]).deepspeed["tensor_parallel"]
     found: dict[tuple[str, ...], dict[str, Any]] = {("parallel=none",): {}}
-    for size in _divisors(ranks)[1:]:
+    for size in divisors(ranks)[1:]:
         more = [f"deepspeed.tensor_parallel.autotp_size={size}"] * (size != block["autotp_size"])
         found[("parallel=tensor", *more)] = {"tensor_parallel": block | {"autotp_size": size}}
     return found
@@ -187,10 +187,4 @@ def _options(group: str, fixed: set[str]) -> list[tuple[str, ...]]:
 def _micros(config: RunConfig, ranks: int) -> list[int]:
     """All that divide a copy's share of the global batch, largest first; 1 where it has none, for a rule to refuse."""
     share, rest = divmod(config.batch.global_size, max(1, ranks // config.split))
-    return [1] if rest or not share else _divisors(share)[::-1]
-
-
-@cache
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
+    return [1] if rest or not share else divisors(share)[::-1]
