@@ -54,6 +54,7 @@ def main(config: RunConfig) -> None:
     run.write_csv("memory.csv", rows)
     run.console.print(memory.table(rows))
     if ranks.rank() == 0:
+        (run.dir / "plan.json").unlink(missing_ok=True)  # of the last layout
         title = f"{config.model.num_hidden_layers} layers of {config.model.hidden_size}, {ranks.world()} ranks"
         memory.plot(rows, run.dir / "memory", title)
     run.console.print(f"Run directory: {run.dir}")

@@ -24,6 +24,7 @@ from checkpoint_runs import (
     plant,
     trained,
 )
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from launching import Many, launch, launch_many, layouts, needs_nvme, read
 
 from toolkit import checkpoint, ds_state
@@ -293,3 +294,11 @@ def test_reading_needs_the_classes_that_are_allowed_and_no_other(whole: Path) ->
     }
     # DynamicLossScaler: fp16 alone, which does not train on a CPU
     assert {name.rsplit(".", 1)[1] for name in needed} == {"ZeroStageEnum", "LossScaler", "fragment_address"}
+
+
+def test_the_zero_stage_is_saved_as_a_number(tmp_path: Path) -> None:
+    """Python 3.11.0 to 3.11.3 pickle an enum as a call of getattr, which loading safely refuses."""
+    for shard, stage in (({"zero_stage": ZeroStageEnum.weights}, 3), ({"single_partition_of_fp32_groups": []}, 1)):
+        ds_state._Files(tmp_path).save({"optimizer_state_dict": shard}, str(tmp_path / "shard.pt"))
+        found = torch.load(tmp_path / "shard.pt", weights_only=True)["optimizer_state_dict"]["zero_stage"]
+        assert type(found) is int and found == stage

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -49,11 +50,21 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     path = machines.stored(here)
     if problem := refused(path.parent):
         raise ConfigError(f"{path.parent}: {problem}. Set XDG_CACHE_HOME to a folder that can be written.")
-    text = _measured(config, ranks, console)
+    text = _with_earlier_steps(_measured(config, ranks, console), path)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, text)
     console.print(f"{told(machines.parsed(text))}. Stored in {path}", highlight=False)
     return ranks
+
+
+def _with_earlier_steps(text: str, path: Path) -> str:
+    """What steps in other types have reached before stays, if ``path`` can be read."""
+    import yaml
+
+    found = yaml.safe_load(text)
+    with suppress(OSError, ConfigError, yaml.YAMLError):
+        found["efficiency"] = machines.parsed(path.read_text()).efficiency | found["efficiency"]
+    return str(yaml.safe_dump(found, sort_keys=False))
 
 
 def told(machine: Machine) -> str:
@@ -103,7 +114,8 @@ def _run(folder: Path, world: int) -> None:
     job = ["-m", "toolkit.calibrate", "--config-path", str(folder), "--config-name", "job"]
     threads = str(max(1, (os.cpu_count() or 1) // world))  # as toolkit.ranks has it; the launcher would set 1
     with (folder / "stderr").open("w+") as log:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: without ranks or folders left behind
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: without ranks or folders left behind
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         process = subprocess.Popen(
             [sys.executable, *launcher, *job], stdout=sys.stderr, stderr=log, stdin=subprocess.DEVNULL,
             env={"OMP_NUM_THREADS": threads, **os.environ},

@@ -8,6 +8,7 @@ toolkit curves runs/multi30k                        # loss and metrics by step, 
 toolkit plan model=bert_large machine=a100_80gb     # what fits and how fast, before any device is rented
 toolkit check ds_config.json --world 8              # what is wrong with a DeepSpeed file, line by line
 toolkit plan model=bert_mini --world 2 --calibrate  # the same of this host, whose rates are measured first, and kept
+toolkit plan runs/bert                              # what a run has measured beside its plan
 toolkit plan machine=h100 --search                  # which ZeRO stage, offload, micro-batch …: what fits, fastest first
 toolkit machines                                    # what devices can do: memory, bandwidth, FLOP/s
 toolkit timeline runs/bert                          # a pipeline's schedule beside what the run measured
@@ -56,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ops.set_defaults(call=lambda a: _build_ops(a.overrides, a.world, a.all))
 
     plan = commands.add_parser("plan", help="memory and time of a configuration on a machine")
-    plan.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. zero=stage3 machine=h100 machine.nodes=4")
+    plan.add_argument(
+        "overrides",
+        nargs="*",
+        help="Hydra overrides, e.g. zero=stage3 machine=h100; or a run directory",
+    )
     plan.add_argument("--world", type=int, help="ranks of the job (default: all devices of the machine)")
     plan.add_argument("--explain", action="store_true", help="the formula behind each number")
     plan.add_argument("--json", action="store_true", help="everything as one JSON object")
@@ -145,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _prepare(overrides: list[str]) -> None:
@@ -226,6 +233,11 @@ def _plan(chosen: argparse.Namespace) -> None:
 
     if alone := [f"--{name}" for name in ("top", "csv", "plot") if getattr(chosen, name) is not None]:
         raise ConfigError(f"{alone[0]} without --search: there is one configuration only. Add --search.")
+    if len(chosen.overrides) == 1 and Path(chosen.overrides[0]).is_dir():
+        from toolkit.run_plan import beside
+
+        Console(soft_wrap=True).print(beside(Path(chosen.overrides[0])))
+        return
     found = plan(compose(chosen.overrides), world=_planned_world(chosen))
     if chosen.json:
         print(json.dumps(found.as_json(), indent=1))

@@ -109,9 +109,10 @@ class _Files(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         shard = state_dict.get("optimizer_state_dict")
-        if shard and "single_partition_of_fp32_groups" in shard:
-            # BF16_Optimizer leaves the stage out, and zero_to_fp32.parse_optim_states then refuses to read it.
-            shard.setdefault("zero_stage", ZeroStageEnum.optimizer_states)
+        if shard and {"zero_stage", "single_partition_of_fp32_groups"} & set(shard):
+            # BF16_Optimizer leaves the stage out, and zero_to_fp32.parse_optim_states then refuses to read it. An enum
+            # is pickled as a call of getattr by Python 3.11.0 to 3.11.3, which safe loading refuses.
+            shard["zero_stage"] = int(shard.get("zero_stage", ZeroStageEnum.optimizer_states))
         try:
             self.written[str(Path(path).relative_to(self.root))] = save_file(state_dict, Path(path))
         except (OSError, RuntimeError) as error:

@@ -3,12 +3,14 @@
 meter.add(step); ...; record = meter.read()
 """
 
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -121,9 +123,17 @@ class Meter:
 
     def _memory(self) -> tuple[float, float]:
         """Peak GiB of the device (of the process where there is none) and of the process."""
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
-        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+        process = _process_peak() / GIB
         return (torch.cuda.max_memory_allocated() / GIB if self.cuda else process), process
+
+
+def _process_peak() -> int:
+    """Bytes. On Linux not getrusage's, which begins with those of the process that has started this one."""
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _rates(counts: dict[str, float], seconds: float) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """What a plan cannot know and therefore assumes: every such number, with where it comes from, and in words.
 
-print(*told(machine, "cuda"), sep="\\n")
+print(*told(machine, "cuda", "bf16"), sep="\\n")
 """
 
-from toolkit.config import Machine
+from toolkit.config import Dtype, Machine
 
 # Share of the data sheet's rate that a step's matrix products reach. DeepSpeed's BERT-large: 64 of a V100's 125 TFLOP/s
 # at length 128, 53 at 512 (its page on the fastest BERT training, 2020); without tensor cores it is nearer to it.
@@ -21,16 +21,21 @@ def host_gbs(machine: Machine, device: str) -> float:
     return machine.bandwidth_gbs * machine.devices_per_node if device == "cpu" and machine.bandwidth_gbs else HOST_GBS
 
 
-def told(machine: Machine, device: str) -> list[str]:
+def efficiency(machine: Machine, dtype: Dtype) -> float:
+    """Share of their rate that products reach: as measured, if need be in another type, else the usual one."""
+    return machine.efficiency.get(dtype) or next(iter(machine.efficiency.values()), EFFICIENCY[dtype])
+
+
+def told(machine: Machine, device: str, dtype: Dtype) -> list[str]:
     """The sentences that stand below a plan."""
-    rates = ", ".join(f"{dtype} {share:.0%}" for dtype, share in (machine.efficiency or EFFICIENCY).items())
-    whose = f"of the sheet's rate, links {LINK_EFFICIENCY:.0%}"
-    if machine.measured:
-        whose = f"of their rate and links all of theirs, {machine.source}"
+    known = ", ".join(key for key in machine.measured if key != "efficiency")
+    but = f", but for what was measured ({known}; {machine.source})" if known else ""
     hidden = "no computing hides" if device == "cpu" else f"{OVERLAP:.0%} of the backward pass can hide"
+    gpu = f"A GPU holds {CONTEXT_GIB} GiB besides tensors, the allocator {SLACK:.0%} more than it is asked for; "
+    host = f"host memory {host_gbs(machine, device):.4g} GB/s a node."
     return [
-        f"Matrix products reach {rates} {whose}; {hidden} communication.",
-        f"A GPU holds {CONTEXT_GIB} GiB besides tensors, the allocator {SLACK:.0%} more than it is asked for; host "
-        f"memory {host_gbs(machine, device):.4g} GB/s a node.",
+        f"Matrix products reach {efficiency(machine, dtype):.0%} of their rate in {dtype}, links and drives "
+        f"{LINK_EFFICIENCY:.0%} of theirs{but}; {hidden} communication.",
+        gpu + host if device != "cpu" else host.capitalize(),
         "Every sequence is as long as data.max_length and has all its predictions; pipe stages take equally long.",
     ]

@@ -4,6 +4,7 @@ known("NVIDIA A100-SXM4-40GB")                  # -> the machine a100_40gb
 balance(known("NVIDIA H200"), "bf16")           # 206 FLOP for each byte that it reads
 """
 
+import os
 import platform
 import re
 import subprocess
@@ -33,7 +34,7 @@ def known(device_name: str) -> Machine | None:
     part of a GPU (MIG) is none of the table's.
     """
     words = _words(device_name)
-    found = [m for m in table() if m.device_name and _words(m.device_name) <= words]
+    found = [m for m in table() if m.device_name and not m.measured and _words(m.device_name) <= words]
     return max(found, key=lambda m: len(_words(m.device_name or "")), default=None) if "mig" not in words else None
 
 
@@ -51,10 +52,20 @@ def here() -> Machine:
         names = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         names = []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        chosen = [word.strip() for word in visible.split(",") if word.strip() not in ("", "-1")]
+        names = [names[int(c)] if c.isdigit() and int(c) < len(names) else names[0] for c in chosen if names]
     if not names:
         return Machine(host_memory_gib=total)
     found = known(names[0]) or Machine(device_name=names[0])
     return found.model_copy(update={"name": "this", "devices_per_node": len(names), "host_memory_gib": total})
+
+
+def way_out(machine: Machine, unknown: Collection[str]) -> str:
+    """How to measure what is unknown, of the host at hand; a sentence after another."""
+    if machine.name != "this" or machine.measured or "machine.node_link_gbs" in unknown:
+        return ""
+    return f" Measure it: toolkit plan … --world {machine.devices_per_node} --calibrate."
 
 
 def stored(machine: Machine) -> Path:

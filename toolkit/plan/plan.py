@@ -17,7 +17,7 @@ from toolkit.plan import assumptions, machines
 from toolkit.plan.layout import Layout
 from toolkit.plan.memory import MOMENTS, Memory, memory_of
 from toolkit.plan.shapes import ModelShape, model_shape
-from toolkit.plan.speed import Speed, speed_of
+from toolkit.plan.speed import Speed, product_dtype, speed_of
 
 GIB = 2**30
 
@@ -92,6 +92,7 @@ def plan_on(
         left = max(0.0, machine.host_memory_gib - host) / min(ranks, machine.devices_per_node)
         machine = machine.model_copy(update={"memory_gib": left})
     speed = speed_of(shape, layout, machine, stages[worst], tf32=config.train.tf32)
+    dtype = product_dtype(layout, machine, tf32=config.train.tf32)
     steps, seconds = config.train.steps if config.train.epochs is None else None, speed.step_seconds
     return Plan(
         machine=machine, parameters=shape.by_part(), layout=layout, pipe_stage=worst, memory=stages[worst],
@@ -99,7 +100,7 @@ def plan_on(
         host_gib=host, pinned_gib=pinned, host_limit_gib=machine.host_memory_gib,
         nvme_gib=per_node * sum(m.total("nvme") for m in stages), nvme_limit_gib=machine.nvme_gib,
         largest_micro=None, speed=speed, hours=steps * seconds / 3600 if steps and seconds else None,
-        assumptions=tuple(assumptions.told(machine, device)),
+        assumptions=tuple(assumptions.told(machine, device, dtype)),
     )  # fmt: skip
 
 

@@ -85,12 +85,14 @@ def model_shape(config: RunConfig) -> ModelShape:
     A vocabulary that is still to be trained is taken to become as large as tokenizer.vocab_size allows.
     """
     model, task = config.model, config.task
+    if task.kind in ("linear", "denoise"):
+        raise PlanError(f"task.kind={task.kind}: there is no plan for it. Use a task on text.")
     keys = _own_keys(model, config.tokenizer.vocab_size) if model.weights is None else _read(model.weights)
     if keys["model_type"] not in KINDS:
         raise PlanError(
             f"model.weights={model.weights}: a {keys['model_type']} model cannot be planned. Known: {', '.join(KINDS)}."
         )
-    if (keys["model_type"] == "marian") != (task.kind == "translate") or task.kind in ("linear", "denoise"):
+    if (keys["model_type"] == "marian") != (task.kind == "translate"):
         raise PlanError(
             f"task.kind={task.kind} with a {keys['model_type']} model: there is no plan for it. Use task=translate "
             "with model=transformer_base, or a BERT with any task on text."
@@ -135,7 +137,9 @@ def _read(weights: str) -> dict[str, Any]:
     places = [Path(weights) / name for name in ("config.json", "export/config.json")]
     file = next((p for p in places if p.is_file()), None)
     if file is None:
-        around = [p.name for p in Path(weights).parent.glob("*")] if Path(weights).parent.is_dir() else []
+        if (Path(weights) / "metrics.jsonl").is_file():
+            raise PlanError(f"model.weights={weights}: this run has no export yet. Run: toolkit export {weights}")
+        around = [p.name for p in Path(weights).parent.glob("*") if p != Path(weights)]
         raise PlanError(
             f"model.weights={weights}: no config.json there, and a plan reads local folders only."
             f"{nearest(Path(weights).name, around)} Name a Hugging Face folder, or a run with an export."

@@ -9,7 +9,7 @@ from typing import cast
 
 from toolkit.config import Dtype, Machine
 from toolkit.plan import flops, machines
-from toolkit.plan.assumptions import ADAM_BYTES, EFFICIENCY, LINK_EFFICIENCY, OVERLAP, host_gbs
+from toolkit.plan.assumptions import ADAM_BYTES, LINK_EFFICIENCY, OVERLAP, efficiency, host_gbs
 from toolkit.plan.layout import Layout
 from toolkit.plan.memory import Memory
 from toolkit.plan.shapes import ModelShape
@@ -69,7 +69,7 @@ def speed_of(shape: ModelShape, layout: Layout, machine: Machine, memory: Memory
     tokens = layout.samples * layout.sequences * layout.length * (2 if shape.type == "marian" else 1)
     shares: tuple[Share, ...] = ()
     if not unknown and peak:
-        share = machine.efficiency.get(dtype, EFFICIENCY[dtype])
+        share = efficiency(machine, dtype)
         rate = peak * share * 1e12
         said = f"{useful + again:.3g} FLOP / {devices} / ({peak:.4g} TFLOP/s x {share:.3g})"
         computing = Share("computing", (useful + again) / devices / rate, 0.0, said)

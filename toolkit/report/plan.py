@@ -5,7 +5,7 @@ show(plan(config), Console(), explain=True)
 
 from typing import Any
 
-from toolkit.config import Machine
+from toolkit.plan.machines import way_out
 from toolkit.plan.memory import MOMENTS
 from toolkit.plan.paper import zero_bytes, zero_volume
 from toolkit.plan.plan import GIB, Plan
@@ -18,7 +18,7 @@ def show(plan: Plan, console: Any, *, explain: bool) -> None:
     console.print(*_verdict(plan), sep="\n", highlight=False)
     if plan.speed.unknown:
         console.print(f"No time without {', '.join(plan.speed.unknown)}: machine={plan.machine.name} does not say."
-                      f"{way_out(plan.machine)}", highlight=False)  # fmt: skip
+                      f"{way_out(plan.machine, plan.speed.unknown)}", highlight=False)  # fmt: skip
     else:
         console.print(_time(plan, explain))
         console.print(_rates(plan), highlight=False)
@@ -26,13 +26,6 @@ def show(plan: Plan, console: Any, *, explain: bool) -> None:
         console.print(_paper(plan), highlight=False)
     for line in plan.assumptions:
         console.print(line, highlight=False, style="dim")
-
-
-def way_out(machine: Machine) -> str:
-    """How to measure what is unknown, of the host at hand."""
-    if machine.name != "this" or machine.measured:
-        return ""
-    return f" Measure it: toolkit plan … --world {machine.devices_per_node} --calibrate."
 
 
 def _head(plan: Plan) -> str:

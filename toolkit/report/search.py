@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolkit.plan.machines import way_out
 from toolkit.plan.search import GROUPS, MICRO, Candidate, Search
-from toolkit.report.plan import way_out
 
 FITTING = {"samples/s": ("samples_per_second", ",.0f"), "MFU": ("mfu", ".0%"), "GiB": ("device_gib", ",.2f"),
            "left": ("left_gib", ",.2f"), "to type": ("overrides", "")}  # fmt: skip
@@ -82,7 +82,7 @@ def _unknown(found: Search) -> Iterator[str]:
         some = any(c.plan.speed.step_seconds for c in (*found.fitting, *found.too_large))
         ranked = "what needs it stands last" if some else "all is ranked by memory, the least first"
         where = f"which machine={found.some.machine.name} does not say"
-        how = f"Give it, e.g. {found.unknown[0]}=10.{way_out(found.some.machine)}"
+        how = f"Give it, e.g. {found.unknown[0]}=10.{way_out(found.some.machine, found.unknown)}"
         yield f"No speed without {', '.join(found.unknown)}, {where}: {ranked}. {how}"
 
 
