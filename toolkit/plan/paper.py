@@ -11,6 +11,7 @@ fp32). What DeepSpeed 0.19.8 holds differs, see toolkit/plan/memory.py.
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 from toolkit.config import conf_dir
@@ -54,20 +55,25 @@ class Row:
         return self.ours / self.published - 1
 
     def verdict(self, data: dict[str, Any]) -> str:
-        """``data`` has the tolerance, and why rows differ: a text by pattern of their names, the first that matches."""
-        if as_printed(self.ours, self.published) == self.published or math.isclose(self.ours, self.published):
+        """``data`` has the tolerance, and why rows differ, by pattern of their names: the first that matches.
+
+        A reason has a ``text`` and excuses differences ``from`` one ``to`` another; outside, the row is unexplained.
+        """
+        printed = as_printed(self.ours, self.published, cut_off=data.get("integers") == "cut off")
+        if printed == self.published or math.isclose(self.ours, self.published):
             return "equal"
         if abs(self.difference) <= data.get("tolerance", 0):
             return f"within {math.ceil(round(100 * abs(self.difference), 6))} %"
-        why = (text for pattern, text in data.get("why", {}).items() if fnmatchcase(self.what, pattern))
-        return f"differs: {next(why, 'unexplained')}"
+        matches = (why for pattern, why in data.get("why", {}).items() if fnmatchcase(self.what, pattern))
+        explained = [why["text"] for why in islice(matches, 1) if why["from"] <= self.difference <= why["to"]]
+        return f"differs: {explained[0] if explained else 'unexplained'}"
 
 
-def as_printed(value: float, printed: float) -> float:
-    """``value`` to as many digits as ``printed`` has: integers are cut off, decimals rounded half up."""
+def as_printed(value: float, printed: float, *, cut_off: bool = False) -> float:
+    """``value`` to as many digits as ``printed`` has, rounded half up; ``cut_off``: integers are not rounded."""
     places = len(str(printed).partition(".")[2])
     scale = 10.0**places
-    return math.floor(value * scale + (0.5 if places else 0)) / scale
+    return math.floor(value * scale + (0 if cut_off and not places else 0.5)) / scale
 
 
 def published(name: str) -> dict[str, Any]:

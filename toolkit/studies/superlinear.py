@@ -132,14 +132,17 @@ def implied(data: Mapping[str, Any]) -> list[float]:
 
 
 def rows(data: Mapping[str, Any]) -> list[Row]:
-    """Batches by three accountings, throughput at the paper's batch, what each step gains, what the paper implies."""
+    """Batches by three accountings, throughput at the paper's batch, what each step gains, what the paper implies.
+
+    The first batch by the paper's accounting is not among them: it sets the limit, see ``curve``.
+    """
     gpus, batches, rates = data["gpus"], data["batch"], data["tflops"]
     study, points = Study.of(data), curve(data)
     device = usable(study.machine)
-    found = []
+    found: list[Row] = []
     for n, batch, rate, point in zip(gpus, batches, rates, points, strict=True):
+        found += [Row(f"{n} GPUs: batch", batch, point.batch, "samples")] if n != gpus[0] else []
         found += [
-            Row(f"{n} GPUs: batch", batch, point.batch, "samples"),
             Row(f"{n} GPUs: batch by bytes alone", batch, study.largest_batch(n, device, study.paper_bytes), "samples"),
             Row(f"{n} GPUs: batch by DeepSpeed 0.19.8", batch, study.largest_batch(n, device, study.deepspeed_bytes),
                 "samples"),
