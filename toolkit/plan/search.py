@@ -139,13 +139,25 @@ def _layouts(
     stages = [base.pipeline.stages] if "pipeline" in fixed else divisors(ranks)
     usual = {f"{group}={option}" for group, option in options(overrides).items() if group != "zero"}
     usual.add(f"pipeline.stages={base.pipeline.stages}")
-    for zero, offload in product(zeros, offloads):
-        composed = compose([*overrides, *zero, *offload, *whole])
+    # Composing is slow: each option once, not each pair
+    by_zero = {zero: compose([*overrides, *zero, *offloads[0], *whole]) for zero in zeros}
+    first = by_zero[zeros[0]].deepspeed
+    by_offload = {o: compose([*overrides, *zeros[0], *o, *whole]).deepspeed for o in offloads[1:]}
+    for (zero, composed), offload in product(by_zero.items(), offloads):
+        ds = _changed(composed.deepspeed, first, by_offload.get(offload, first))
         for activation, count, (tensor, block) in product(activations, stages, tensors.items()):
             pipeline = base.pipeline.model_copy(update={"stages": count})
-            update = {"deepspeed": composed.deepspeed | block, "activation": kept[activation], "pipeline": pipeline}
+            update = {"deepspeed": ds | block, "activation": kept[activation], "pipeline": pipeline}
             typed = (*zero, *offload, *activation, f"pipeline.stages={count}", *tensor)
             yield tuple(o for o in typed if o not in usual), composed.model_copy(update=update)
+
+
+def _changed(tree: Any, before: Any, after: Any) -> Any:
+    """``tree`` with what differs between the other two."""
+    if not all(isinstance(one, dict) for one in (tree, before, after)):
+        return tree if before == after else after
+    keys = [k for k in tree | after if k in (tree if before.get(k) == after.get(k) else after)]
+    return {k: _changed(tree.get(k), before.get(k), after.get(k)) for k in keys}
 
 
 def _tensors(overrides: list[str], ranks: int) -> dict[tuple[str, ...], dict[str, Any]]:
@@ -190,7 +202,7 @@ def _legal(
         tried = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": micro})})
         if not ds or given:
             completed = ds_config.examine(tried, world=ranks, device=device, vocab_size=shape.vocab_size)
-            refused.update(dict.fromkeys(problem.text for problem in completed.problems))
+            refused.update([*dict.fromkeys(problem.text for problem in completed.problems)])
             if {problem.rule for problem in completed.problems} - MICRO_RULES:
                 return
             if completed.problems:
