@@ -72,10 +72,10 @@ def examine(
     largest = largest_parameter(config, vocab_size)
     layout = list(_layout_problems(config, world))
     world = max(1, world // config.split)  # from here on: copies of the model
-    ds: dict[str, Any] = whole_numbers(copy.deepcopy(config.deepspeed))
+    ds: dict[str, Any] = whole_numbers(config.deepspeed)
     batch = list(_batch_problems(config, world))
     if not batch:
-        ds = {**_batch(config, world), **ds}
+        ds = {**batch_sizes(config, world), **ds}
     if not list(_shape(ds, "")):
         _fill_nvme(ds, Facts(ds, world, device, largest), run_dir)
         _fill_monitors(ds, run_dir)
@@ -83,7 +83,7 @@ def examine(
             ds["pipeline"].setdefault("use_reentrant", False)
     facts = Facts(ds, world, device, largest, config)
     rest = [p for p in problems(facts) if not (batch and p.rule.startswith("batch_"))]
-    return Completed(ds, layout + batch + rest + run_problems(usable(facts)))
+    return Completed(ds, layout + batch + rest + run_problems(usable(facts) if rest else facts))
 
 
 def problems(facts: Facts, prefix: str = "deepspeed.") -> list[Problem]:
@@ -102,8 +102,11 @@ def usable(facts: Facts) -> Facts:
 
 
 def _without(facts: Facts, found: list[Problem]) -> Facts:
+    keyed = [p for p in found if p.key]
+    if not keyed:
+        return facts
     ds = copy.deepcopy(dict(facts.ds))
-    for problem in (p for p in found if p.key):
+    for problem in keyed:
         *blocks, last = problem.key.split(".")
         node = ds
         for block in blocks:
@@ -191,13 +194,13 @@ def _layout_problems(config: RunConfig, world: int) -> Iterator[Problem]:
         yield Problem("layout", f"{text} does not divide {world} ranks. Start {more} ranks, or use smaller ones.")
 
 
-def _batch(config: RunConfig, world: int) -> dict[str, int]:
+def batch_sizes(config: RunConfig, world: int) -> dict[str, int]:
     total, micro = config.batch.global_size, config.batch.micro_size
     return dict(zip(BATCH_KEYS, (total, micro, total // (micro * world)), strict=True))
 
 
 def _batch_problems(config: RunConfig, world: int) -> Iterator[Problem]:
-    total, micro, derived = config.batch.global_size, config.batch.micro_size, _batch(config, world)
+    total, micro, derived = config.batch.global_size, config.batch.micro_size, batch_sizes(config, world)
     ours = {BATCH_KEYS[0]: "batch.global_size", BATCH_KEYS[1]: "batch.micro_size"}
     for key in BATCH_KEYS:
         given = config.deepspeed.get(key, derived[key])

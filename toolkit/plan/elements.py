@@ -6,7 +6,7 @@ own.count, own.shard(layout)                 # of all parameters, and of this ra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import ceil
 
@@ -34,14 +34,8 @@ class Elements:
 
     @classmethod
     def of(cls, layers: Sequence[Layer], layout: Layout) -> "Elements":
-        every = [p for layer in layers for p in layer.parameters]
-        trained = [p for p in every if p.trained]
-        size = [_split(p, layout.tensor) for p in trained]
-        groups = [
-            tuple(s for p, s in zip(trained, size, strict=True) if (len(p.shape) > 1) is m) for m in (True, False)
-        ]
-        frozen = sum(p.size for p in every if not p.trained)
-        return cls(tuple(groups), _states(trained, size, layout), frozen)
+        name, momentum = layout.optimizer, bool(layout.optimizer_params.get("momentum"))
+        return _elements(tuple(layers), layout.tensor, name, momentum)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -51,11 +45,11 @@ class Elements:
     def count(self) -> int:
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def largest(self) -> int:
         return max(self.sizes, default=0)
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Elements of the larger of the two groups, with and without weight decay."""
         return max(map(sum, self.groups))
@@ -77,14 +71,23 @@ class Elements:
         return max(found)
 
 
+@lru_cache  # a search asks the same again and again
+def _elements(layers: tuple[Layer, ...], tensor: int, optimizer: str, momentum: bool) -> Elements:
+    every = [p for layer in layers for p in layer.parameters]
+    trained = [p for p in every if p.trained]
+    size = [_split(p, tensor) for p in trained]
+    groups = [tuple(s for p, s in zip(trained, size, strict=True) if (len(p.shape) > 1) is m) for m in (True, False)]
+    frozen = sum(p.size for p in every if not p.trained)
+    return Elements(tuple(groups), _states(trained, size, optimizer, momentum), frozen)
+
+
 def _split(parameter: Parameter, tensor: int) -> int:
     return parameter.size if parameter.split is None else parameter.size // tensor
 
 
-def _states(trained: Sequence[Parameter], sizes: Sequence[int], layout: Layout) -> float:
-    name, params = layout.optimizer, layout.optimizer_params
+def _states(trained: Sequence[Parameter], sizes: Sequence[int], name: str, momentum: bool) -> float:
     if name == "torch.SGD":
-        return 1.0 if params.get("momentum") else 0.0
+        return 1.0 if momentum else 0.0
     if name == "MuonWithAuxAdam":  # one momentum for matrices that are no embeddings, Adam for the rest
         muon = sum(s for p, s in zip(trained, sizes, strict=True) if len(p.shape) > 1 and p.name not in EMBEDDINGS)
         return 2 - muon / max(1, sum(sizes))

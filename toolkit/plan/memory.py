@@ -55,7 +55,7 @@ class Memory:
     def at(self, moment: str) -> tuple[Part, ...]:
         return tuple(p for p in self.parts if p.place == "device" and moment in p.moments)
 
-    @property
+    @functools.cached_property
     def moment(self) -> str:
         """When the device holds most."""
         return max(MOMENTS, key=lambda m: sum(p.bytes for p in self.at(m)))

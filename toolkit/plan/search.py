@@ -5,10 +5,11 @@ found.fitting[0].overrides, found.fitting[0].plan.speed.samples_per_second
 """
 
 import shlex
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from math import inf
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from toolkit import ds_config
 from toolkit.compose import compose, options
 from toolkit.config import Machine, RunConfig, conf_dir
+from toolkit.ds_rules import BATCH_KEYS
 from toolkit.errors import PlanError
 from toolkit.plan.plan import GIB, Plan, divisors, place, plan_on
 from toolkit.plan.shapes import ModelShape, model_shape
@@ -75,7 +77,7 @@ class Candidate:
             | {"hours": plan.hours, "unknown": " ".join(plan.speed.unknown)}
             | {"device_gib": plan.device_gib, "left_gib": plan.left_gib, "host_gib": plan.host_gib}
             | {"nvme_gib": plan.nvme_gib, "over_gib": max(0.0, over), "over_of": place if over > 0 else None}
-            | {"largest_part": max(parts, key=lambda part: part.bytes).name}
+            | {"largest_part": max(parts, key=lambda part: part.bytes).name if parts else None}
             | {**groups, "context_gib": plan.device_gib - sum(groups.values())}
         )
 
@@ -137,13 +139,25 @@ def _layouts(
     stages = [base.pipeline.stages] if "pipeline" in fixed else divisors(ranks)
     usual = {f"{group}={option}" for group, option in options(overrides).items() if group != "zero"}
     usual.add(f"pipeline.stages={base.pipeline.stages}")
-    for zero, offload in product(zeros, offloads):
-        composed = compose([*overrides, *zero, *offload, *whole])
+    # Composing is slow: each option once, not each pair
+    by_zero = {zero: compose([*overrides, *zero, *offloads[0], *whole]) for zero in zeros}
+    first = by_zero[zeros[0]].deepspeed
+    by_offload = {o: compose([*overrides, *zeros[0], *o, *whole]).deepspeed for o in offloads[1:]}
+    for (zero, composed), offload in product(by_zero.items(), offloads):
+        ds = _changed(composed.deepspeed, first, by_offload.get(offload, first))
         for activation, count, (tensor, block) in product(activations, stages, tensors.items()):
             pipeline = base.pipeline.model_copy(update={"stages": count})
-            update = {"deepspeed": composed.deepspeed | block, "activation": kept[activation], "pipeline": pipeline}
+            update = {"deepspeed": ds | block, "activation": kept[activation], "pipeline": pipeline}
             typed = (*zero, *offload, *activation, f"pipeline.stages={count}", *tensor)
             yield tuple(o for o in typed if o not in usual), composed.model_copy(update=update)
+
+
+def _changed(tree: Any, before: Any, after: Any) -> Any:
+    """``tree`` with what differs between the other two."""
+    if not all(isinstance(one, dict) for one in (tree, before, after)):
+        return tree if before == after else after
+    keys = [k for k in tree | after if k in (tree if before.get(k) == after.get(k) else after)]
+    return {k: _changed(tree.get(k), before.get(k), after.get(k)) for k in keys}
 
 
 def _tensors(overrides: list[str], ranks: int) -> dict[tuple[str, ...], dict[str, Any]]:
@@ -161,22 +175,40 @@ def _plans(
     device: str,
 ) -> Iterator[Plan]:  # fmt: skip
     """Of these micro-batches, largest first, the largest that fits and the powers of two. Raises PlanError."""
-    fits = False
+    legal = dict(_legal(config, micros, refused, shape=shape, ranks=ranks, device=device))
+
+    @cache
+    def planned(micro: int) -> Plan:
+        return plan_on(machine, *legal[micro], shape, ranks=ranks, device=device)
+
+    def fits(micro: int) -> bool:
+        return planned(micro).fits is not False
+
+    found = list(legal)
+    # Memory grows with the micro-batch, but for the largest: with one a step no gradients wait for the next
+    best = 0 if found and fits(found[0]) else bisect_left(found, True, lo=1, key=fits) if found else 0
+    for at, micro in enumerate(found):
+        if at == best or len(micros) == 1 or micro & (micro - 1) == 0:
+            yield planned(micro)
+
+
+def _legal(
+    config: RunConfig, micros: list[int], refused: Counter[str], *, shape: ModelShape, ranks: int, device: str
+) -> Iterator[tuple[int, tuple[RunConfig, dict[str, Any]]]]:
+    """Each legal micro-batch with its configuration, completed. All rules are asked until one is legal."""
+    ds: dict[str, Any] = {}
+    given = any(key in config.deepspeed for key in BATCH_KEYS)
     for micro in micros:
-        asked = len(micros) == 1 or micro & (micro - 1) == 0
-        if fits and not asked:
-            continue
         tried = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": micro})})
-        completed = ds_config.examine(tried, world=ranks, device=device, vocab_size=shape.vocab_size)
-        refused.update({problem.text for problem in completed.problems})
-        if {problem.rule for problem in completed.problems} - MICRO_RULES:
-            return
-        if completed.problems:
-            continue
-        plan = plan_on(machine, tried, completed.ds, shape, ranks=ranks, device=device)
-        if asked or plan.fits is not False:
-            yield plan
-        fits = fits or plan.fits is not False
+        if not ds or given:
+            completed = ds_config.examine(tried, world=ranks, device=device, vocab_size=shape.vocab_size)
+            refused.update([*dict.fromkeys(problem.text for problem in completed.problems)])
+            if {problem.rule for problem in completed.problems} - MICRO_RULES:
+                return
+            if completed.problems:
+                continue
+            ds = completed.ds
+        yield micro, (tried, ds | ds_config.batch_sizes(tried, ranks // config.split))
 
 
 def _options(group: str, fixed: set[str]) -> list[tuple[str, ...]]:

@@ -41,6 +41,9 @@ class Layer:
     kind: str
     parameters: tuple[Parameter, ...]
 
+    def __hash__(self) -> int:  # quick: a search looks layers up again and again
+        return hash((self.kind, self.size))
+
     @cached_property
     def size(self) -> int:
         return sum(p.size for p in self.parameters)
