@@ -7,7 +7,7 @@ import resource
 import shlex
 import subprocess
 import sys
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ LARGE = ["model=bert_large", "precision=bf16", "data.max_length=512", "batch.glo
 TINY = ["model=bert_tiny", "machine=a100_80gb", "machine.devices_per_node=2", "batch.global_size=24"]
 FIXED = ["zero=stage1", "offload=none", "pipeline=none", "parallel=none"]
 SETTLED = [*TINY, *FIXED, "activation=none"]  # but for the micro-batch
+
+
+def test_the_largest_micro_batch_that_fits_is_found_whatever_the_limit() -> None:
+    given = [*SETTLED, "data.max_length=512"]
+    sizes = {m: plan(compose([*given, f"batch.micro_size={m}"])).device_gib for m in (12, 6, 4, 3, 2, 1)}
+    for larger, smaller in pairwise(sizes):
+        limit = (sizes[larger] + sizes[smaller]) / 2
+        found = search([*given, f"machine.memory_gib={limit}"])
+        assert max(c.plan.layout.micro for c in found.fitting) == smaller
 
 
 def test_the_ranking_is_that_of_brute_force() -> None:
