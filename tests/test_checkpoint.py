@@ -292,8 +292,8 @@ def test_reading_needs_the_classes_that_are_allowed_and_no_other(whole: Path) ->
         for file in checkpoint.newest(whole / run).rglob("*.pt")
         for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     }
-    # DynamicLossScaler: fp16 alone, which does not train on a CPU
-    assert {name.rsplit(".", 1)[1] for name in needed} == {"ZeroStageEnum", "LossScaler", "fragment_address"}
+    # DynamicLossScaler: fp16 alone, which does not train on a CPU. ZeroStageEnum: what DeepSpeed itself saves
+    assert {name.rsplit(".", 1)[1] for name in needed} == {"LossScaler", "fragment_address"}
 
 
 def test_the_zero_stage_is_saved_as_a_number(tmp_path: Path) -> None:
