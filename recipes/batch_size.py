@@ -12,8 +12,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from toolkit.config import Positive, RunConfig, Strict
-from toolkit.launch import recipe
+from toolkit.config.schema import Positive, RunConfig, Strict
+from toolkit.run.recipe import recipe
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -36,10 +36,10 @@ class Config(RunConfig):
 @recipe()
 def main(config: Config) -> None:
     from rich.progress import Progress
+    from studies import batch_size as study
 
-    from toolkit import ranks
-    from toolkit.run import Run
-    from toolkit.studies import batch_size as study
+    from toolkit.job import ranks
+    from toolkit.run.directory import Run
 
     chosen = config.batch_size
     sizes = study.check(config, chosen.sizes, chosen.rates, chosen.target_loss)

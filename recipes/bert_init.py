@@ -6,8 +6,8 @@ The same seed, data and shape each time (Clinchant et al. 2019, arXiv 1909.12744
 each, and bert_init.md, .csv, .png and .svg: loss and BLEU on held-out pairs by optimizer step.
 """
 
-from toolkit.config import RunConfig
-from toolkit.launch import recipe
+from toolkit.config.schema import RunConfig
+from toolkit.run.recipe import recipe
 
 NAMES = {"none": "random", "encoder": "BERT encoder", "both": "BERT encoder and decoder"}
 KEYS = ["eval_loss", "eval_bleu"]
@@ -15,11 +15,11 @@ KEYS = ["eval_loss", "eval_bleu"]
 
 @recipe("translate")
 def main(config: RunConfig) -> None:
-    from toolkit import ranks
     from toolkit.errors import ConfigError
+    from toolkit.job import ranks
     from toolkit.report import curves
-    from toolkit.run import Run
-    from toolkit.several import train
+    from toolkit.run.directory import Run
+    from toolkit.train.several import train
 
     if config.model.weights is None:
         raise ConfigError("model.weights is not set: this compares translators made of a BERT. Set it to that BERT.")

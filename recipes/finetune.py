@@ -5,15 +5,15 @@ deepspeed recipes/finetune.py task=classify data.train=reviews.csv data.eval=mor
     model.weights=runs/bert seeds=[1,2,3]
 """
 
-from toolkit.config import RunConfig
-from toolkit.launch import recipe
+from toolkit.config.schema import RunConfig
+from toolkit.run.recipe import recipe
 
 
 @recipe("classify", "regress", "tag", "span_qa", "choose")
 def main(config: RunConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from toolkit.several import train_all
+    from toolkit.train.several import train_all
 
     train_all(config, list(HydraConfig.get().overrides.task))
 

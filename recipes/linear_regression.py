@@ -8,23 +8,24 @@ deepspeed --num_gpus 2 recipes/linear_regression.py parallel=features           
 The run directory gets coefficients.csv beside those of the optimum, linear_regression.png and .svg.
 """
 
-from toolkit.config import RunConfig
-from toolkit.launch import recipe
+from toolkit.config.schema import RunConfig
+from toolkit.run.recipe import recipe
 
 
 @recipe("linear")
 def main(config: RunConfig) -> None:
-    from toolkit import ranks
-    from toolkit.engine import Engine
+    from studies import linear_regression as study
+
+    from toolkit.engine.start import start_engine
+    from toolkit.job import ranks
     from toolkit.models.build import build_model
-    from toolkit.run import Run
-    from toolkit.studies import linear_regression as study
+    from toolkit.run.directory import Run
     from toolkit.tasks import build_task
-    from toolkit.train import fit
+    from toolkit.train.loop import fit
 
     run = Run.open(config)
     task = build_task(run)
-    engine = Engine.start(build_model(run, task), task, run)
+    engine = start_engine(build_model(run, task), task, run)
     fit(engine, task, run)
     if ranks.rank() == 0:
         rows = study.coefficients(run, task)

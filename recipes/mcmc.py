@@ -8,10 +8,10 @@ repeated as other numbers of ranks would have them. The run directory gets mcmc.
 """
 
 from pydantic import Field, model_validator
+from studies.random_numbers import Kind
 
-from toolkit.config import Positive, RunConfig, Strict
-from toolkit.launch import recipe
-from toolkit.studies.random_numbers import Kind
+from toolkit.config.schema import Positive, RunConfig, Strict
+from toolkit.run.recipe import recipe
 
 
 class Mcmc(Strict):
@@ -43,12 +43,12 @@ class Config(RunConfig):
 def main(config: Config) -> None:
     import numpy as np
     from rich.progress import Progress
+    from studies import mcmc, mcmc_report
 
-    from toolkit import ranks
     from toolkit.data import regression
     from toolkit.errors import ConfigError
-    from toolkit.run import Run
-    from toolkit.studies import mcmc, mcmc_report
+    from toolkit.job import ranks
+    from toolkit.run.directory import Run
 
     own = config.mcmc
     if own.chains < ranks.world():

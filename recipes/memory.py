@@ -8,23 +8,23 @@ The run directory gets memory.csv, memory.png and memory.svg.
 
 import gc
 
-from toolkit.config import RunConfig
-from toolkit.launch import recipe
+from toolkit.config.schema import RunConfig
+from toolkit.run.recipe import recipe
 
 
 @recipe(composes=True)
 def main(config: RunConfig) -> None:
     from rich.console import Console
     from rich.progress import Progress
+    from studies import memory
 
-    from toolkit import nvme, ops, ranks
-    from toolkit.compose import compose, typed
-    from toolkit.ds_config import required_ops
-    from toolkit.engine import Engine
+    from toolkit.config.compose import compose, typed
+    from toolkit.deepspeed.ds_config import required_ops
+    from toolkit.engine.start import start_engine
     from toolkit.errors import ConfigError, ToolkitError
+    from toolkit.job import nvme, ops, ranks
     from toolkit.models.build import build_model
-    from toolkit.run import Run
-    from toolkit.studies import memory
+    from toolkit.run.directory import Run
     from toolkit.tasks import build_task
 
     run = Run.open(config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})}))
@@ -37,7 +37,7 @@ def main(config: RunConfig) -> None:
                 one = Run(run.dir, compose(overrides), Console(quiet=True))
                 ds = one.deepspeed(task.vocab_size)
                 ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), run.console)
-                engine = Engine.start(build_model(one, task), task, one)
+                engine = start_engine(build_model(one, task), task, one)
             except ToolkitError as error:
                 run.console.print(f"left out: {' '.join(name.values())}: {error}")
                 continue

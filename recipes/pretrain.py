@@ -3,21 +3,21 @@
 deepspeed recipes/pretrain.py model=bert_base zero=stage2 data=text data.path='docs/*.txt'
 """
 
-from toolkit.config import RunConfig
-from toolkit.launch import recipe
+from toolkit.config.schema import RunConfig
+from toolkit.run.recipe import recipe
 
 
 @recipe("pretrain")
 def main(config: RunConfig) -> None:
-    from toolkit.engine import Engine
+    from toolkit.engine.start import start_engine
     from toolkit.models.build import build_model
-    from toolkit.run import Run
+    from toolkit.run.directory import Run
     from toolkit.tasks import build_task
-    from toolkit.train import fit
+    from toolkit.train.loop import fit
 
     run = Run.open(config)
     task = build_task(run)
-    engine = Engine.start(build_model(run, task), task, run)
+    engine = start_engine(build_model(run, task), task, run)
     fit(engine, task, run)
 
 

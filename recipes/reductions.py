@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from toolkit.config import Positive, RunConfig, Strict
-from toolkit.launch import recipe
+from toolkit.config.schema import Positive, RunConfig, Strict
+from toolkit.run.recipe import recipe
 
 
 class Reductions(Strict):
@@ -41,11 +41,11 @@ class Config(RunConfig):
 @recipe(engine=False)
 def main(config: Config) -> None:
     from rich.progress import Progress
+    from studies import reductions
 
-    from toolkit import ranks
     from toolkit.errors import ConfigError
-    from toolkit.run import Run
-    from toolkit.studies import reductions
+    from toolkit.job import ranks
+    from toolkit.run.directory import Run
 
     if ranks.world() > 1:
         raise ConfigError(f"{ranks.world()} ranks: reductions compares threads of one. Launch it with python.")

@@ -7,8 +7,8 @@ python recipes/reproduce.py target=all
 The run directory gets reproduce.csv, reproduce.md, and plots of the targets that have one.
 """
 
-from toolkit.config import RunConfig
-from toolkit.launch import recipe
+from toolkit.config.schema import RunConfig
+from toolkit.run.recipe import recipe
 
 
 class Config(RunConfig):
@@ -19,10 +19,11 @@ class Config(RunConfig):
 
 @recipe(engine=False)
 def main(config: Config) -> None:
-    from toolkit import ranks
+    from studies import reproduce
+
     from toolkit.errors import ConfigError
-    from toolkit.run import Run, Terminal
-    from toolkit.studies import reproduce
+    from toolkit.job import ranks
+    from toolkit.run.directory import Run, Terminal
 
     if ranks.world() > 1:
         raise ConfigError(f"{ranks.world()} ranks: reproduce only computes. Launch it with python.")

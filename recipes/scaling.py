@@ -11,8 +11,8 @@ On a CPU every rank gets as many threads, the cores divided by the most ranks, s
 
 from typing import Literal
 
-from toolkit.config import Positive, RunConfig, Strict
-from toolkit.launch import recipe
+from toolkit.config.schema import Positive, RunConfig, Strict
+from toolkit.run.recipe import recipe
 
 
 class Scaling(Strict):
@@ -34,10 +34,10 @@ def main(config: Config) -> None:
     from pathlib import Path
 
     from rich.progress import Progress
+    from studies import scaling
 
-    from toolkit.compose import compose, typed
-    from toolkit.run import Run
-    from toolkit.studies import scaling
+    from toolkit.config.compose import compose, typed
+    from toolkit.run.directory import Run
 
     chosen = config.scaling
     path = scaling.find_recipe(chosen.recipe, Path(__file__).parent)

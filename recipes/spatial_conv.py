@@ -12,8 +12,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from toolkit.config import Positive, RunConfig, Strict
-from toolkit.launch import recipe
+from toolkit.config.schema import Positive, RunConfig, Strict
+from toolkit.run.recipe import recipe
 
 
 class SpatialConv(Strict):
@@ -36,14 +36,14 @@ class Config(RunConfig):
 @recipe("denoise")
 def main(config: Config) -> None:
     from rich.progress import track
+    from studies import spatial_conv as study
 
-    from toolkit import ranks
-    from toolkit.engine import Engine
+    from toolkit.engine.start import start_engine
+    from toolkit.job import ranks
     from toolkit.models.build import build_model
-    from toolkit.run import Run
-    from toolkit.studies import spatial_conv as study
+    from toolkit.run.directory import Run
     from toolkit.tasks import build_task
-    from toolkit.train import fit
+    from toolkit.train.loop import fit
 
     run, node = Run.open(config), config.spatial_conv
     task = build_task(run)
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
         run.write_csv("spatial_conv.csv", rows)
         for row in rows:
             run.log({"step": 0, **row})
-    engine = Engine.start(build_model(run, task).over(task.grid), task, run)
+    engine = start_engine(build_model(run, task).over(task.grid), task, run)
     fit(engine, task, run)
     study.picture(engine, task, run.dir / "denoised")
 

@@ -5,15 +5,15 @@ deepspeed recipes/translate.py task=translate data.train=corpus/train data.eval=
     task.target=en model=transformer_base seeds=[1,2,3]
 """
 
-from toolkit.config import RunConfig
-from toolkit.launch import recipe
+from toolkit.config.schema import RunConfig
+from toolkit.run.recipe import recipe
 
 
 @recipe("translate")
 def main(config: RunConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from toolkit.several import train_all
+    from toolkit.train.several import train_all
 
     train_all(config, list(HydraConfig.get().overrides.task))
 

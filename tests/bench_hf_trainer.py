@@ -18,7 +18,7 @@ from typing import Any
 
 from launching import ROOT
 
-from toolkit.ranks import free_port
+from toolkit.job.ranks import free_port
 
 STEPS, WARMUP, SIZE, ROUNDS = 32, 8, 32, 2
 
@@ -29,7 +29,7 @@ def trainer(weights: str, glue: str, task: str, out: str) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
     from transformers import TrainingArguments as Arguments
 
-    from toolkit.compose import compose
+    from toolkit.config.compose import compose
     from toolkit.data import examples, tables
 
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from launching import launch_many, read, runnable
 
-from toolkit import checkpoint, ds_state
+from toolkit.checkpoint import checkpoint, ds_state
 
 # One layer, but matrices of 1 MiB per rank and more: DeepSpeed keeps smaller tensors off the NVMe.
 WIDE = ["model.hidden_size=512", "model.intermediate_size=1024", "model.num_hidden_layers=1", "train.steps=6"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data.pairs import PairDataset, Sample
 from toolkit.data.prepared import Prepared, prepare
 

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import pytest
 
-from toolkit.ranks import free_port
+from toolkit.job.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 TINY = (

@@ -1,4 +1,4 @@
-"""Writes toolkit/ds_keys.json: every key that the installed DeepSpeed reads, with its type.
+"""Writes toolkit/deepspeed/keys.json: every key that the installed DeepSpeed reads, with its type.
 
     python tests/make_ds_keys.py         # after an upgrade of DeepSpeed or torch; then read the diff
 
@@ -36,7 +36,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel
 
-FILE = Path(__file__).parents[1] / "toolkit" / "ds_keys.json"
+FILE = Path(__file__).parents[1] / "toolkit" / "deepspeed" / "keys.json"
 
 PYDANTIC: dict[str, type[BaseModel]] = {
     "bf16": DeepSpeedBF16Config,

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     import deepspeed  # noqa: F401
     import transformers  # noqa: F401
 
-    import toolkit.train  # noqa: F401
+    import toolkit.train.loop  # noqa: F401
 
     ranks, port, *rest = arguments
     children = {fork(rank, int(ranks), port, rest) for rank in range(int(ranks))}
@@ -61,16 +61,18 @@ def train(arguments: list[str]) -> None:
     from deepspeed import comm
     from rich.console import Console
 
-    from toolkit import ops, ranks
-    from toolkit.compose import compose
-    from toolkit.ds_config import complete, required_ops
-    from toolkit.engine import Engine
+    sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+    from studies.memory import Tracker, sizes
+
+    from toolkit.config.compose import compose
+    from toolkit.deepspeed.ds_config import complete, required_ops
+    from toolkit.engine.start import start_engine
     from toolkit.errors import ToolkitError
+    from toolkit.job import ops, ranks
     from toolkit.models.build import build_model
-    from toolkit.run import Run, Terminal
-    from toolkit.studies.memory import Tracker, sizes
+    from toolkit.run.directory import Run, Terminal
     from toolkit.tasks import build_task
-    from toolkit.train import fit
+    from toolkit.train.loop import fit
 
     output_dir, file, *extra = (Path(a) for a in arguments)
     runs = json.loads(file.read_text())
@@ -87,7 +89,7 @@ def train(arguments: list[str]) -> None:
                 try:
                     run = Run.open(config)
                     task = build_task(run)
-                    engine = Engine.start(build_model(run, task), task, run)
+                    engine = start_engine(build_model(run, task), task, run)
                     fit(engine, task, run)
                     if extra:
                         with Tracker(engine.ds) as tracker:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.ranks import free_port
+from toolkit.job.ranks import free_port
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 PATH = f"{os.environ['PATH']}:/usr/sbin"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.ranks import free_port
+from toolkit.job.ranks import free_port
 
 SSHD = Path("/usr/sbin/sshd")
 needs_sshd = pytest.mark.skipif(not SSHD.exists(), reason="needs openssh-server, which is not installed")

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from launching import launch_many, read
+from studies.memory import Tracker
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertLayer
 
-from toolkit.config import Model
+from toolkit.config.schema import Model
 from toolkit.models import activation
 from toolkit.models.build import bert_config, initialise
 from toolkit.models.pretraining import PairBert
-from toolkit.studies.memory import Tracker
 
 WAYS = [(True, False), (False, True), (True, True)]
 ROWS, LENGTH, HIDDEN = 4, 32, 64

@@ -3,17 +3,17 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Collection
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "toolkit"
-# A module may import those before it; ranks and schedule are leaves that several need.
+# A folder may import those before it; inside a folder, and between any modules, there are no circles.
 ORDER = [
-    "errors", "hostfile", "config", "compose", "ds_rules", "ds_config", "plan", "check", "ranks", "fingerprint",
-    "watchdog", "workers", "pipe_events", "schedule", "pipe_schedule", "nvme", "ops", "run", "run_plan", "metrics",
-    "data", "models", "tasks", "engine", "traffic", "meter", "ds_state", "checkpoint", "export", "train", "several",
-    "report", "studies", "doctor", "sweep", "launch", "calibrate", "launchers", "cli",
+    "errors", "config", "deepspeed", "plan", "job", "run", "data", "models", "tasks", "engine", "checkpoint", "train",
+    "cluster", "report", "cli",
 ]  # fmt: skip
 
 
@@ -48,23 +48,45 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        "config",
-        "compose",
-        "ds_config",
-        "check",
+        "config.schema",
+        "config.compose",
+        "deepspeed.ds_config",
+        "deepspeed.check",
         "plan.plan",
         "plan.machines",
-        "launch",
-        "calibrate",
+        "run.recipe",
+        "cluster.calibrate",
         "report.timeline",
-        "studies.reproduce",
-        "launchers.start",
-        "cli",
+        "cluster.launchers.start",
+        "cli.main",
     ],
 )
 def test_planning_and_checking_start_without_torch(part: str) -> None:
     code = f"import sys, toolkit.{part}; sys.exit(bool({{'torch', 'deepspeed', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_circles() -> None:
+    names = {
+        ".".join(("toolkit", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in PACKAGE.rglob("*.py")
+    }
+    graph = {name: _modules(path, names.keys()) for name, path in names.items() if name != "toolkit.data.audit"}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def _modules(path: Path, known: Collection[str]) -> set[str]:
+    """The modules of the toolkit that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "toolkit":
+            found |= {n if (n := f"{node.module}.{a.name}") in known else node.module for a in node.names}
+    return found & set(known)
+
+
+def test_nothing_that_trains_imports_the_studies() -> None:
+    assert not [
+        p for p in PACKAGE.rglob("*.py") if "from studies" in p.read_text() or "import studies" in p.read_text()
+    ]
 
 
 def test_only_these_import_deepspeed() -> None:
@@ -76,15 +98,15 @@ def test_only_these_import_deepspeed() -> None:
         or (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "deepspeed" for a in node.names))
     }
     assert found == {
-        "ds_state.py",
+        "checkpoint/ds_state.py",
+        "checkpoint/export.py",
+        "engine/collectives.py",
         "engine/pipe.py",
+        "engine/pipe_schedule.py",
         "engine/plain.py",
-        "export.py",
+        "engine/start.py",
+        "job/ops.py",
+        "job/ranks.py",
         "models/build.py",
         "models/pipeline.py",
-        "ops.py",
-        "pipe_schedule.py",
-        "ranks.py",
-        "studies/reductions.py",
-        "traffic.py",
     }

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from launching import launch, start
-
-from toolkit.studies import batch_size as study
-from toolkit.studies.batch_size import Trial
+from studies import batch_size as study
+from studies.batch_size import Trial
 
 LINEAR = (
     "task=linear", "data=synthetic", "data.rows=600", "data.holdout=0.3", "data.features=4", "optimizer=sgd",

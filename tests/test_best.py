@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from toolkit import ranks
-from toolkit.compose import compose
-from toolkit.run import Run
-from toolkit.train import Best, find_best
+from toolkit.config.compose import compose
+from toolkit.job import ranks
+from toolkit.run.directory import Run
+from toolkit.train.loop import Best, find_best
 
 
 @pytest.fixture(autouse=True)

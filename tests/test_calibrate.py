@@ -16,8 +16,8 @@ import pytest
 import torch
 from launching import ROOT, build_ops, data_cache, launch
 
-from toolkit.calibrate import _with_earlier_steps
-from toolkit.config import Machine, cache_dir
+from toolkit.cluster.calibrate import _with_earlier_steps
+from toolkit.config.schema import Machine, cache_dir
 from toolkit.plan.machines import here, known, measured_tflops, parsed, stored
 
 MINI = (

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from toolkit import ds_config, ds_rules
-from toolkit.check import FILE_RULES, NOTES, check
-from toolkit.cli import main
+from toolkit.cli.main import main
+from toolkit.deepspeed import ds_config, rules
+from toolkit.deepspeed.check import FILE_RULES, NOTES, check
 from toolkit.errors import ConfigError, PlanError
 from toolkit.plan.shapes import named_shape
 
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_found_in_its_line(
 def test_every_rule_of_files_has_a_row() -> None:
     own = {"auto_filled", "duplicate_key", "hjson", "not_deepspeed", "syntax", "zero_flag"}
     assert not {*FILE_RULES, *own} - {row[1] for row in TABLE}
-    assert not NOTES - {*FILE_RULES, *own, *ds_rules.RULES, "replaced_key"}
+    assert not NOTES - {*FILE_RULES, *own, *rules.RULES, "replaced_key"}
 
 
 @pytest.mark.parametrize("world", [None, 8])
@@ -153,8 +153,8 @@ def test_values_that_others_fill_in_break_no_rule(tmp_path: Path) -> None:
 
 
 def test_messages_for_files_use_deepspeeds_words() -> None:
-    for name, (_, say) in ds_rules.RULES.items():
-        for preset, key in ds_rules.IN_A_FILE.items():
+    for name, (_, say) in rules.RULES.items():
+        for preset, key in rules.IN_A_FILE.items():
             say = say.replace(preset, key)
         assert not re.search(r"(?<![\w.])(zero|offload|precision|optimizer|schedule|parallel|train\.\w+)=", say), name
 
@@ -236,6 +236,6 @@ def test_a_models_size_comes_from_a_preset_or_a_folder(tmp_path: Path) -> None:
 
 def test_checking_a_file_loads_no_torch(tmp_path: Path) -> None:
     file = write(tmp_path, RIGHT)
-    code = f"import sys; from toolkit.cli import main; main(['check', {str(file)!r}, '--parameters', '7e9'])"
+    code = f"import sys; from toolkit.cli.main import main; main(['check', {str(file)!r}, '--parameters', '7e9'])"
     code += "; sys.exit(bool({'torch', 'deepspeed', 'transformers', 'hydra'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

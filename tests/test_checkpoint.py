@@ -27,7 +27,7 @@ from checkpoint_runs import (
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from launching import Many, launch, launch_many, layouts, needs_nvme, read
 
-from toolkit import checkpoint, ds_state
+from toolkit.checkpoint import checkpoint, ds_state
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from checkpoint_runs import DROPOUT, assert_same_state, trained
 from launching import Job, Result, launch, read, start
 
-from toolkit import checkpoint
+from toolkit.checkpoint import checkpoint
 
 STEPS = ["train.steps=80", *DROPOUT]
 

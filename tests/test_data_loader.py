@@ -9,7 +9,7 @@ import torch
 from data_helpers import dataset, random_lengths, toy
 from torch import Tensor
 
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data import eval_batches, require, train_batches
 from toolkit.data.draws import Shuffle
 from toolkit.data.loader import keys

@@ -23,7 +23,7 @@ from data_helpers import (
     write_vocab,
 )
 
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data.draws import generator
 from toolkit.data.pairs import PairDataset, truncate
 from toolkit.data.prepared import prepare

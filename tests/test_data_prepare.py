@@ -31,7 +31,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from toolkit import data
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data import corpus as corpora
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.arrays import Spool, open_columns, seal

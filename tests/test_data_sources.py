@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import SHARED, needs_shared
 
-from toolkit.config import Data
+from toolkit.config.schema import Data
 from toolkit.data.python_docs import documents as python_documents
 from toolkit.data.sentences import LONGEST, split
 from toolkit.data.sources import Problems, documents

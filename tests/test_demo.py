@@ -10,7 +10,7 @@ import pytest
 from launching import ROOT
 
 from toolkit import data
-from toolkit.compose import compose
+from toolkit.config.compose import compose
 
 
 def test_the_demo_learns(tmp_path: Path) -> None:

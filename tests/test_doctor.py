@@ -17,12 +17,12 @@ from launching import ROOT, needs_nvme
 from rich.console import Console
 from sshd import needs_mounts
 
-from toolkit.doctor import disk, gpu, host, show, size
-from toolkit.doctor.allreduce import bus_gbs
-from toolkit.doctor.finding import Finding, Job
-from toolkit.doctor.job import Report
-from toolkit.doctor.ssh import MARK
-from toolkit.ranks import free_port
+from toolkit.cluster.doctor import disk, gpu, host, show, size
+from toolkit.cluster.doctor.allreduce import bus_gbs
+from toolkit.cluster.doctor.finding import Finding, Job
+from toolkit.cluster.doctor.job import Report
+from toolkit.cluster.doctor.ssh import MARK
+from toolkit.job.ranks import free_port
 
 ZERO = "deepspeed.zero_optimization"
 SMI = """\
@@ -61,7 +61,7 @@ def test_every_shortage_of_a_poor_host_is_found(tmp_path: Path) -> None:
         setpriv=$(command -v setpriv)
         ulimit -l 64; ulimit -n 500
         export PATH=/nonexistent TORCH_EXTENSIONS_DIR={tmp_path / "ops"} PYTHONPATH={ROOT}
-        exec $setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock {sys.executable} -m toolkit.doctor"""
+        exec $setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock {sys.executable} -m toolkit.cluster.doctor"""
     done = subprocess.run(
         ["unshare", "-m", "bash", "-c", poor], input=json.dumps(request), cwd=ROOT,
         capture_output=True, text=True, timeout=120, check=False,
@@ -163,7 +163,7 @@ def test_ranks_that_do_not_come_are_named() -> None:
     """Two of three ranks: they end soon, and rank 0 says who is missing."""
     request = {"device": "cpu", "first": 0, "slots": 2, "world": 3, "address": "127.0.0.1", "port": free_port()}
     request |= {"output_dir": "runs", "patience": 3, "environment": {}}
-    words = [sys.executable, "-m", "toolkit.doctor.allreduce"]
+    words = [sys.executable, "-m", "toolkit.cluster.doctor.allreduce"]
     done = subprocess.run(words, input=json.dumps(request), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.removeprefix(MARK)) == {"missing": [2]}
@@ -240,7 +240,7 @@ def test_the_table_shows_findings_by_host_and_the_verdict_counts_them() -> None:
     ],
 )
 def test_a_wrong_question_is_one_line(arguments: list[str], message: str, capsys: Any) -> None:
-    from toolkit.cli import main
+    from toolkit.cli.main import main
 
     with pytest.raises(SystemExit) as ended:
         main(["doctor", *arguments])

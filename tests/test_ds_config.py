@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from composing import compose
 
-from toolkit import ds_rules
-from toolkit.ds_config import complete, examine, problems, required_ops
+from toolkit.deepspeed import rules
+from toolkit.deepspeed.ds_config import complete, examine, problems, required_ops
 from toolkit.errors import ConfigError
 
 ZERO = "deepspeed.zero_optimization"
@@ -227,7 +227,7 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
         "stores such parameters in bf16",
     ),
 ]
-# Asked for in ds_config.py itself, not in the tables of ds_rules.py.
+# Asked for in ds_config.py itself, not in the tables of rules.py.
 SHAPE_RULES = {
     "auto", "batch_split", "batch_twice", "layout", "param_type", "removed_key", "removed_optimizer",
     "replaced_key", "scheduler_params", "type", "unknown_key", "unknown_optimizer", "unknown_param",
@@ -239,7 +239,7 @@ SHAPE_RULES = {
 def test_a_wrong_config_is_refused_saying_why(
     rule: str, device: str, overrides: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ds_rules, "installed", lambda package: False)
+    monkeypatch.setattr(rules, "installed", lambda package: False)
     config = compose(*overrides.split())
     with pytest.raises(ConfigError) as error:
         complete(config, world=2, device=device)
@@ -250,13 +250,13 @@ def test_a_wrong_config_is_refused_saying_why(
 
 @pytest.mark.parametrize(("rule", "ds", "message"), FOREIGN)
 def test_a_file_from_elsewhere_is_refused_saying_why(rule: str, ds: dict[str, Any], message: str) -> None:
-    found = problems(ds_rules.Facts(ds, 2, "cpu"), prefix="")
+    found = problems(rules.Facts(ds, 2, "cpu"), prefix="")
     assert [p.rule for p in found if message in p.text] == [rule]
 
 
 def test_every_rule_has_a_row() -> None:
     rows = {row[0] for row in ROWS} | {row[0] for row in FOREIGN}
-    assert rows == {*ds_rules.RULES, *ds_rules.RUN_RULES, *SHAPE_RULES}
+    assert rows == {*rules.RULES, *rules.RUN_RULES, *SHAPE_RULES}
 
 
 def test_a_wrong_type_does_not_hide_other_problems() -> None:
@@ -401,6 +401,6 @@ def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
 
 
 def test_checking_needs_no_torch() -> None:
-    code = "import sys, toolkit.ds_config; print({'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
+    code = "import sys, toolkit.deepspeed.ds_config; print({'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"

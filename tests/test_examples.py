@@ -9,7 +9,7 @@ import pytest
 from composing import compose
 from data_helpers import SHARED, needs_shared
 
-from toolkit.config import Data, Task
+from toolkit.config.schema import Data, Task
 from toolkit.data import tables
 from toolkit.data.examples import Choice, Example, Question, Tagged, Text, find_labels, read
 from toolkit.data.sources import Problems

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForPreTraining, AutoTokenizer, BertForPreTraining
 
 from toolkit import data
-from toolkit import export as exporting
-from toolkit.config import RunConfig, load
+from toolkit.checkpoint import export as exporting
+from toolkit.checkpoint.export import export
+from toolkit.config.schema import RunConfig, load
 from toolkit.errors import CheckpointError
-from toolkit.export import export
 
 V = ("pipeline.schedule=dualpipev", "pipeline.partition=uniform")
 

@@ -21,13 +21,13 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from toolkit.compose import compose
+from toolkit.checkpoint.export import export
+from toolkit.config.compose import compose
 from toolkit.data import encoded, labelled
 from toolkit.data.encoded import Encoded
 from toolkit.data.grouping import Batches
-from toolkit.export import export
+from toolkit.engine.learning_rate import factor
 from toolkit.models.build import decay_groups, initialise
-from toolkit.schedule import factor
 from toolkit.tasks.classify import Classify
 
 BEST = {"classify": "accuracy", "regress": "spearman", "tag": "f1", "span_qa": "f1", "choose": "accuracy"}

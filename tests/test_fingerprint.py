@@ -6,8 +6,8 @@ import sys
 
 from launching import ROOT
 
-from toolkit import fingerprint
-from toolkit.compose import compose
+from toolkit.config.compose import compose
+from toolkit.job import fingerprint
 
 SAME = {"configuration": "c1", "python": "3.11.7", "torch": "2.13.0", "commit": "a1", "code": "b1"}
 
@@ -30,7 +30,7 @@ def test_a_configuration_has_one_hash_and_another_has_another() -> None:
 
 def test_a_hosts_fingerprint_is_a_line_of_json_and_follows_the_code() -> None:
     printed = subprocess.run(
-        [sys.executable, "-m", "toolkit.fingerprint"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "toolkit.job.fingerprint"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert json.loads(printed).keys() == fingerprint.here().keys()
     assert json.loads(printed)["torch"].startswith("2.")

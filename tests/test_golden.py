@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.compose import compose
-from toolkit.config import conf_dir
-from toolkit.ds_config import complete
+from toolkit.config.compose import compose
+from toolkit.config.schema import conf_dir
+from toolkit.deepspeed.ds_config import complete
 
 GOLDEN = Path(__file__).parent / "golden"
 # What a preset needs beside it to be legal on its own.

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
+from toolkit.cluster.hostfile import slots
 from toolkit.errors import ConfigError
-from toolkit.hostfile import slots
 
 WRONG = [
     ("alpha slots=2\n-oProxyCommand=reboot slots=1\n", "hosts, line 2: '-oProxyCommand=reboot slots=1': must be `host"),

@@ -12,7 +12,7 @@ import pytest
 from hosts import Host, hosts, needs_hosts
 from launching import ROOT, TINY, Job, Result, data_cache, launch
 
-from toolkit.watchdog import LOST
+from toolkit.job.watchdog import LOST
 
 pytestmark = needs_hosts
 # What toolkit launch sets, too: ssh ends when the other side is silent, and pdsh with it.

@@ -9,9 +9,9 @@ import psutil
 import pytest
 from launching import ROOT, launch, start
 
-from toolkit.compose import compose, permissive
+from toolkit.config.compose import compose, permissive
 from toolkit.errors import ConfigError
-from toolkit.watchdog import LOST
+from toolkit.job.watchdog import LOST
 
 RECIPE = [sys.executable, "recipes/pretrain.py"]
 

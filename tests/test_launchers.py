@@ -21,12 +21,12 @@ from manifest_schemas import problems
 from omegaconf import OmegaConf
 from slurm_cluster import Cluster, needs_slurm, slurm_cluster
 
-from toolkit import ranks
-from toolkit.compose import compose
-from toolkit.config import load
+from toolkit.cluster.launchers.start import start
+from toolkit.config.compose import compose
+from toolkit.config.schema import load
 from toolkit.errors import ConfigError
-from toolkit.launchers.start import start
-from toolkit.ranks import free_port
+from toolkit.job import ranks
+from toolkit.job.ranks import free_port
 
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 TOOLKIT = str(Path(sys.executable).parent / "toolkit")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from launching import ROOT, launch, launch_many, read, runnable
 
-from toolkit.compose import compose
-from toolkit.config import Data
+from toolkit.config.compose import compose
+from toolkit.config.schema import Data
 from toolkit.data import regression
 from toolkit.errors import DataError
 from toolkit.models.linear import mean_loss, optimum

@@ -8,8 +8,8 @@ import pytest
 from launching import ROOT
 from omegaconf import OmegaConf
 
-from toolkit.compose import compose
-from toolkit.config import Machine
+from toolkit.config.compose import compose
+from toolkit.config.schema import Machine
 from toolkit.errors import ConfigError, nearest
 from toolkit.plan.machines import balance, known, peak_tflops, table
 
@@ -98,7 +98,7 @@ def test_a_peak_is_that_of_the_device_or_of_the_machine_chosen() -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from toolkit.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from toolkit.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     run = [sys.executable, "-c", code, "machines", *arguments]
     return subprocess.run(run, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
 

@@ -9,12 +9,12 @@ import pytest
 from launching import launch
 from scipy import stats
 from sklearn.linear_model import LinearRegression, Ridge
+from studies import mcmc, mcmc_report
+from studies.random_numbers import Counter, Kind, numbers, share, uniform
 
-from toolkit.config import Data
+from toolkit.config.schema import Data
 from toolkit.data import regression
 from toolkit.errors import DataError
-from toolkit.studies import mcmc, mcmc_report
-from toolkit.studies.random_numbers import Counter, Kind, numbers, share, uniform
 
 TABLE = regression.read(Data(format=None), seed=1)
 TARGET = mcmc.posterior(TABLE, prior=1.0)

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from launching import launch
+from studies import memory
+from studies.memory import MIB, Tracker, combinations, label
 from torch import nn
-
-from toolkit.studies import memory
-from toolkit.studies.memory import MIB, Tracker, combinations, label
 
 
 def test_weights_gradients_and_states_are_counted_once_each() -> None:

@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 
-from toolkit.config import Task
+from toolkit.config.schema import Task
 from toolkit.errors import ConfigError
-from toolkit.metrics import KNOWN, bleu, check, exact_match, scores, squad, tagging, token_f1
+from toolkit.tasks.metrics import KNOWN, bleu, check, exact_match, scores, squad, tagging, token_f1
 
 
 def test_matthews_is_that_of_scikit_learns_documentation():

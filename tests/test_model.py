@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM, BertForPreTraining
 
-from toolkit.config import Model
+from toolkit.config.schema import Model
 from toolkit.models.build import bert_config, decay_groups, initialise
 from toolkit.models.pretraining import MaskedBert, PairBert
 from toolkit.plan import flops

@@ -13,9 +13,9 @@ import pytest
 from composing import compose
 from launching import launch, logs, needs_nvme, start
 
-from toolkit import nvme, ops, ranks
-from toolkit.ds_config import complete
+from toolkit.deepspeed.ds_config import complete
 from toolkit.errors import PlanError
+from toolkit.job import nvme, ops, ranks
 
 ZERO = "deepspeed.zero_optimization"
 # DeepSpeed keeps what is below 1 MiB a rank in memory: wide enough for files, on one rank.

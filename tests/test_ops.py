@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from toolkit import ds_config, ops
-from toolkit.compose import compose
+from toolkit.config.compose import compose
+from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError, PlanError
+from toolkit.job import ops
 
 BUILD = "from rich.console import Console; from toolkit import ops; ops.ensure(['CPUAdagradBuilder'], Console())"
 

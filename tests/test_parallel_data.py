@@ -13,11 +13,11 @@ import pytest
 import torch
 from composing import compose
 
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data import aligned, parallel, subwords
 from toolkit.data.pair_batches import IGNORED, PairBatches
 from toolkit.errors import DataError
-from toolkit.ranks import Replica
+from toolkit.job.ranks import Replica
 
 MULTI30K = Path(__file__).parents[2] / "shared" / "data" / "translation" / "multi30k"
 SPECIAL = SimpleNamespace(pad=0, eos=1, start=0)
@@ -247,7 +247,7 @@ def test_training_bpe_twice_gives_the_same_ids() -> None:
 
 
 def test_a_unigram_vocabulary_holds_the_same_entries_each_time() -> None:
-    from toolkit.config import Tokenizer
+    from toolkit.config.schema import Tokenizer
 
     texts = [f"{a} {b}" for a in DE[1].split() for b in EN[1].split()]
     one, two = (subwords.create(Tokenizer(model="unigram", vocab_size=60), lambda: iter(texts)) for _ in range(2))

@@ -13,10 +13,10 @@ from launching import TINY, data_cache, launch_many, layouts, needs_nvme, read, 
 from transformers import BertForPreTraining
 
 from toolkit import data
-from toolkit.compose import compose
-from toolkit.config import RunConfig
+from toolkit.config.compose import compose
+from toolkit.config.schema import RunConfig
+from toolkit.engine.learning_rate import factor
 from toolkit.models.build import bert_config, decay_groups, initialise
-from toolkit.schedule import factor
 
 STEPS = 20
 COMMON = (

@@ -14,11 +14,11 @@ from launching import ROOT, launch, launch_many, read
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
 
+from toolkit.checkpoint.export import export
+from toolkit.engine.pipe_events import bubble_share, load
 from toolkit.errors import ConfigError
-from toolkit.export import export
 from toolkit.models.pipeline import Pipe, parameters, partition, pretraining_layers
 from toolkit.models.pretraining import MaskedBert, PairBert
-from toolkit.pipe_events import bubble_share, load
 
 CONFIG = BertConfig(
     vocab_size=512, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64, pad_token_id=3

@@ -12,7 +12,7 @@ import pytest
 from deepspeed.runtime.utils import partition_balanced
 from launching import ROOT
 
-from toolkit.compose import compose
+from toolkit.config.compose import compose
 from toolkit.errors import ConfigError, PlanError
 from toolkit.plan.activations import block_bytes
 from toolkit.plan.machines import table
@@ -30,7 +30,7 @@ def planned(*overrides: str, world: int | None = None) -> Plan:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from toolkit.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from toolkit.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     run = [sys.executable, "-c", code, "plan", *arguments]
     return subprocess.run(run, capture_output=True, text=True, check=False, cwd=ROOT)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from launching import ROOT, data_cache
 
-from toolkit import ops, ranks
-from toolkit.compose import compose
+from toolkit.config.compose import compose
+from toolkit.job import ops, ranks
 from toolkit.plan import assumptions
 from toolkit.plan.plan import Plan, divisors, plan
 
@@ -95,12 +95,12 @@ def main(runs: str, found: str, limit: str = "") -> None:
 def peak(overrides: list[str]) -> int | None:
     """Of a step, but for what earlier runs have left; None: out of memory."""
     from rich.console import Console
+    from studies.memory import MIB, measure
 
-    from toolkit.ds_config import required_ops
-    from toolkit.engine import Engine
+    from toolkit.deepspeed.ds_config import required_ops
+    from toolkit.engine.start import start_engine
     from toolkit.models.build import build_model
-    from toolkit.run import Run
-    from toolkit.studies.memory import MIB, measure
+    from toolkit.run.directory import Run
     from toolkit.tasks import build_task
 
     run = Run.open(compose(overrides))
@@ -110,7 +110,7 @@ def peak(overrides: list[str]) -> int | None:
     gc.collect()
     left = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     try:
-        engine = Engine.start(build_model(run, task), task, run)
+        engine = start_engine(build_model(run, task), task, run)
         found = measure(engine, task.train_batches(start_sample=0))
     except torch.OutOfMemoryError:
         return None

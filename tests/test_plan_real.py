@@ -10,18 +10,18 @@ import pytest
 import torch
 from launching import launch_many, read
 from omegaconf import OmegaConf
+from studies.memory import Tracker
 
-from toolkit.compose import compose
-from toolkit.config import RunConfig, load
-from toolkit.ds_config import complete
+from toolkit.config.compose import compose
+from toolkit.config.schema import RunConfig, load
+from toolkit.deepspeed.ds_config import complete
+from toolkit.engine.collectives import WIRE
 from toolkit.models import seq2seq
 from toolkit.plan.layout import Layout
 from toolkit.plan.memory import Memory, memory_of
 from toolkit.plan.shapes import ModelShape, model_shape
 from toolkit.plan.traffic import traffic
-from toolkit.studies.memory import Tracker
 from toolkit.tasks.translate import summed_loss
-from toolkit.traffic import WIRE
 
 COMMON = (
     "model.hidden_size=64", "model.num_hidden_layers=4", "model.num_attention_heads=4", "model.intermediate_size=256",

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from toolkit.compose import compose
+from toolkit.config.compose import compose
 from toolkit.errors import PlanError
 from toolkit.models import seq2seq
 from toolkit.models.build import bert_config

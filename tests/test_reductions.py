@@ -13,11 +13,11 @@ import pytest
 import torch
 from launching import launch
 from rich.console import Console
+from studies import reductions
+from studies.reductions import Data, ReductionsBuilder, draw
 
-from toolkit import ops
 from toolkit.errors import ConfigError
-from toolkit.studies import reductions
-from toolkit.studies.reductions import Data, ReductionsBuilder, draw
+from toolkit.job import ops
 
 ROWS = 100_001  # neither groups of 64 nor blocks of 4096 divide it
 RIGHT = ("serial", "mutex", "partial")

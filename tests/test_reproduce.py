@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from launching import launch
 from rich.console import Console
+from studies import reproduce
+from studies.superlinear import Study, curve, implied
 
-from toolkit.config import conf_dir
+from toolkit.config.schema import conf_dir
 from toolkit.errors import ConfigError
 from toolkit.plan.paper import Row, as_printed, published
-from toolkit.studies import reproduce
-from toolkit.studies.superlinear import Study, curve, implied
 
 Found = dict[str, list[dict[str, Any]]]
 

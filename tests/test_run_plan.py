@@ -10,13 +10,15 @@ from launching import Many, launch, launch_many, read
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from toolkit import cli, ranks, run_plan
-from toolkit.compose import compose
-from toolkit.config import load
+from toolkit.cli import main as cli
+from toolkit.config.compose import compose
+from toolkit.config.schema import load
 from toolkit.errors import PlanError
+from toolkit.job import ranks
 from toolkit.plan.plan import Plan, place_of_job, plan, plan_for
 from toolkit.plan.shapes import model_shape
-from toolkit.run import Run
+from toolkit.run import own_plan
+from toolkit.run.directory import Run
 
 LARGE = ("model=bert_large", "precision=bf16", "machine=a100_80gb", "batch.global_size=1024", "data.max_length=512")
 SMALL = ("data.workers=0", "train.steps=4", "train.save_every=null", "train.eval_samples=8")
@@ -125,9 +127,9 @@ def test_starting_a_finished_run_again_keeps_what_it_measured(done: Many, folder
     (tmp_path / "model").symlink_to(old / "model")
     for foreign in ("{}", "[1]", "{"):
         (tmp_path / "plan.json").write_text(foreign)
-        assert run_plan._measured_before(tmp_path / "plan.json") is None
+        assert own_plan._measured_before(tmp_path / "plan.json") is None
     (tmp_path / "plan.json").write_text((old / "plan.json").read_text())
-    run_plan._judge(Run(tmp_path, load(OmegaConf.load(old / "config.yaml")), Console(quiet=True)), 1, 0)
+    own_plan._judge(Run(tmp_path, load(OmegaConf.load(old / "config.yaml")), Console(quiet=True)), 1, 0)
     assert written(tmp_path)["measured"] == written(old)["measured"]
 
 
@@ -138,7 +140,7 @@ def test_batches_that_may_be_short_are_not_refused(done: Many, folder: Path, tmp
     for task, limit, refused in (("pretrain", 0.1, True), ("sst2", 0.1, False), ("sst2", 0.001, True)):
         run = Run(tmp_path, compose([f"task={task}", *shape, f"machine.host_memory_gib={limit}"]), Console(quiet=True))
         with pytest.raises(PlanError) if refused else nullcontext():
-            run_plan._judge(run, 1, 0)
+            own_plan._judge(run, 1, 0)
         assert run.plan and run.plan.fits is False
 
 
@@ -149,7 +151,7 @@ def test_buffers_that_are_never_written_are_no_reason_to_refuse_on_a_cpu(
     bucket = "deepspeed.zero_optimization.reduce_bucket_size=2e9"
     config = compose(["zero=stage2", "data.max_length=128", bucket, "machine.host_memory_gib=4"])
     run = Run(tmp_path, config, Console(quiet=True))
-    run_plan._judge(run, 1, 0)
+    own_plan._judge(run, 1, 0)
     assert run.plan and run.plan.fits is False
 
 
@@ -159,7 +161,7 @@ def test_a_gpus_memory_is_what_its_driver_says(
     monkeypatch.setattr(ranks, "device", lambda: "cuda")
     (tmp_path / "model").symlink_to(folder / "planned" / "model")
     run = Run(tmp_path, compose(["data.max_length=128", "machine=h100"]), Console(quiet=True))
-    run_plan._judge(run, 1, 79.1)
+    own_plan._judge(run, 1, 79.1)
     assert run.plan and run.plan.device_limit_gib == 79.1
 
 
@@ -169,8 +171,8 @@ def on_gpus(*overrides: str) -> Plan:
 
 def test_the_line_of_gpus() -> None:
     rest = "largest micro-batch 128; 0.923 s a step, 567,958 tokens/s, MFU 45%, 0.9 h"
-    assert run_plan.line(on_gpus("train.steps=3600")) == f"plan: 9.18 of 80 GiB a device (activations 6.6), {rest}"
-    offloaded = run_plan.line(on_gpus("zero=stage3", "offload=cpu", "machine.host_memory_gib=5"))
+    assert own_plan.line(on_gpus("train.steps=3600")) == f"plan: 9.18 of 80 GiB a device (activations 6.6), {rest}"
+    offloaded = own_plan.line(on_gpus("zero=stage3", "offload=cpu", "machine.host_memory_gib=5"))
     assert " 6.26 of 5 GiB of host, does not fit at 512 tokens a sequence; " in offloaded
 
 
@@ -195,7 +197,7 @@ def test_the_line_of_gpus() -> None:
     ids=["device", "host", "pipeline"],
 )
 def test_a_refusal_names_what_lacks_and_only_what_helps(overrides: tuple[str, ...], text: str) -> None:
-    assert run_plan.refusal(on_gpus(*overrides)) == f"machine=a100_80gb: the plan does not fit: {text}{ANYWAY}"
+    assert own_plan.refusal(on_gpus(*overrides)) == f"machine=a100_80gb: the plan does not fit: {text}{ANYWAY}"
 
 
 def test_ranks_of_several_hosts_share_each_hosts_memory() -> None:

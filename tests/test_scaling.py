@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 from launching import launch, launch_many, read
+from studies import scaling
 from transformers import BertConfig, BertForPreTraining
 
-from toolkit.config import Batch
+from toolkit.config.schema import Batch
+from toolkit.engine.collectives import WIRE, _message, _size
 from toolkit.errors import ConfigError
-from toolkit.meter import Share, conditions
-from toolkit.studies import scaling
-from toolkit.traffic import WIRE, _message, _size
+from toolkit.train.meter import Share, conditions
 
 MIB = 2**20
 KEEPS_NOTHING = (

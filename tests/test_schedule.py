@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from toolkit.config import Schedule
-from toolkit.schedule import factor, warmup_steps
+from toolkit.config.schema import Schedule
+from toolkit.engine.learning_rate import factor, warmup_steps
 
 
 def curve(total: int, **keys: object) -> list[float]:

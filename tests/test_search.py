@@ -15,8 +15,8 @@ import pytest
 from launching import ROOT
 from rich.console import Console
 
-from toolkit.cli import main
-from toolkit.compose import compose
+from toolkit.cli.main import main
+from toolkit.config.compose import compose
 from toolkit.errors import ConfigError, PlanError
 from toolkit.plan.plan import plan
 from toolkit.plan.search import search
@@ -130,7 +130,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
 
 def searched(file: Path) -> tuple[dict[str, Any], float]:
     """The JSON, and the processor's seconds."""
-    code = "import sys; from toolkit.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from toolkit.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     options = ["machine.nodes=4", "--search", "--json", "--csv", str(file)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from launching import launch, read
 from torch import Tensor, nn
 
+from toolkit.checkpoint.export import export
 from toolkit.data.images import Images
 from toolkit.errors import ConfigError, DataError
-from toolkit.export import export
 from toolkit.models.denoiser import Denoiser
 from toolkit.models.spatial import Grid, SpatialConv2d, halo_bytes
 

@@ -14,7 +14,7 @@ import pytest
 from launching import ROOT, TINY, data_cache, read
 from slurm_cluster import needs_slurm, slurm_cluster
 
-from toolkit.sweep import Begin, finish
+from toolkit.run.sweep import Begin, finish
 
 # Fails by its seed, until the file `mended` is there; a recipe of its own, for a training takes longer.
 RECIPE = """

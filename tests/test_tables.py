@@ -13,7 +13,7 @@ from composing import compose
 from data_helpers import SHARED, needs_shared
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from toolkit.config import Data, conf_dir
+from toolkit.config.schema import Data, conf_dir
 from toolkit.data import tables
 from toolkit.data.sources import Problems
 from toolkit.errors import ConfigError, DataError

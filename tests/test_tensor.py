@@ -12,8 +12,8 @@ from launching import ROOT, Many, launch_many, read
 from test_export import config_of, held_out_loss
 from transformers import BertConfig, BertForPreTraining
 
-from toolkit import checkpoint, ds_state
-from toolkit.export import export
+from toolkit.checkpoint import checkpoint, ds_state
+from toolkit.checkpoint.export import export
 
 RUNS = {
     "stage0": [*DROPOUT, "zero=stage0", "parallel=tensor"],

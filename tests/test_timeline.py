@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from deepspeed.runtime.pipe.schedule import ForwardPass, TrainSchedule
 
-from toolkit import cli
+from toolkit.cli import main as cli
+from toolkit.engine.pipe_events import Event, Timeline, bubble_share, formula, load, mean_seconds
+from toolkit.engine.pipe_schedule import SCHEDULES, GPipeSchedule, ideal
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.pipe_events import Event, Timeline, bubble_share, formula, load, mean_seconds
-from toolkit.pipe_schedule import SCHEDULES, GPipeSchedule, ideal
 from toolkit.report.timeline import draw
 
 SIZES = [(s, m) for s in (1, 2, 3, 4, 8) for m in (1, 2, 4, 7, 8, 16, 32)]

@@ -11,7 +11,7 @@ from launching import launch, launch_many, read
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from toolkit.config import Model, Tokenizer
+from toolkit.config.schema import Model, Tokenizer
 from toolkit.data import subwords
 from toolkit.models import seq2seq
 from toolkit.plan import flops
@@ -247,7 +247,7 @@ def test_an_exported_translator_is_weights_again(finetuned: Path) -> None:
     """Even one made of two BERTs, whose poolers nothing has trained."""
     from transformers import AutoConfig
 
-    from toolkit.export import export
+    from toolkit.checkpoint.export import export
 
     for name in ("bert-zero3", "marian-zero0"):
         folder = str(export(finetuned / name))
@@ -313,7 +313,7 @@ def test_the_formula_counts_what_torch_counts(name: str) -> None:
 
 def test_positions_are_sinusoids_and_stay_as_they_are(runs: Path) -> None:
     """Frozen in training, so the checkpoint's are those of the formula (Vaswani et al. 2017, section 3.5)."""
-    from toolkit import export
+    from toolkit.checkpoint import export
 
     folder = export.export(runs / "zero3-pairs")
     from transformers import AutoModelForSeq2SeqLM

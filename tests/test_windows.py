@@ -11,7 +11,7 @@ import pytest
 
 from toolkit.data.windows import Window, answer_span, best_threshold, decode, windows
 from toolkit.errors import ConfigError
-from toolkit.metrics import squad
+from toolkit.tasks.metrics import squad
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SQUAD = DATA / "squad" / "squad2_dev_half.json.gz"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import Data, Task
+from toolkit.config.schema import Data, Task
 from toolkit.data import tables
 from toolkit.data.labelled import READING_AS
 from toolkit.errors import DataError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data.chunks import SPLITS
 from toolkit.data.draws import Shuffle
 from toolkit.data.pairs import PairDataset, Sample

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import Data
+from toolkit.config.schema import Data
 from toolkit.data.arrays import Spool, seal
 from toolkit.data.draws import mix, uniform
 from toolkit.errors import ConfigError, DataError

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import Data, Tokenizer
+from toolkit.config.schema import Data, Tokenizer
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.arrays import Spool, seal
 from toolkit.data.sentences import split

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config import Data, Task
+from toolkit.config.schema import Data, Task
 from toolkit.data import tables
 from toolkit.data.sources import Problems
 from toolkit.errors import DataError, nearest

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import Data
+from toolkit.config.schema import Data
 from toolkit.errors import DataError
 
 

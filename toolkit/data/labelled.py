@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.config import Data, RunConfig, Tokenizer, cache_dir
+from toolkit.config.schema import Data, RunConfig, Tokenizer, cache_dir
 from toolkit.data import encoded, examples, tables
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.cache import build, fingerprint
 from toolkit.data.chunks import held_out
 from toolkit.data.sources import Problems
 from toolkit.errors import DataError
-from toolkit.run import weights_folder
+from toolkit.run.directory import weights_folder
 
 Encode = Callable[[Any, list[Any]], Iterator[encoded.Sample]]
 READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length"}

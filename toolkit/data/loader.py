@@ -26,7 +26,7 @@ from toolkit.data.draws import Shuffle
 from toolkit.data.pairs import PairDataset
 from toolkit.data.prepared import require
 from toolkit.errors import DataError
-from toolkit.workers import begin
+from toolkit.job.workers import begin
 
 Batch = dict[str, Tensor]
 Key = tuple[int, int]  # (epoch, index)
@@ -107,7 +107,7 @@ def _begin_worker(owner: int, worker: int) -> None:
 
 
 def _end_with(owner: int) -> None:
-    """SIGTERM is blocked in all threads (toolkit/workers.py). A rank that is killed sends none: look for it, too."""
+    """SIGTERM is blocked in all threads (job/workers.py). A rank that is killed sends none: look for it, too."""
     try:
         ended = [os.pidfd_open(owner)]
     except ProcessLookupError:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data.grouping import Batches, share
 from toolkit.data.parallel import Split
 

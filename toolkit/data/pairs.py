@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import Data
+from toolkit.config.schema import Data
 from toolkit.data.chunks import SPLITS, rule
 from toolkit.data.draws import generator
 from toolkit.data.prepared import Prepared

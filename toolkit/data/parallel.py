@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import Data, RunConfig, cache_dir
+from toolkit.config.schema import Data, RunConfig, cache_dir
 from toolkit.data import aligned, subwords
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.aligned import Pair

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import Data, RunConfig, Tokenizer, cache_dir
+from toolkit.config.schema import Data, RunConfig, Tokenizer, cache_dir
 from toolkit.data import chunks, corpus, sources
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.arrays import open_columns

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import Data
+from toolkit.config.schema import Data
 from toolkit.data import tables
 from toolkit.data.draws import Shuffle, mix, uniform
 from toolkit.data.sources import Problems

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import Data
+from toolkit.config.schema import Data
 from toolkit.data import hub, python_docs
 from toolkit.errors import DataError, nearest
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from toolkit.config import Tokenizer
+from toolkit.config.schema import Tokenizer
 from toolkit.data import tokenizer as wordpiece
 from toolkit.errors import DataError
 

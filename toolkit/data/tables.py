@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import Data
+from toolkit.config.schema import Data
 from toolkit.data import hub
 from toolkit.data.sources import Problems, json_lines, matching, parquet_rows, read_lines
 from toolkit.errors import DataError

@@ -1,6 +1,6 @@
 """``Engine`` over DeepSpeed's pipeline engines: the same verb, the same losses, and when each stage did what.
 
-engine = Engine.start(model, task, run)          # a PipeEngine if pipeline.stages > 1
+engine = start_engine(model, task, run)          # a PipeEngine if pipeline.stages > 1
 step = engine.train_batch(batches, trace=True)   # step.events: the timeline of this step
 """
 
@@ -17,10 +17,10 @@ from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from torch import Tensor
 
-from toolkit import ranks
+from toolkit.engine.pipe_events import Event, Kind
+from toolkit.engine.pipe_schedule import GPipeSchedule
 from toolkit.engine.plain import Batch, Collect, Engine, Step
-from toolkit.pipe_events import Event, Kind
-from toolkit.pipe_schedule import GPipeSchedule
+from toolkit.job import ranks
 
 KEPT = ("attention_mask",)  # of a micro-batch without anything to predict: the model still reads it
 PASSES: dict[Any, Kind] = {instructions.ForwardPass: "forward", instructions.BackwardPass: "backward"}

@@ -1,25 +1,20 @@
 """``Engine`` over DeepSpeed's own engine: ZeRO, offload, tensor parallel.
 
-engine = Engine.start(model, task, run)
+engine = start_engine(model, task, run)             # start.py
 step = engine.train_batch(batches, stop=False)     # one optimizer step
 """
 
-import copy
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from toolkit import ranks
-from toolkit.config import Dtype, cache_dir
-from toolkit.models.build import decay_groups
-from toolkit.pipe_events import Event
-from toolkit.run import Run
-from toolkit.schedule import factor
+from toolkit.config.schema import Dtype
+from toolkit.engine.pipe_events import Event
+from toolkit.job import ranks
 
 Batch = dict[str, Tensor]
 Collect = Callable[[Batch, Batch], None]
@@ -46,43 +41,6 @@ class Engine:
         self.unit: float = getattr(task, "unit", 1.0)  # of losses that people see, where others are minimised
         self.device = ds.device
         self.last_learning_rate: float | None = None  # the one the last step used
-
-    @classmethod
-    def start(cls, model: nn.Module, task: Any, run: Run) -> "Engine":
-        """Hand the model to DeepSpeed; what DeepSpeed gets is written to ds_config.json."""
-        import deepspeed
-
-        config = run.config
-        ds = run.deepspeed(task.vocab_size)
-        run.write_json("ds_config.json", ds)
-        torch.manual_seed(config.seed + ranks.rank() // config.tensor_size)  # ranks that share layers share dropout
-        if config.train.tf32:
-            torch.set_float32_matmul_precision("high")
-        schedule = None
-        if config.schedule.name != "none":
-            chosen, steps = config.schedule, run.steps
-            schedule = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(  # noqa: E731
-                optimizer, lambda step: factor(chosen, step, steps)
-            )
-        decay = ds["optimizer"].get("params", {}).get("weight_decay", 0.0)
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=decay_groups(model, decay),
-            lr_scheduler=schedule,
-            config=copy.deepcopy(ds),
-            mpu=ranks.tensor_groups(config.tensor_size),
-        )
-        _keep_stage0_norm(engine)
-        if config.train.compile:
-            # Ranks that share one of inductor's caches can read each other's half-written files.
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("inductor") / f"rank{ranks.local_rank()}"))
-            engine.compile()
-        run.monitor = engine.monitor
-        if config.pipeline.stages > 1:
-            from toolkit.engine.pipe import PipeEngine
-
-            return PipeEngine(engine, task, run.replica, config.pipeline.schedule)
-        return cls(engine, task, run.replica)
 
     def train_batch(self, batches: Iterator[Batch], *, stop: bool = False, trace: bool = False) -> Step:
         """One optimizer step over accumulation-many micro-batches.
@@ -203,18 +161,3 @@ def _added(rows: Any) -> dict[str, float]:
     for row in rows:
         total = {name: total.get(name, 0) + value for name, value in row.items()}
     return total
-
-
-def _keep_stage0_norm(engine: Any) -> None:
-    """At ZeRO 0 in fp32 DeepSpeed clips but forgets the norm that it computed; keep it.
-
-    DeepSpeedEngine.clip_fp32_gradients drops the return value of clip_grad_norm_ (0.19.8).
-    """
-    from deepspeed.runtime.utils import clip_grad_norm_
-
-    def clip_fp32_gradients() -> None:
-        engine._global_grad_norm = clip_grad_norm_(
-            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
-        )
-
-    engine.clip_fp32_gradients = clip_fp32_gradients

@@ -17,11 +17,12 @@ from transformers import BertConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from toolkit import nvme, ranks, run_plan
-from toolkit.config import Model, RunConfig
+from toolkit.config.schema import Model, RunConfig
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.job import nvme, ranks
 from toolkit.models import activation
-from toolkit.run import weights_folder
+from toolkit.run import own_plan
+from toolkit.run.directory import weights_folder
 
 
 def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
@@ -62,7 +63,7 @@ def build_model(run: Any, task: Any) -> nn.Module:
 
     Raises PlanError on every rank, before any memory is taken, where the run cannot fit.
     """
-    run_plan.begin(run)
+    own_plan.begin(run)
     config = run.config
     hf_config = task.hf_config
     if hasattr(hf_config, "num_attention_heads"):

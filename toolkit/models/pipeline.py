@@ -30,8 +30,8 @@ from transformers.models.bert.modeling_bert import (
     BertPredictionHeadTransform,
 )
 
-from toolkit import ranks
 from toolkit.errors import ConfigError
+from toolkit.job import ranks
 from toolkit.models.pretraining import at_positions
 
 Tensors = tuple[Tensor, ...]

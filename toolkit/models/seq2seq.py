@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-from toolkit.config import Model
+from toolkit.config.schema import Model
 from toolkit.errors import ConfigError
 from toolkit.models.build import read_config
 from toolkit.plan.flops import Seq2SeqShape

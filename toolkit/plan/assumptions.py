@@ -3,7 +3,7 @@
 print(*told(machine, "cuda", "bf16"), sep="\\n")
 """
 
-from toolkit.config import Dtype, Machine
+from toolkit.config.schema import Dtype, Machine
 
 # Share of the data sheet's rate that a step's matrix products reach. DeepSpeed's BERT-large: 64 of a V100's 125 TFLOP/s
 # at length 128, 53 at 512 (its page on the fastest BERT training, 2020); without tensor cores it is nearer to it.

@@ -1,14 +1,14 @@
 """How a configuration lies on its ranks: all that memory and time depend on besides the model and the machine.
 
-layout = Layout.of(config, ds, world=8, device="cuda")     # ds: what DeepSpeed gets, see toolkit.ds_config
+layout = Layout.of(config, ds, world=8, device="cuda")     # ds: what DeepSpeed gets, see toolkit.deepspeed.ds_config
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config import RunConfig
-from toolkit.ds_rules import Facts, canonical
+from toolkit.config.schema import RunConfig
+from toolkit.deepspeed.rules import Facts, canonical
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's defaults, in elements (runtime/zero/config.py)

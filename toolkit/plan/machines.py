@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 
-from toolkit.config import Dtype, Machine, cache_dir, conf_dir, load
+from toolkit.config.schema import Dtype, Machine, cache_dir, conf_dir, load
 from toolkit.errors import ConfigError, PlanError
 
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
-from toolkit.config import conf_dir
+from toolkit.config.schema import conf_dir
 from toolkit.errors import ConfigError, nearest
 
 

@@ -10,8 +10,8 @@ from functools import cache
 from math import isqrt
 from typing import Any
 
-from toolkit import ds_config
-from toolkit.config import Machine, RunConfig
+from toolkit.config.schema import Machine, RunConfig
+from toolkit.deepspeed import ds_config
 from toolkit.errors import PlanError
 from toolkit.plan import assumptions, machines
 from toolkit.plan.layout import Layout

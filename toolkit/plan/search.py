@@ -14,10 +14,10 @@ from itertools import product
 from math import inf
 from typing import Any
 
-from toolkit import ds_config
-from toolkit.compose import compose, options
-from toolkit.config import Machine, RunConfig, conf_dir
-from toolkit.ds_rules import BATCH_KEYS
+from toolkit.config.compose import compose, options
+from toolkit.config.schema import Machine, RunConfig, conf_dir
+from toolkit.deepspeed import ds_config
+from toolkit.deepspeed.rules import BATCH_KEYS
 from toolkit.errors import PlanError
 from toolkit.plan.plan import GIB, Plan, divisors, place, plan_on
 from toolkit.plan.shapes import ModelShape, model_shape

@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from toolkit.compose import compose
-from toolkit.config import Model, RunConfig
+from toolkit.config.compose import compose
+from toolkit.config.schema import Model, RunConfig
 from toolkit.errors import PlanError, nearest
 
 POOLED = ("classify", "regress", "choose")  # Hugging Face's heads on the pooled [CLS]; tag and span_qa have no pooler

@@ -7,7 +7,7 @@ speed.step_seconds, speed.mfu            # None where the machine's sheet lacks 
 from dataclasses import dataclass
 from typing import cast
 
-from toolkit.config import Dtype, Machine
+from toolkit.config.schema import Dtype, Machine
 from toolkit.plan import flops, machines
 from toolkit.plan.assumptions import ADAM_BYTES, LINK_EFFICIENCY, OVERLAP, efficiency, host_gbs
 from toolkit.plan.layout import Layout

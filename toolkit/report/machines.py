@@ -6,7 +6,7 @@ Console().print(table(toolkit.plan.machines.table(), "bf16"))
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from toolkit.config import Dtype, Machine
+from toolkit.config.schema import Dtype, Machine
 from toolkit.plan.machines import balance
 
 

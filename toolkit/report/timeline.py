@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from toolkit.pipe_events import KINDS, Event, bubble_share, formula, span
+from toolkit.engine.pipe_events import KINDS, Event, bubble_share, formula, span
 from toolkit.report import figures
 
 LABELS = {"1f1b": "1F1B", "gpipe": "GPipe", "dualpipev": "DualPipeV"}

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 
 KINDS = {
     "pretrain": ("pretrain", "Pretrain"),

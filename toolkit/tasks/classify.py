@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, mse_loss
 
-from toolkit import metrics
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data.encoded import IGNORED, Sample
+from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from toolkit import ranks
 from toolkit.data.pair_batches import dealt
+from toolkit.job import ranks
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How translations are searched for; see toolkit/config.py for the length penalty."""
+    """How translations are searched for; see toolkit/config/schema.py for the length penalty."""
 
     beams: int
     length_penalty: float

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit import metrics, ranks
 from toolkit.data.images import Images, Pair
 from toolkit.errors import ConfigError
+from toolkit.job import ranks
 from toolkit.models.denoiser import Denoiser, DenoiserConfig
 from toolkit.models.spatial import Grid
-from toolkit.run import Run
+from toolkit.run.directory import Run
+from toolkit.tasks import metrics
 
 Batch = dict[str, Tensor]
 Watch = Callable[[Iterator[Batch]], Iterator[Batch]]

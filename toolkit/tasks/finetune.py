@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
-from toolkit import metrics, ranks
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data import encoded, labelled
 from toolkit.data.encoded import IGNORED, Encoded, Sample
 from toolkit.data.grouping import Batches
 from toolkit.errors import ConfigError
+from toolkit.job import ranks
 from toolkit.models.build import bert_config, read_config
 from toolkit.plan import flops
-from toolkit.run import Run
+from toolkit.run.directory import Run
+from toolkit.tasks import metrics
 
 Batch = dict[str, Tensor]
 Watch = Callable[[Iterator[Batch]], Iterator[Batch]]

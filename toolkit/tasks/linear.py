@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from toolkit import ranks
 from toolkit.data import regression
 from toolkit.data.draws import Shuffle
 from toolkit.data.encoded import Split
 from toolkit.errors import ConfigError
+from toolkit.job import ranks
 from toolkit.models.linear import LinearConfig, LinearRegression, Optimum, optimum
-from toolkit.run import Run
+from toolkit.run.directory import Run
 
 Batch = dict[str, Tensor]
 Watch = Callable[[Iterator[Batch]], Iterator[Batch]]

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from toolkit import data, ranks
+from toolkit import data
 from toolkit.errors import ConfigError
+from toolkit.job import ranks
 from toolkit.models.build import model_config
 from toolkit.models.pretraining import MODELS
 from toolkit.plan import flops
-from toolkit.run import Run
+from toolkit.run.directory import Run
 
 Batch = dict[str, Tensor]
 Watch = Callable[[Iterator[Batch]], Iterator[Batch]]

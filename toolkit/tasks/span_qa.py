@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from toolkit import metrics
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data import windows
 from toolkit.data.encoded import Sample
+from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Batch, Finetune, Rows
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from toolkit import metrics
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.data.encoded import IGNORED, Sample
+from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Batch, Finetune, Rows
 
 

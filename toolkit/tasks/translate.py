@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from toolkit import metrics, ranks
 from toolkit.data import parallel, subwords
 from toolkit.data.pair_batches import IGNORED, PairBatches
 from toolkit.data.parallel import Split
 from toolkit.data.tokenizer import vocab_size
 from toolkit.errors import ConfigError, DataError
+from toolkit.job import ranks
 from toolkit.models import seq2seq
 from toolkit.plan import flops
-from toolkit.run import Run
+from toolkit.run.directory import Run
+from toolkit.tasks import metrics
 from toolkit.tasks.decoding import Decoding, translate
 
 Batch = dict[str, Tensor]

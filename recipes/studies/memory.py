@@ -1,0 +1,259 @@
+"""What a training step keeps in memory, measured, and what each way to keep less of it costs in time.
+
+    row = measure(engine, batches)                       # peaks of this rank's second step, and its seconds
+    with Tracker(engine) as tracker: engine.train_batch(batches)
+    tracker.peak["activations"]                          # bytes
+
+On CUDA the allocator tells the peak. On a CPU every tensor is counted from birth to death by category, and what
+a configuration offloads counts as the host's though both are the same memory here.
+"""
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from toolkit.deepspeed.rules import Facts
+from toolkit.report import figures
+
+DEVICE = ("weights", "gradients", "optimizer", "activations", "workspace")
+HOST = ("moved", "offloaded")  # activations; optimizer states, weights and the buffers of NVMe
+MIB = 2**20
+ACTIVATIONS = ("none", "recompute", "offload_cpu", "recompute_offload")
+LAYOUTS = (
+    ("stage0", "none"), ("stage1", "none"), ("stage2", "none"), ("stage3", "none"),
+    ("stage2", "cpu"), ("stage3", "cpu_params"), ("stage3", "nvme"),
+)  # fmt: skip
+
+
+def measure(engine: Any, batches: Iterator[Any]) -> dict[str, float]:
+    """A warm-up step, a timed one, and on a CPU one whose tensors are counted: seconds, and peaks in MiB."""
+    engine.train_batch(batches)
+    cuda = engine.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    engine.train_batch(batches)
+    if cuda:
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return {"step_seconds": seconds, "peak_mib": torch.cuda.max_memory_allocated() / MIB}
+    seconds = time.perf_counter() - start
+    with Tracker(engine.ds) as tracker:
+        engine.train_batch(batches)
+    sizes = {"peak": sum(tracker.at_peak.values()), **tracker.at_peak, "saved": tracker.peak["activations"]}
+    sizes |= {name: tracker.peak[name] for name in HOST}
+    return {"step_seconds": seconds, **{f"{name}_mib": size / MIB for name, size in sizes.items()}}
+
+
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors, each storage once, while a step of ``ds`` (DeepSpeed's engine) runs on a CPU.
+
+    ``peak`` holds the largest number of bytes of each category, ``at_peak`` those of DEVICE when their sum was largest.
+    Activations are what an operation saves for the backward pass, also within a recomputation, but no weights.
+    """
+
+    def __init__(self, ds: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ds = ds
+        self.peak: Counter[str] = Counter()
+        self.at_peak: dict[str, int] = {}
+        self._live: Counter[str] = Counter()
+        self._category: dict[int, str] = {}
+
+    def __enter__(self) -> "Tracker":
+        for category, tensors in state(self.ds).items():
+            self._count(category, tensors)
+        self._step, self.ds._take_model_step = self.ds._take_model_step, self._before_step  # of both kinds of engine
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda p: self._count("gradients", _gradients([p])))
+            for p in self.ds.module.parameters()
+            if p.requires_grad  # the positions of an encoder-decoder do not
+        ]
+        self._enter_hooks, tracker = saved_tensors_hooks.__enter__, self
+        # Only the innermost hooks are asked, so each pair is watched as it is entered; the outermost is our own.
+        saved_tensors_hooks.__enter__ = lambda hooks: tracker._watch(hooks)  # type: ignore[method-assign]
+        self._outermost = saved_tensors_hooks(lambda t: t if _is_weight(t) else t.detach(), lambda t: t)
+        self._outermost.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._outermost.__exit__(*error)
+        saved_tensors_hooks.__enter__ = self._enter_hooks  # type: ignore[method-assign]
+        for handle in self._handles:
+            handle.remove()
+        self.ds._take_model_step = self._step
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._count("workspace", (t for t in tree_leaves(result) if isinstance(t, Tensor)))
+        return result
+
+    def _watch(self, hooks: saved_tensors_hooks) -> None:
+        def pack(tensor: Tensor) -> Any:
+            packed = hooks.pack_hook(tensor)
+            if not _is_weight(tensor):
+                self._count("activations", [tensor])
+                self._count("moved", (t for t in tree_leaves(packed) if isinstance(t, Tensor)))
+            return packed
+
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, hooks.unpack_hook)
+
+    def _before_step(self, *args: Any, **kwargs: Any) -> Any:
+        for category, tensors in state(self.ds).items():
+            self._count(category, tensors)
+        return self._step(*args, **kwargs)
+
+    def _count(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Add storages not seen before; those known as workspace get their better name."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            known = self._category.get(key)
+            if known is None:
+                weakref.finalize(storage, self._forget, key, size)
+            elif known != "workspace" or category == "workspace":
+                continue
+            else:
+                self._live[known] -= size
+            self._category[key] = category
+            self._live[category] += size
+        self.peak |= self._live  # the larger of each
+        on_device = {name: self._live[name] for name in DEVICE}
+        if sum(on_device.values()) > sum(self.at_peak.values()):
+            self.at_peak = on_device
+
+    def _forget(self, key: int, size: int) -> None:
+        self._live[self._category.pop(key)] -= size
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+
+
+def state(ds: Any) -> dict[str, list[Tensor]]:
+    """The tensors that DeepSpeed's engine ``ds`` holds between operations, by category."""
+    facts = Facts(ds.config, 1, "cpu")
+    optimizer = ds.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    parameters = list(ds.module.parameters())
+    masters = _tensors(v for k, v in vars(optimizer).items() if "fp32" in k)
+    states = [*masters, *_tensors(inner.state.values())]
+    gradients = _gradients(masters) + _tensors(v for k, v in vars(optimizer).items() if "grad" in k)
+    shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+    found = {
+        # The model's first: in fp32 the optimizer of ZeRO 0 has the weights themselves.
+        "weights": [*parameters, *(shards if facts.param_offload == "none" else [])],
+        "gradients": _gradients(parameters) + (gradients if facts.offload == "none" else []),
+        "optimizer": states if facts.offload == "none" else [],
+        "offloaded": _buffers(optimizer, parameters),
+    }
+    found["offloaded"] += (shards if facts.param_offload != "none" else []) + (
+        [*states, *gradients] if facts.offload != "none" else []
+    )
+    return found
+
+
+def sizes(ds: Any) -> dict[str, int]:
+    """Bytes of :func:`state`, each storage once, under the first category that has it."""
+    seen: set[int] = set()
+    found: Counter[str] = Counter()
+    for category, tensors in state(ds).items():
+        for storage in (t.untyped_storage() for t in tensors):
+            found[category] += 0 if storage._cdata in seen else storage.nbytes()
+            seen.add(storage._cdata)
+    return dict(found)
+
+
+def _gradients(parameters: list[Any]) -> list[Tensor]:
+    """Those with memory of their own; slices of DeepSpeed's buckets are workspace."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    return [g for g in found if g.untyped_storage().nbytes() == g.nbytes]
+
+
+def _buffers(optimizer: Any, parameters: list[Any]) -> list[Tensor]:
+    """What DeepSpeed reads from and writes to NVMe with."""
+    swappers = [getattr(optimizer, "optimizer_swapper", None), *(getattr(p, "nvme_swapper", None) for p in parameters)]
+    found = {id(s): s for s in swappers if s is not None}.values()
+    return _tensors([s.buffers if hasattr(s, "buffers") else s.swap_buffer_manager.all_buffers for s in found])
+
+
+def _tensors(tree: Iterable[Any]) -> list[Tensor]:
+    return [t for t in tree_leaves(list(tree)) if isinstance(t, Tensor)]
+
+
+def combinations(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each run to compare: every layout with every ``activation``, or what ``overrides`` choose."""
+    chosen = {o.split("=")[0]: o for o in overrides}
+    rest = [o for o in overrides if o.split("=")[0] not in ("zero", "offload", "activation")]
+    layouts = [[f"zero={zero}", f"offload={offload}"] for zero, offload in LAYOUTS]
+    if "zero" in chosen or "offload" in chosen:
+        layouts = [[chosen[key] for key in ("zero", "offload") if key in chosen]]
+    activations = [chosen["activation"]] if "activation" in chosen else [f"activation={a}" for a in ACTIVATIONS]
+    return [[*rest, *layout, activation] for layout in layouts for activation in activations]
+
+
+def label(overrides: list[str]) -> dict[str, str]:
+    """``{"layout": "stage3 + nvme", "activation": "recompute"}`` of one of ``combinations``."""
+    options = {key: value for key, _, value in (o.partition("=") for o in overrides)}
+    layout = [options.get("zero", "stage2"), options.get("offload", "none")]
+    return {"layout": " + ".join(o for o in layout if o != "none"), "activation": options["activation"]}
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    """A rich table of what fits a terminal: a line per combination."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    names = [n for n in ("layout", "activation", "step_seconds", "peak_mib", "saved_mib", "moved_mib") if n in rows[0]]
+    shown = Table(title="MiB of the rank that needs most, and seconds of a step", title_justify="left", box=SIMPLE)
+    for name in names:
+        text = name in ("layout", "activation")
+        shown.add_column(
+            name.removesuffix("_mib").replace("_seconds", " s"), justify="left" if text else "right", no_wrap=True
+        )
+    for before, row in zip([{}, *rows], rows, strict=False):
+        if before and before["layout"] != row["layout"]:
+            shown.add_section()
+        shown.add_row(*(_cell(name, row[name]) for name in names))
+    return shown
+
+
+def _cell(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.3f}" if name.endswith("_seconds") else f"{value:,.1f}"
+
+
+def plot(rows: list[dict[str, Any]], stem: Path, title: str) -> None:
+    """``stem``.png and .svg: memory by category on the left, step time beside it, a bar per combination."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.6 + 0.26 * len(rows)), layout="constrained")
+    memory, seconds = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
+    layouts = list(dict.fromkeys(r["layout"] for r in rows))
+    places = [-i - 0.7 * layouts.index(row["layout"]) for i, row in enumerate(rows)]  # a gap between layouts
+    categories = [c for c in DEVICE if f"{c}_mib" in rows[0]] or ["peak"]
+    left = [0.0] * len(rows)
+    for i, category in enumerate(categories):
+        sizes = [row[f"{category}_mib"] for row in rows]
+        memory.barh(places, sizes, left=left, label=category, color=f"C{i}", height=0.8)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    memory.set_xlabel("MiB on the device at the step's peak")
+    memory.set_yticks(places, [f"{r['layout']}   {r['activation']}" for r in rows])
+    seconds.barh(places, [r["step_seconds"] for r in rows], color="0.6", height=0.8)
+    seconds.set_xlabel("seconds per step")
+    for axes in (memory, seconds):
+        axes.margins(y=0.01)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    figure.suptitle(title, x=0.01, ha="left")
+    figures.save(figure, stem)

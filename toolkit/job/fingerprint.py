@@ -1,0 +1,105 @@
+"""What must be the same on every rank of a job: configuration, packages, code.
+
+    python -m toolkit.job.fingerprint          # this host's packages and code as one line of JSON
+    fingerprint.check(config)              # every rank, once joined; the one that differs is named
+
+A cluster's nodes drift apart: an old checkout here, another torch there. Such a job trains, and wrongly.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from toolkit.config.schema import RunConfig
+from toolkit.errors import ConfigError
+from toolkit.job import ranks
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "hydra-core", "pydantic", "numpy")
+
+
+def here() -> dict[str, str]:
+    """Versions of Python and packages, the commit, and a hash of the sources as they are on this host's disk."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found | {"commit": git("rev-parse", "--short=12", "HEAD") or "none", "code": _code()}
+
+
+def of(config: RunConfig) -> str:
+    """A configuration's hash: equal whatever the order of its keys."""
+    return _digest(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode())
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a job whose ranks differ in what must be the same. Every rank calls it. Raises ConfigError on all."""
+    mine = (platform.node(), {"configuration": of(config), **here()})
+    if problems := differences(ranks.gathered(mine)):
+        raise ConfigError("\n".join(problems))
+
+
+def differences(found: Sequence[tuple[str, dict[str, str]]]) -> list[str]:
+    """One line for every host and thing that differ from rank 0's; ``found``: host and fingerprint by rank."""
+    (first, reference), *_ = found
+    wrong: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for rank, (host, prints) in enumerate(found):
+        for key in reference:
+            if prints[key] != reference[key]:
+                wrong[host, key, prints[key]].append(rank)
+    return [
+        f"host {host} (rank {', '.join(map(str, where))}): {key} {value}, but rank 0's host {first} has "
+        f"{reference[key]}. {_way_out(key)}"
+        for (host, key, value), where in wrong.items()
+    ]
+
+
+def _way_out(key: str) -> str:
+    if key == "configuration":
+        return "Give every node the same overrides, or one saved config: --config-path, --config-name."
+    if key in ("commit", "code"):
+        return "Put every node on the same checkout, or on one shared folder or image."
+    return "Install the same on every node: pip install -c constraints.txt -e ."
+
+
+def _code() -> str:
+    """Of the package, its presets and the recipe: what git may not know of, an image holds no commit."""
+    from toolkit.config.schema import conf_dir
+
+    package = Path(__file__).resolve().parents[1]
+    files = {f: f.relative_to(package) for end in ("py", "json", "cpp") for f in package.rglob(f"*.{end}")}
+    files |= {f: Path("conf") / f.relative_to(conf_dir()) for f in conf_dir().rglob("*.yaml")}
+    main = Path(sys.argv[0])
+    files |= {f: Path(f.name) for f in (main.parent / "studies").rglob("*.py")}
+    digest = hashlib.sha256()
+    for path, name in sorted(files.items(), key=lambda item: item[1]):
+        digest.update(f"{name}\0".encode() + path.read_bytes())
+    if main.suffix == ".py" and main.is_file() and main.resolve() != Path(__file__).resolve():
+        digest.update(main.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where there is no git or no checkout."""
+    code = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=code, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    print(json.dumps(here()))

@@ -1,0 +1,251 @@
+"""A run's own plan: told and judged before the model takes memory, and set beside what was measured; plan.json.
+
+begin(run)                                             # in build_model: PlanError on every rank if it cannot fit
+finish(run, meter.peak_gib, meter.overall())           # at the end of fit
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from toolkit.errors import ConfigError, PlanError
+from toolkit.job import ranks
+from toolkit.plan.machines import way_out
+from toolkit.plan.memory import MOMENTS
+from toolkit.plan.plan import GIB, Plan, place_of_job, plan_for
+from toolkit.plan.shapes import model_shape
+from toolkit.run.directory import Run
+
+SHORTEST = 8  # tokens of a sequence
+RATES = ("step_seconds", "samples_per_second", "tokens_per_second", "mfu")
+Numbers = Mapping[str, float | None]
+_TRAININGS = count()  # of this process, before
+
+
+def begin(run: Run) -> None:
+    """Tell the plan in one line and write plan.json. Raises PlanError on every rank where the run cannot fit.
+
+    What has no plan yet (other models, DualPipeV) runs without one; the log says why.
+    """
+    per_node, less = ranks.largest([ranks.local_size(), -_device_gib()])
+    ranks.agreed(lambda: _judge(run, int(per_node), -less) if ranks.rank() == 0 else None)
+    run.resident_gib = _forget_peak()
+
+
+def finish(run: Run, peak_gib: float, rates: Numbers) -> None:
+    """Show planned and measured numbers and write both to plan.json. All ranks must call it.
+
+    ``peak_gib`` is that of this rank's device, or of its process on a CPU, and 0 where no step was made.
+    """
+    grown = peak_gib - (run.resident_gib or 0) if peak_gib and run.resident_gib is not None else -1.0
+    (peak,) = ranks.largest([grown])
+    if run.plan is None or not peak_gib:
+        return
+    measured = {"peak_gib": peak if peak > 0 else None} | {name: rates.get(name) for name in RATES}
+    _write(run, run.plan, measured)
+    run.console.print(_table(run.plan.layout.device, planned(run.plan), measured))
+
+
+def beside(run: Path) -> Table:
+    """The same of a run directory's plan.json. Raises ConfigError."""
+    try:
+        found = json.loads((run / "plan.json").read_text())
+        return _table(found["layout"]["device"], found["planned"], found["measured"] or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{run}/plan.json: no plan of a run ({error}). Name one that has.") from error
+
+
+def _judge(run: Run, per_node: int, device_gib: float) -> None:
+    plan = partial(_plan, run, per_node, device_gib)
+    try:
+        found = plan()
+    except (ConfigError, PlanError) as error:
+        logging.getLogger(__name__).warning("There is no plan of this run: %s", error)
+        return
+    run.plan = found
+    _write(run, found, _measured_before(run.dir / "plan.json"))
+    # Only pretraining fills every sequence; the other tasks pad a batch to its longest, which may be short.
+    filled = found.fits is not False or run.config.task.kind == "pretrain"
+    if run.config.plan.enforce and not _may_fit(found if filled else plan(length=SHORTEST)):
+        raise PlanError(refusal(found))
+    run.console.print(line(found), highlight=False)
+
+
+def _may_fit(plan: Plan) -> bool:
+    """On a CPU buffers take no memory until they are written, and larger ones than the model never are."""
+    if plan.fits is not False or plan.layout.device != "cpu":
+        return plan.fits is not False
+    written = max(sum(p.bytes for p in plan.memory.at(m) if p.group != "buffers") for m in MOMENTS)
+    return written / GIB <= (plan.device_limit_gib or 0)
+
+
+def _device_gib() -> float:
+    """Of this rank's GPU, by its driver: sheets round up. 0 on a CPU."""
+    if ranks.device() != "cuda":
+        return 0.0
+    import torch
+
+    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB)
+
+
+def _plan(run: Run, per_node: int, device_gib: float, length: int | None = None) -> Plan:
+    """Of the very model, as model/ describes it: the vocabulary and the labels are known by now."""
+    device, world = ranks.device(), ranks.world()
+    model = run.config.model.model_copy(update={"weights": str(run.dir / "model")})
+    data = run.config.data.model_copy(update={"max_length": length or run.config.data.max_length})
+    config = run.config.model_copy(update={"model": model, "data": data})
+    shape = model_shape(config)
+    machine = place_of_job(config, world=world, per_node=per_node, device=device)
+    if device_gib and (config.machine.name != "this" or not config.machine.memory_gib):
+        machine = machine.model_copy(update={"memory_gib": device_gib})
+    found = plan_for(machine, config, shape, ranks=world, device=device)
+    seconds = found.speed.step_seconds
+    return replace(found, hours=seconds * run.steps / 3600 if seconds and run.steps else None)
+
+
+def _write(run: Run, plan: Plan, measured: Numbers | None) -> None:
+    run.write_json("plan.json", plan.as_json() | {"planned": planned(plan), "measured": measured})
+
+
+def _measured_before(path: Path) -> Any:
+    """By the start before this one, which may have been the last to train."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found.get("measured") if isinstance(found, dict) else None
+    return None
+
+
+def planned(plan: Plan) -> dict[str, float | None]:
+    """What can be measured: GiB of tensors at the peak (those offloaded are in the same memory on a CPU), and rates."""
+    held = plan.memory.peak + (plan.memory.total("host") if plan.layout.device == "cpu" else 0)
+    return {"peak_gib": held / GIB} | {name: getattr(plan.speed, name) for name in RATES}
+
+
+def _forget_peak() -> float | None:
+    """From now on the peak of the device's tensors is the model's. Returns the GiB that do not count: on a CPU what
+    the process holds now; None where its peak cannot be forgotten, or it has memory to spare of a training before."""
+    if ranks.device() == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return 0.0
+    import psutil
+
+    with suppress(OSError):
+        if next(_TRAININGS):
+            return None
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is resident now (man 5 proc)
+        return psutil.Process().memory_info().rss / GIB
+    return None
+
+
+def line(plan: Plan) -> str:
+    """``plan: 2.31 of 80 GiB a device (activations 1.2), largest micro-batch 64; 0.214 s a step, …``"""
+    own = f"{_gib(plan.device_gib)}{_of(plan.device_limit_gib)} GiB a {_device(plan)}"
+    memory = [f"{own} (activations {_held(plan, 'activations')})"]
+    others = (("host", plan.host_gib, plan.host_limit_gib), ("NVMe", plan.nvme_gib, plan.nvme_limit_gib))
+    memory += [f"{_gib(need)}{_of(limit)} GiB of {place}" for place, need, limit in others if need]
+    memory += [f"does not fit at {plan.layout.length} tokens a sequence"] if plan.fits is False else []
+    memory += [f"largest micro-batch {plan.largest_micro}"] if plan.largest_micro else []
+    return f"plan: {', '.join(memory)}; {_speed(plan)}"
+
+
+def _speed(plan: Plan) -> str:
+    speed = plan.speed
+    if speed.step_seconds is None:
+        what = ", ".join(speed.unknown).replace("machine.", "")
+        return f"times are unknown without the machine's {what}.{way_out(plan.machine, speed.unknown)}"
+    told = [f"{speed.step_seconds:.3g} s a step", f"{speed.tokens_per_second:,.0f} tokens/s", f"MFU {speed.mfu:.0%}"]
+    return ", ".join([*told, *([] if plan.hours is None else [f"{plan.hours:,.1f} h"])])
+
+
+def refusal(plan: Plan) -> str:
+    """What is too small for what, and the ways out, in one line."""
+    layout, group = plan.layout, _largest(plan)
+    told = f" at batch.micro_size={layout.micro} and length {layout.length} ({group} {_held(plan, group)} of it)"
+    needs = (
+        (f"a {_device(plan)}", plan.device_gib, told, plan.device_limit_gib),
+        ("the host", plan.host_gib, "", plan.host_limit_gib),
+        ("NVMe", plan.nvme_gib, "", plan.nvme_limit_gib),
+    )
+    small = [
+        f"{place} needs {_gib(need)} GiB{told} and has {_gib(limit)}"
+        for place, need, told, limit in needs
+        if limit is not None and need > limit
+    ]
+    *others, last = _ways(plan)
+    ways = f"{', '.join(others)} or {last}" if others else last
+    return (
+        f"machine={plan.machine.name}: the plan does not fit: {'; '.join(small)}. Use {ways}; "
+        "`toolkit plan … --search` lists what fits, plan.enforce=false tries it anyway."
+    )
+
+
+def _ways(plan: Plan) -> list[str]:
+    """Those that are legal and make what is largest smaller."""
+    layout, group, cpu = plan.layout, _largest(plan), plan.layout.device == "cpu"
+    if plan.device_limit_gib is None or plan.device_gib <= plan.device_limit_gib:
+        return ["less offload", "more nodes"]
+    states = group in ("weights", "gradients", "optimizer")
+    ways = {
+        f"batch.micro_size={plan.largest_micro} (the largest that fits)": plan.largest_micro is not None,
+        "activation=recompute": group == "activations" and not layout.recompute,
+        "a smaller deepspeed.zero_optimization.reduce_bucket_size": group == "buffers",
+        "a higher ZeRO stage": states and layout.data > 1 and layout.stage < (1 if layout.pipe > 1 else 3),
+        "offload=cpu": states and layout.offload == "none" and not cpu,
+        "fewer ranks on a host": cpu and layout.ranks > 1,
+        "more devices": not cpu,
+    }
+    return [way for way, helps in ways.items() if helps] or ["a host with more memory"]
+
+
+def _held(plan: Plan, group: str) -> str:
+    return _gib(_bytes(plan, group) / GIB)
+
+
+def _largest(plan: Plan) -> str:
+    return max((p.group for p in plan.memory.at_peak), key=lambda group: _bytes(plan, group))
+
+
+def _bytes(plan: Plan, group: str) -> int:
+    return sum(p.bytes for p in plan.memory.at_peak if p.group == group)
+
+
+def _device(plan: Plan) -> str:
+    return "rank" if plan.layout.device == "cpu" else "device"
+
+
+def _of(limit: float | None) -> str:
+    return "" if limit is None else f" of {_gib(limit)}"
+
+
+def _gib(size: float) -> str:
+    return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+
+
+def _table(device: str, planned: Numbers, measured: Numbers) -> Table:
+    """A row for each number that was planned or measured."""
+    cpu = device == "cpu"
+    names = {
+        "peak_gib": "GiB of a rank, measured as growth of its process" if cpu else "GiB of tensors on a device",
+        "step_seconds": "seconds of a step",
+        "tokens_per_second": "tokens/s (all ranks)",
+        "mfu": "MFU",
+    }
+    form = {"tokens_per_second": "{:,.0f}".format, "mfu": "{:.1%}".format}
+    table = Table("", title="Plan", title_justify="left")
+    for column in ("planned", "measured"):
+        table.add_column(column, justify="right")
+    for key, name in names.items():
+        row = [numbers.get(key) for numbers in (planned, measured)]
+        if any(number is not None for number in row):
+            table.add_row(name, *("" if n is None else form.get(key, "{:.3g}".format)(n) for n in row))
+    return table

@@ -1,0 +1,214 @@
+"""Turns a function of a RunConfig into a command for `deepspeed`, `torchrun`, `srun`, `mpirun` and plain `python`.
+
+    @recipe("pretrain")                          # the kinds of task that it is for; none: all
+    def main(config: RunConfig) -> None: ...
+
+The annotation of ``config`` is the class of the configuration: RunConfig, or one of the recipe's own that adds a node.
+A recipe for one kind of task starts from that kind's preset, so that its bare command works.
+
+The decorated function reads Hydra overrides from the command line, refuses a wrong configuration
+before any process group exists, builds DeepSpeed's ops, joins the ranks, and turns errors into one
+line and an exit code: 0 done, 1 a bug, 2 refused,
+69 a rank hung or was lost, 71 out of memory, 75 stopped by a signal after saving.
+
+SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit with 75. The launchers:
+
+- signals to the ranks: `deepspeed` passes 75 on; it gives the other ranks 30 s to end after the first.
+- Ctrl-C, scancel, a signal to the whole process group: the ranks save as above, but `deepspeed` itself
+  ends at once by that signal (a shell shows 130 or 143), or with 1 like `torchrun`, before or after they have.
+- SIGTERM to the node's `deepspeed.launcher.launch`: it passes it to the ranks, which save; exit code 1.
+- SIGTERM to the one process `deepspeed`: it ends, and the ranks train on. Signal the group: kill -- -PGID.
+"""
+
+import functools
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from toolkit.config.compose import permissive, register_schema
+from toolkit.config.schema import RunConfig, conf_dir, load
+from toolkit.errors import ConfigError, OutOfMemory, Stopped, ToolkitError
+
+# The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
+HYDRA = [
+    "hydra.run.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+]
+# In the batch script, before srun: where the ranks of a job of its own find each other.
+SLURM_SWEEP = "hydra.launcher.setup=['export MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))']"
+SWEEP = [
+    "hydra.sweep.dir=${output_dir}/sweep",
+    "+hydra.callbacks.sweep._target_=toolkit.run.sweep.Begin",
+    f"+hydra.callbacks.sweep.started={time.time_ns()}",
+]
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
+
+
+Main = Any  # a function of a RunConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe's function, its kinds of task, whether it trains with a DeepSpeed engine or composes runs; its file."""
+
+    main: Main
+    kinds: tuple[str, ...]
+    engine: bool
+    composes: bool
+    script: str
+
+    @property
+    def config(self) -> type[RunConfig]:
+        """The class that the function asks for."""
+        found: type[RunConfig] = get_type_hints(self.main).get("config", RunConfig)
+        return found
+
+    def completed(self, arguments: list[str]) -> list[str]:
+        """The overrides, with the preset of the kind of task where there is but one and none was chosen."""
+        chosen = any(re.match(r"(task|experiment)=|--config-(path|name)|-c[pn]", a) for a in arguments)
+        return arguments if chosen or len(self.kinds) != 1 else [*arguments, f"task={self.kinds[0]}"]
+
+    def refuse_task(self, config: RunConfig, name: str) -> None:
+        """Raise ConfigError for a task that the recipe ``name`` is not for."""
+        if self.kinds and config.task.kind not in self.kinds:
+            texts = {f.stem: f.read_text() for f in sorted((conf_dir() / "task").glob("*.yaml"))}
+            known = [task for task, text in texts.items() if any(re.search(rf"kind: {k}\b", text) for k in self.kinds)]
+            raise ConfigError(f"task={config.task.name}: {name} is not for it. It takes task={', '.join(known)}.")
+
+
+def recipe(*kinds: str, engine: bool = True, composes: bool = False) -> Callable[[Main], Callable[[], None]]:
+    """Make a function a command; see the module's docstring.
+
+    Without ``engine`` the node deepspeed is not looked at. ``composes``: it starts further runs from its overrides.
+    """
+    return lambda main: _command(Recipe(main, kinds, engine, composes, str(Path(main.__code__.co_filename).resolve())))
+
+
+def _command(recipe: Recipe) -> Callable[[], None]:
+    @functools.wraps(recipe.main)
+    def command() -> None:
+        import hydra
+
+        from toolkit.job import ranks
+
+        ranks.adopt_scheduler()
+        register_schema(recipe.config)
+        debug = "--debug" in sys.argv
+        # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
+        arguments = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
+        sweeps = bool({"-m", "--multirun"} & set(arguments))
+        if debug:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # for the jobs of a sweep, too
+        try:
+            if sweeps and (flags := [a for a in arguments if re.match(r"--config-(path|name|dir)|-c[pnd]", a)]):
+                raise ConfigError(
+                    f"{flags[0]} with --multirun: a sweep's jobs start from overrides. Drop one of the two."
+                )
+            given = permissive(recipe.completed(arguments))
+            first = [*(SWEEP if sweeps else ()), *([SLURM_SWEEP] if "hydra/launcher=submitit_slurm" in given else ())]
+            sys.argv[1:] = _flags_first([*first, *given, *HYDRA])
+        except ConfigError as error:
+            refuse(error)
+        debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
+        decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+        if sweeps:
+            _sweep(decorate(functools.partial(_job, recipe, debug)))
+        else:
+            decorate(functools.partial(_job, recipe, debug))()
+
+    command.recipe = recipe  # type: ignore[attr-defined]  # for toolkit.cluster.launchers
+    return command
+
+
+def _sweep(start: Callable[[], None]) -> None:
+    from toolkit.run import sweep
+
+    try:
+        start()
+    except BaseException as error:
+        sweep.finish(wait=isinstance(error, SystemExit) and error.code != STOPPED)
+        raise
+    if sweep.finish():
+        sys.exit(1)
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Overrides in one piece at the end: Hydra's parser takes them before or after a flag, not both."""
+    return sorted(arguments, key=lambda a: bool(re.match(r"~|\+*[\w./@]+=", a)))
+
+
+def refuse(error: ToolkitError) -> None:
+    """Print the error's lines and leave with its code; on rank 0 alone, where that refuses it, too."""
+    rank, whose = os.environ.get("RANK", "0"), ""
+    if rank != "0":
+        time.sleep(3)  # the launcher ends all ranks of a host once one has left; what ends later has more to say
+        whose = f"rank {rank} on {platform.node()}: "
+    for line in str(error).splitlines():
+        print(f"error: {whose}{line}", file=sys.stderr)
+    sys.exit(error.code)
+
+
+def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from toolkit.run import sweep
+
+        found = HydraConfig.get()
+        mark = {"number": found.job.num, "sweep": found.callbacks.sweep.started}
+        sweep.job(recipe.script, list(found.overrides.task), Path(found.sweep.dir), mark)
+        return
+    try:
+        config = load(cfg, recipe.config)
+        recipe.refuse_task(config, sys.argv[0])
+        _run(recipe, config, debug)
+    except ToolkitError as error:
+        if debug:
+            raise
+        refuse(error)
+
+
+def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
+    from toolkit.deepspeed import ds_config
+    from toolkit.job import fingerprint, ranks, watchdog, workers
+    from toolkit.run.directory import Terminal
+
+    ranks.complete_environment()
+    device = ranks.device()
+    ds = ds_config.complete(config, world=ranks.world(), device=device) if recipe.engine else {}
+    if recipe.engine and config.data.workers:
+        workers.begin()
+    with Terminal(quiet=not debug) as terminal:
+        from toolkit.job import ops
+
+        ops.ensure(ds_config.required_ops(ds, device=device, world=ranks.world()), terminal.console)
+        try:
+            with ranks.joined(), watchdog.watching(terminal.say, config.train.lost_seconds):
+                fingerprint.check(config)
+                _main(recipe, config)
+        except Stopped as stop:
+            terminal.console.print(str(stop))
+            sys.exit(STOPPED)
+
+
+def _main(recipe: Recipe, config: Any) -> None:
+    try:
+        recipe.main(config)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, the CPU's is only that
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        what = (str(error) or "MemoryError").splitlines()[0]
+        raise OutOfMemory(
+            f"out of memory: {what} Lower batch.micro_size (more accumulation makes up for it), or take "
+            "activation=recompute, a higher ZeRO stage, offload=cpu."
+        ) from error

@@ -1,0 +1,160 @@
+"""A --multirun: every combination a training of its own; what fails is recorded, and the same command goes on.
+
+    python recipes/pretrain.py --multirun seed=1,2,3                                # one after another
+    deepspeed recipes/pretrain.py --multirun zero=stage1,stage2                     # each on all ranks of the launch
+    python recipes/pretrain.py --multirun hydra/launcher=submitit_slurm \\
+        hydra.launcher.tasks_per_node=8 hydra.launcher.gpus_per_node=8 seed=1,2,3   # each a Slurm job, a rank a task
+
+A job is named by its overrides, so that started again it resumes its checkpoints; one that is done is left out.
+``<output_dir>/sweep`` (or hydra.sweep.dir) holds a file for each job, and the table of them all, sweep.csv.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from toolkit.errors import ConfigError, OutOfMemory
+from toolkit.job.watchdog import LOST
+from toolkit.run.directory import replace
+
+KILLED = "killed (out of memory?)"
+STATES = {0: "done", ConfigError.code: "refused", OutOfMemory.code: "out of memory", LOST: "lost", 75: "stopped"}
+
+
+def job(script: str, given: list[str], folder: Path, mark: dict[str, int]) -> None:
+    """One training, in a process of its own: no state of one reaches the next. Ranks of one launch each call it.
+
+    ``mark``: its number in the sweep, and the sweep's own. A signal lets the training save before it is answered.
+    """
+    overrides = [o.lstrip("+") for o in given]
+    name, key = _named(overrides)
+    record = folder / "jobs" / f"{key}.json"
+    told = " ".join(overrides)
+    found = json.loads(record.read_text()) if record.exists() else {}
+    if found.get("state") == "done":
+        _say(f"--- {told}\ndone before, in {found['run']}")
+        _write(record, found | mark)
+        return
+    _say(f"--- {told}")
+    mine: dict[str, Any] = {"overrides": overrides, "run": name, "host": platform.node(), "state": "running"}
+    own = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"  # not the allocation that all of the sweep runs in
+    mine |= mark | {"slurm": os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID")) if own else None}
+    _write(record, mine)
+    start = time.monotonic()
+    arguments = [o for o in overrides if not o.startswith("name=")]
+    code, received = _run([sys.executable, script, *arguments, f"name={name}"])
+    state = STATES.get(code, KILLED if code == -signal.SIGKILL else "failed")
+    _write(record, mine | {"state": state, "code": code, "seconds": round(time.monotonic() - start, 1)})
+    for number in received[:1]:
+        os.kill(os.getpid(), number)  # as if it came now: submitit queues the job again, Ctrl-C ends the sweep
+    if state == "stopped":
+        sys.exit(code)
+    if code:
+        _say(f"{state}: exit code {code}; the sweep goes on")
+
+
+def _run(command: list[str]) -> tuple[int, list[int]]:
+    """The exit code, and the signals that came meanwhile: they are passed on as SIGTERM, for which ranks save."""
+    received: list[int] = []
+    with subprocess.Popen(command) as process:
+
+        def stop(number: int, _: Any) -> None:
+            received.append(number)
+            process.terminate()
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+        code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return code, received
+
+
+class Begin(Callback):  # type: ignore[misc]
+    """Hydra calls it where a sweep is started from."""
+
+    folder: Path | None = None
+    started = 0
+
+    def __init__(self, started: int) -> None:
+        self.mark = started
+
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        Begin.folder, Begin.started = Path(config.hydra.sweep.dir), self.mark
+
+
+def finish(wait: bool = True) -> int:
+    """Write sweep.csv of the jobs of this sweep and say what became of them; how many are not done.
+
+    ``wait`` for those of Slurm's that still are to run: Hydra ends at the first that left no result.
+    """
+    if Begin.folder is None or not _first():
+        return 0
+    records = _records(Begin.folder, Begin.started)
+    slurm = {str(r["slurm"]) for r in records if r.get("slurm")}
+    while wait and slurm and _queued(slurm):
+        time.sleep(2)
+    records = _records(Begin.folder, Begin.started)
+    for record in records:
+        if wait and record["state"] == "running" and record["slurm"]:
+            record["state"] = "ended by Slurm (memory, time or host)"
+    common = set.intersection(*(set(r["overrides"]) for r in records)) if len(records) > 1 else set()
+    for record in records:
+        record["overrides"] = " ".join(o for o in record["overrides"] if o not in common)
+    text = io.StringIO()
+    columns = ("number", "state", "code", "seconds", "host", "run", "overrides")
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(records)
+    replace(Begin.folder / "sweep.csv", text.getvalue())
+    wrong = [r for r in records if r["state"] != "done"]
+    print(f"{len(records) - len(wrong)} of {len(records)} jobs done: {Begin.folder / 'sweep.csv'}")
+    for record in wrong:
+        print(f"{record['state']}: {record['overrides']}")
+    if wrong:
+        print("Start the same command again to run these again, from their checkpoints.")
+    return len(wrong)
+
+
+def _records(folder: Path, started: int) -> list[dict[str, Any]]:
+    found = [json.loads(p.read_text()) for p in (folder / "jobs").glob("*.json")]
+    return sorted((r for r in found if r["sweep"] == started), key=lambda r: r["number"])
+
+
+def _queued(jobs: set[str]) -> bool:
+    """Whether Slurm still has any of these to run; False where it does not answer."""
+    command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"]
+    return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
+
+
+def _named(overrides: list[str]) -> tuple[str, str]:
+    """The run's name and the record's: what is the same however often the sweep is started."""
+    key = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:8]
+    given = [o.removeprefix("name=") for o in overrides if o.startswith("name=")]
+    return f"{given[-1] if given else 'sweep'}-{key}", key
+
+
+def _first() -> bool:
+    """Ranks of one launch, tasks of one Slurm job: only one of them writes and speaks."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _say(text: str) -> None:
+    if _first():
+        print(text, flush=True)
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    if _first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, json.dumps(record, indent=2) + "\n")

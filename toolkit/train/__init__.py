@@ -1,0 +1,1 @@
+"""Training: the loop, the meter, and several runs with their scores."""

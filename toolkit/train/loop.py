@@ -1,0 +1,255 @@
+"""The loop: train, log, evaluate, save, and stop cleanly when asked to.
+
+fit(engine, task, run)
+"""
+
+import functools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from toolkit.checkpoint import checkpoint
+from toolkit.engine.pipe_events import Timeline, bubble_share, formula
+from toolkit.engine.plain import Batch, Engine, Step, loss_key
+from toolkit.errors import Stopped, ToolkitError
+from toolkit.job import ranks, watchdog
+from toolkit.run import own_plan
+from toolkit.run.directory import Run
+from toolkit.tasks import metrics
+from toolkit.train.meter import Meter
+
+
+def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
+    """Train to the end, from the newest checkpoint if there is one. Returns the evaluation of the best weights."""
+    config, total = run.config, run.steps
+    watchdog.expect(config.train.hang_minutes)
+    state = checkpoint.resume(run, engine)
+    step, samples = state.step, state.samples
+    run.rewind(step)
+    best = find_best(run, task, step)
+    if step >= total:
+        run.console.print(f"{run.dir} has its {step} steps already (train.steps={total}): evaluating only.")
+    elif best.ended:
+        run.console.print(f"{run.dir} ended early after step {step}: evaluating only.")
+    meter = Meter(config, task, engine.dtype)  # before the data workers are busy: it measures a CPU's peak
+    watch = functools.partial(watched, minutes=config.train.hang_minutes)
+    batches = watch(task.train_batches(start_sample=samples))
+    result: dict[str, Any] = {}
+    with stop_signals() as stopping, progress(run, step, total) as bar:
+        while step < total and not best.ended:
+            logged = due(step + 1, config.train.log_every, total) or step == 0
+            done = engine.train_batch(batches, stop=stopping(), trace=logged)
+            step, samples = step + 1, samples + config.batch.global_size
+            watchdog.expect(config.train.hang_minutes, step)
+            meter.add(done)
+            bar(step)
+            if logged:
+                log(run, engine, meter, step, done)
+            with meter.paused():
+                result = {}
+                wanted = (run.eval_every and step % run.eval_every == 0) or (step == total and task.best)
+                if wanted and not done.stop:  # launchers give the ranks 30 s to save
+                    result = evaluate(engine, task, run, step, watch)
+                    best = find_best(run, task, step)
+                if due(step, config.train.save_every, total) or done.stop or step == best.step or best.ended:
+                    refuse_nan(run, step, sum(global_losses(done).values()))  # never saved
+                    checkpoint.save(run, engine, checkpoint.State(step, samples), keep=best.step)
+            if done.stop and step < total:
+                raise Stopped(f"Stopped by a signal after step {step}; saved in {run.dir}. Start again to go on.")
+    if best.step not in (None, step):
+        checkpoint.load_best(run, engine, best.step)
+        result = {}
+    result = result or evaluate(engine, task, run, step if best.step is None else best.step, watch)
+    task.predict(engine, watch)
+    watchdog.expect(None)
+    own_plan.finish(run, meter.peak_gib, meter.overall())
+    summarise(run, meter, result)
+    return result
+
+
+@dataclass(frozen=True)
+class Best:
+    """The step with the highest ``task.best``, if the task has one, and whether training has waited long enough."""
+
+    step: int | None = None
+    ended: bool = False
+
+
+def find_best(run: Run, task: Any, now: int) -> Best:
+    """The first of the best evaluations whose weights are kept, or are those of step ``now``; and whether
+    ``train.patience`` evaluations have come since."""
+    if task.best is None:
+        return Best()
+    key, patience = f"eval_{task.best}", run.config.train.patience
+    scores = {r["step"]: r[key] for r in run.records() if r.get(key) is not None}  # each step's latest
+    there = {now, *(int(p.name.partition("-")[2]) for p in checkpoint.list_checkpoints(run.dir / "checkpoints"))}
+    candidates = there & set(scores)
+    mine = Best()
+    if candidates:
+        sign = -1 if task.best in metrics.LOWER_IS_BETTER else 1
+        step = max(candidates, key=lambda s: (sign * scores[s], -s))
+        mine = Best(step, patience is not None and sum(s > step for s in scores) >= patience)
+    found: Best = ranks.from_rank0(mine)
+    if found.step is None and ranks.rank() == 0:
+        (run.dir / "best.json").unlink(missing_ok=True)
+    elif found.step is not None:
+        run.write_json("best.json", {"step": found.step, "metric": task.best, "value": scores.get(found.step)})
+    return found
+
+
+def watched(batches: Iterator[Batch], minutes: float | None) -> Iterator[Batch]:
+    """``batches``; if the next is not asked for in time, the job ends and every rank's log tells where it stood."""
+    for batch in batches:
+        watchdog.expect(minutes)
+        yield batch
+
+
+def due(step: int, every: int | None, total: int) -> bool:
+    """On every ``every``-th step, and on the last."""
+    return step == total or (every is not None and step % every == 0)
+
+
+def log(run: Run, engine: Engine, meter: Meter, step: int, done: Step) -> None:
+    """One training record: losses of this very step over the global batch, rates since the last record."""
+    losses = global_losses(done)
+    record: dict[str, Any] = {"step": step, "loss": sum(losses.values()), **losses}
+    record |= {"lr": engine.last_learning_rate, "grad_norm": engine.grad_norm}
+    if engine.loss_scale is not None:
+        record["loss_scale"] = engine.loss_scale
+    record |= meter.read() | bubbles(run, step, done)
+    if "step_seconds" in record:
+        record["eta_seconds"] = record["step_seconds"] * (run.steps - step)
+    run.log(record)
+    run.console.print(line(record, run.steps), highlight=False)
+    refuse_nan(run, step, record["loss"])
+
+
+def bubbles(run: Run, step: int, done: Step) -> dict[str, float]:
+    """What share of the pipe stages' time was idle, measured and by the formula; the events go to timeline.json."""
+    if not done.events:
+        return {}
+    pipeline = run.config.pipeline
+    micro_batches = 1 + max(e.micro_batch for e in done.events)
+    timeline = Timeline(
+        schedule=pipeline.schedule, stages=pipeline.stages, micro_batches=micro_batches, step=step, events=done.events
+    )
+    run.write_json("timeline.json", timeline.model_dump())
+    return {
+        "bubble": bubble_share(done.events, pipeline.stages),
+        "bubble_formula": formula(pipeline.stages, micro_batches),
+    }
+
+
+def global_losses(done: Step) -> dict[str, float]:
+    """The means over the global batch; the same on every rank, and the host waits for the device."""
+    totals = ranks.total([float(share) for share in done.losses.values()])
+    return {loss_key(name): total for name, total in zip(done.losses, totals, strict=True)}
+
+
+def refuse_nan(run: Run, step: int, loss: float) -> None:
+    """A loss that is not finite spoils the weights: end before they are saved."""
+    if not math.isfinite(loss):
+        raise ToolkitError(
+            f"step {step}: the loss is {loss}. Lower deepspeed.optimizer.params.lr or lengthen "
+            f"schedule.warmup, and start again: the newest checkpoint of {run.dir} is from before."
+        )
+
+
+def line(record: dict[str, Any], total: int) -> str:
+    """A record as one line for the console."""
+    losses = "  ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in record.items() if k.endswith("_loss"))
+    text = f"step {record['step']}/{total}  loss {record['loss']:.3f}  {losses}  lr {record['lr']:.2e}"
+    if "samples_per_second" in record:
+        unit = "tokens" if "tokens_per_second" in record else "samples"
+        text += f"  {record[f'{unit}_per_second']:,.0f} {unit}/s"
+        if "gb_per_second" in record:
+            text += f"  {record['gb_per_second']:.3g} GB/s"
+        elif record["mfu"] is not None:
+            text += f"  MFU {record['mfu']:.1%}"
+        text += f"  ETA {clock(record['eta_seconds'])}"
+    return text
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def evaluate(engine: Engine, task: Any, run: Run, step: int, watch: Any) -> dict[str, Any]:
+    """One evaluation record: means over the held-out samples, each counted once."""
+    start = time.perf_counter()
+    # What says itself of which rows it is keeps its name: train_loss, optimum_loss.
+    found = task.evaluate(engine, watch)
+    result = {k if k.startswith(("train_", "optimum_")) else f"eval_{k}": v for k, v in found.items()}
+    if not result:
+        return {}  # nothing is held out
+    record = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
+    run.log(record)
+    text = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.3f}" for k, v in result.items())
+    run.console.print(f"step {step}  held out: {text}", highlight=False)
+    return record
+
+
+def summarise(run: Run, meter: Meter, result: dict[str, Any]) -> None:
+    """The table at the end of a run."""
+    steps = [r for r in run.records() if "loss" in r]
+    if not steps:
+        return
+    first, last = steps[0], steps[-1]
+    table = Table(title=f"{run.dir.name}: {last['step']} steps", show_header=True, title_justify="left")
+    for column in ("", f"step {first['step']}", f"step {last['step']}", "held out"):
+        table.add_column(column, justify="right" if column else "left")
+    losses = [k for k in first if k.endswith("_loss")] or ["loss"]
+    for key in losses:
+        table.add_row(
+            key.replace("_", " "), *(_number(x) for x in (first[key], last.get(key), result.get(f"eval_{key}")))
+        )
+    for key, value in result.items():
+        name = key.removeprefix("eval_")
+        if key.startswith("eval_") and name not in ("loss", "seconds", *losses):
+            table.add_row(
+                name.replace("_", " "), "", "", f"{value:.1%}" if name.endswith("accuracy") else _number(value)
+            )
+    for name, value in run.notes.items():
+        table.add_row(name, "", "", _number(value))
+    if meter.active_seconds:
+        unit, key = ("tokens", "positions") if "positions" in meter.active_counts else ("samples", "sequences")
+        rate = meter.active_counts[key] / meter.active_seconds
+        table.add_row(f"{unit}/s (all ranks)", "", f"{rate:,.0f}", "")
+    run.console.print(table)
+    run.console.print(f"Run directory: {run.dir}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+@contextmanager
+def progress(run: Run, step: int, total: int) -> Iterator[Any]:
+    """A bar on a terminal, nothing elsewhere: the log lines say it there."""
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=run.console, disable=not run.console.is_terminal, transient=True)
+    with bar:
+        task = bar.add_task("train", total=total, completed=step)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Any]:
+    """SIGTERM and SIGINT only set a flag here: the ranks agree on it at a step's start and save after it."""
+    received: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
