@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from toolkit.config.kinds import known
 from toolkit.errors import ConfigError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
@@ -160,9 +161,7 @@ class Task(Strict):
     """What the model learns."""
 
     name: str = "pretrain"
-    kind: Literal["pretrain", "classify", "regress", "tag", "span_qa", "choose", "translate", "linear", "denoise"] = (
-        "pretrain"
-    )
+    kind: Annotated[str, AfterValidator(known)] = "pretrain"
     objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
     metrics: tuple[str, ...] = ()
     best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics

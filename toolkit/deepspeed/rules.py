@@ -8,9 +8,11 @@ Sources in comments are files of DeepSpeed 0.19.8; "seen" means tried on two CPU
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+from toolkit.config.kinds import KINDS, Asked
 from toolkit.config.schema import RunConfig
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -573,20 +575,6 @@ def _warmup(f: Facts) -> float:
     return schedule.warmup if schedule.name != "none" and schedule.warmup > (f.config.train.steps or math.inf) else 0
 
 
-def _of_transformers(c: RunConfig) -> str:
-    """What of ``c`` a model without Transformer layers has no use for."""
-    used = {
-        f"pipeline.stages={c.pipeline.stages}": c.pipeline.stages > 1,
-        f"deepspeed.tensor_parallel.autotp_size={c.tensor_size}": c.tensor_size > 1 and c.task.kind == "denoise",
-        "activation.recompute=true": c.activation.recompute,
-        "activation.offload=true": c.activation.offload,
-        f"model.weights={c.model.weights}": c.model.weights,
-        f"task.metrics={list(c.task.metrics)}": c.task.metrics,
-        f"seeds={list(c.seeds)}": c.seeds,
-    }
-    return ", ".join(name for name, given in used.items() if given)
-
-
 def _splits_features(f: Facts) -> bool:
     return "linear" in str(f["tensor_parallel.partition_config"])
 
@@ -622,8 +610,91 @@ UNUSED = {
     "hybrid_engine": "nothing: it is for reinforcement learning",
 }
 
+# What a run can ask for that not every kind of task does: how it asks, and why another kind refuses.
+ASKED: dict[Asked, tuple[Callable[[RunConfig, Facts], str | bool], str]] = {
+    "pipeline": (
+        lambda c, f: c.pipeline.stages > 1 and f"pipeline.stages={c.pipeline.stages}",
+        "its model is not cut into stages. Use pipeline=none.",
+    ),
+    "tensor": (
+        lambda c, f: (
+            c.tensor_size > 1 and not _splits_features(f) and f"deepspeed.tensor_parallel.autotp_size={c.tensor_size}"
+        ),
+        "its layers are not split as a BERT's are. Use parallel=none, or parallel=features for a linear regression.",
+    ),
+    "features": (
+        lambda c, f: _splits_features(f) and "parallel=features",
+        "it splits a linear regression. Use parallel=tensor.",
+    ),
+    "activation": (
+        lambda c, f: ", ".join(f"activation.{key}=true" for key, on in c.activation.model_dump().items() if on),
+        "it is for Transformers. Drop it.",
+    ),
+    "weights": (
+        lambda c, f: c.model.weights is not None and f"model.weights={c.model.weights}",
+        "it is for Transformers. Drop it.",
+    ),
+    "new_head": (
+        lambda c, f: c.model.new_head and c.model.weights is not None and "model.new_head=true",
+        "it is for model.weights of another fine-tuning task. Drop it.",
+    ),
+    "vocab_size": (
+        lambda c, f: c.model.vocab_size is not None and f"model.vocab_size={c.model.vocab_size}",
+        "without effect: the tokenizer or model.weights decides. Drop it.",
+    ),
+    "metrics": (
+        lambda c, f: bool(c.task.metrics) and f"task.metrics={list(c.task.metrics)}",
+        "it computes none. Drop it.",
+    ),
+    "seeds": (
+        lambda c, f: bool(c.seeds) and f"seeds={list(c.seeds)}",
+        "several trainings in one launch are for fine-tuning. Use seed, or --multirun seed=1,2.",
+    ),
+    "loss": (
+        lambda c, f: c.task.loss != "mse" and f"loss={c.task.loss}",
+        "it is of task=linear. Drop it.",
+    ),
+    "decoder": (
+        lambda c, f: c.model.type == "marian" and "model.type=marian",
+        "an encoder-decoder translates. Use a model of type bert, or task=translate.",
+    ),
+    "tokens": (
+        lambda c, f: c.batch.tokens is not None and f"batch.tokens={c.batch.tokens}",
+        "it counts the tokens of sentence pairs. Use batch.global_size alone.",
+    ),
+    "subwords": (
+        lambda c, f: c.tokenizer.model != "wordpiece" and f"tokenizer.model={c.tokenizer.model}",
+        "a BERT's tokenizer is trained as wordpiece. Drop it, or name one by tokenizer.path.",
+    ),
+}
+
+
+def _beyond(capability: Asked, c: RunConfig, f: Facts) -> str:
+    """What is asked of a kind of task that cannot do it, for a message; empty if nothing is."""
+    asked, why = ASKED[capability]
+    told = capability not in KINDS[c.task.kind].can and asked(c, f)
+    return f"{told} with task.kind={c.task.kind}: {why}" if told else ""
+
+
 # The same for a whole RunConfig; {c} is the config.
 RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
+    # ---- what the kind of task can do, and what it needs
+    **{capability: (partial(_beyond, capability), "{got}") for capability in ASKED},
+    "no_decoder": (
+        lambda c, f: "decoder" in KINDS[c.task.kind].needs and c.model.type == "bert" and c.model.weights is None,
+        "task.kind={c.task.kind} with model.type=bert: it needs an encoder and a decoder. Use model=transformer_tiny, "
+        "transformer_base or transformer_big, or model.weights of a T5, BART, Marian or BERT.",
+    ),
+    "no_metric": (
+        lambda c, f: "metrics" in KINDS[c.task.kind].needs and not c.task.metrics,
+        "task.metrics is empty with task.kind={c.task.kind}: nothing would choose the best weights. Use a preset "
+        "(task={c.task.kind}), or name one.",
+    ),
+    "head_of_nothing": (
+        lambda c, f: c.model.new_head and c.model.weights is None,
+        "model.new_head=true without effect: it is for model.weights of another fine-tuning task. Drop it.",
+    ),
+    # ---- the model and its data
     "heads": (
         lambda c, f: c.model.hidden_size % c.model.num_attention_heads,
         "model.hidden_size={c.model.hidden_size} does not divide by "
@@ -641,80 +712,15 @@ RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
         "other.",
     ),
     "max_predictions": (
-        lambda c, f: c.task.kind == "pretrain" and c.data.max_predictions > c.data.max_length,
+        lambda c, f: "masks" in KINDS[c.task.kind].can and c.data.max_predictions > c.data.max_length,
         "data.max_predictions={c.data.max_predictions} is above data.max_length={c.data.max_length}: "
         "there are not "
         "so many tokens to predict. Lower data.max_predictions.",
-    ),
-    "seeds": (
-        lambda c, f: c.task.kind == "pretrain" and c.seeds,
-        "seeds={c.seeds} with task.kind=pretrain: several trainings in one launch are for fine-tuning. Use seed, or "
-        "--multirun seed=1,2.",
-    ),
-    "translator": (
-        lambda c, f: c.task.kind == "translate" and c.model.type == "bert" and c.model.weights is None,
-        "task.kind=translate with model.type=bert: it needs an encoder and a decoder. Use model=transformer_tiny, "
-        "transformer_base or transformer_big, or model.weights of a T5, BART, Marian or BERT.",
-    ),
-    "translator_only": (
-        lambda c, f: c.task.kind != "translate" and c.model.type == "marian",
-        "model.type=marian with task.kind={c.task.kind}: an encoder-decoder translates. Use a model of type bert, or "
-        "task=translate.",
-    ),
-    "tokens_only_translate": (
-        lambda c, f: c.task.kind != "translate" and c.batch.tokens,
-        "batch.tokens={c.batch.tokens} with task.kind={c.task.kind}: it counts the tokens of sentence pairs. Use "
-        "batch.global_size alone.",
     ),
     "decoder_without_effect": (
         lambda c, f: c.model.type != "marian" and c.model.decoder_layers,
         "model.decoder_layers={c.model.decoder_layers} with model.type={c.model.type}: it has no decoder of its own. "
         "Drop it.",
-    ),
-    "translate_pipeline": (
-        lambda c, f: c.task.kind == "translate" and c.pipeline.stages > 1,
-        "pipeline.stages={c.pipeline.stages} with task.kind=translate: an encoder-decoder is not cut into stages. Use "
-        "pipeline=none.",
-    ),
-    "translate_tensor": (
-        lambda c, f: c.task.kind == "translate" and c.tensor_size > 1,
-        "deepspeed.tensor_parallel.autotp_size={c.tensor_size} with task.kind=translate is not supported. Use "
-        "parallel=none.",
-    ),
-    "no_transformer": (
-        lambda c, f: c.task.kind in ("linear", "denoise") and _of_transformers(c),
-        "{got} with task.kind={c.task.kind}: it is for Transformers. Drop it.",
-    ),
-    "features": (
-        lambda c, f: c.tensor_size > 1 and c.task.kind == "linear" and not _splits_features(f),
-        "deepspeed.tensor_parallel without a layer called linear, with task.kind=linear. Use parallel=features.",
-    ),
-    "features_only_linear": (
-        lambda c, f: c.task.kind != "linear" and _splits_features(f),
-        "parallel=features with task.kind={c.task.kind}: it splits a linear regression. Use parallel=tensor.",
-    ),
-    "loss_only_linear": (
-        lambda c, f: c.task.kind != "linear" and c.task.loss != "mse",
-        "loss={c.task.loss} with task.kind={c.task.kind}: it is of task=linear. Drop it.",
-    ),
-    "new_head": (
-        lambda c, f: c.model.new_head and (c.task.kind in ("pretrain", "translate") or c.model.weights is None),
-        "model.new_head=true without effect: it is for model.weights of another fine-tuning task. Drop it.",
-    ),
-    "subwords_only_translate": (
-        lambda c, f: c.task.kind != "translate" and c.tokenizer.model != "wordpiece",
-        "tokenizer.model={c.tokenizer.model} with task.kind={c.task.kind}: a BERT's tokenizer is trained as wordpiece. "
-        "Drop it, or name one by tokenizer.path.",
-    ),
-    "vocab_size": (
-        lambda c, f: c.task.kind != "pretrain" and c.model.vocab_size,
-        "model.vocab_size={c.model.vocab_size} without effect with task.kind={c.task.kind}: the tokenizer or "
-        "model.weights decides. Drop it.",
-    ),
-    "no_metric": (
-        lambda c, f: c.task.kind not in ("pretrain", "translate", "linear", "denoise") and not c.task.metrics,
-        "task.metrics is empty with task.kind={c.task.kind}: nothing would choose the best weights. Use a preset "
-        "(task={c.task.kind}), or name one.",
     ),
     "flash_on_cpu": (
         lambda c, f: c.model.attention == "flash_attention_2" and f.device != "cuda",

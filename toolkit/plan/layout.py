@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.config.kinds import KINDS
 from toolkit.config.schema import RunConfig
 from toolkit.deepspeed.rules import Facts, canonical
 
@@ -65,7 +66,7 @@ class Layout:
         facts = Facts(ds, copies, device)
         zero = facts["zero_optimization"] or {}
         swap = zero.get("offload_param") or {}
-        marian = config.task.kind == "translate"
+        can = KINDS[config.task.kind].can
         overlap = zero.get("overlap_comm")
         length, predictions = _lengths(config)
         return cls(
@@ -82,10 +83,10 @@ class Layout:
             zero={k: int(zero.get(k, zero.get(k.removeprefix("stage3_"), d))) for k, d in ZERO_DEFAULTS.items()},
             micro=config.batch.micro_size, accumulation=int(ds["gradient_accumulation_steps"]),
             samples=config.batch.global_size,
-            sequences=len(config.data.columns.endings) if config.task.kind == "choose" else 1,
+            sequences=len(config.data.columns.endings) if "choices" in can else 1,
             length=length, predictions=predictions,
             attention=config.model.attention, dropout=config.model.dropout,
-            attention_dropout=0.0 if marian else config.model.dropout,  # Marian's own is 0
+            attention_dropout=0.0 if "decoder" in can else config.model.dropout,  # Marian's own is 0
             act=config.model.hidden_act,
             recompute=config.activation.recompute, offload_activations=config.activation.offload,
         )  # fmt: skip
@@ -107,9 +108,9 @@ class Layout:
 
 def _lengths(config: RunConfig) -> tuple[int, int]:
     """Tokens of a sequence, and how many of them are predicted from the whole vocabulary; at the most."""
-    length = config.data.max_length
-    if config.task.kind == "translate":
+    length, can = config.data.max_length, KINDS[config.task.kind].can
+    if "decoder" in can:
         if config.batch.tokens:
             length = min(length, max(1, config.batch.tokens // config.batch.global_size))
         return length, length
-    return length, config.data.max_predictions if config.task.kind == "pretrain" else 0
+    return length, config.data.max_predictions if "masks" in can else 0

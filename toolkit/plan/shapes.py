@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.compose import compose
+from toolkit.config.kinds import KINDS, Kind
 from toolkit.config.schema import Model, RunConfig
 from toolkit.errors import PlanError, nearest
 
-POOLED = ("classify", "regress", "choose")  # Hugging Face's heads on the pooled [CLS]; tag and span_qa have no pooler
-KINDS = ("bert", "marian")
+TYPES = ("bert", "marian")
 
 
 @dataclass(frozen=True)
@@ -87,24 +87,24 @@ def model_shape(config: RunConfig) -> ModelShape:
 
     A vocabulary that is still to be trained is taken to become as large as tokenizer.vocab_size allows.
     """
-    model, task = config.model, config.task
-    if task.kind in ("linear", "denoise"):
-        raise PlanError(f"task.kind={task.kind}: there is no plan for it. Use a task on text.")
+    model, kind = config.model, KINDS[config.task.kind]
+    if "plan" not in kind.can:
+        raise PlanError(f"task.kind={kind.name}: there is no plan for it. Use a task on text.")
     keys = _own_keys(model, config.tokenizer.vocab_size) if model.weights is None else _read(model.weights)
-    if keys["model_type"] not in KINDS:
+    if keys["model_type"] not in TYPES:
         raise PlanError(
-            f"model.weights={model.weights}: a {keys['model_type']} model cannot be planned. Known: {', '.join(KINDS)}."
+            f"model.weights={model.weights}: a {keys['model_type']} model cannot be planned. Known: {', '.join(TYPES)}."
         )
-    if (keys["model_type"] == "marian") != (task.kind == "translate"):
+    if (keys["model_type"] == "marian") != ("decoder" in kind.can):
         raise PlanError(
-            f"task.kind={task.kind} with a {keys['model_type']} model: there is no plan for it. Use task=translate "
+            f"task.kind={kind.name} with a {keys['model_type']} model: there is no plan for it. Use task=translate "
             "with model=transformer_base, or a BERT with any task on text."
         )
     if keys["model_type"] == "marian":
         return _marian(keys)
     # Those of the data are not known before it is read; a row each
     labels = len(config.data.labels or keys.get("id2label") or ()) or 2
-    return _bert(keys, task.kind, task.objective, labels)
+    return _bert(keys, kind, config.task.objective, labels)
 
 
 def named_shape(name: str) -> ModelShape:
@@ -117,10 +117,10 @@ def named_shape(name: str) -> ModelShape:
     else:
         config = compose([f"model={name}"])
         keys = _own_keys(config.model, config.tokenizer.vocab_size)
-    if keys["model_type"] not in KINDS:
-        raise PlanError(f"{name}: a {keys['model_type']} model's size is not known here. Known: {', '.join(KINDS)}.")
+    if keys["model_type"] not in TYPES:
+        raise PlanError(f"{name}: a {keys['model_type']} model's size is not known here. Known: {', '.join(TYPES)}.")
     try:
-        return _marian(keys) if keys["model_type"] == "marian" else _bert(keys, "pretrain", "mlm_nsp", 2)
+        return _marian(keys) if keys["model_type"] == "marian" else _bert(keys, KINDS["pretrain"], "mlm_nsp", 2)
     except (KeyError, TypeError) as error:
         raise PlanError(f"{name}: its config.json lacks a size ({error}). Name another folder.") from error
 
@@ -182,7 +182,7 @@ def _feed_forward(hidden: int, inner: int) -> Iterator[Parameter]:
     yield from _norm("output.norm", hidden)
 
 
-def _bert(keys: Mapping[str, Any], task: str, objective: str, labels: int) -> ModelShape:
+def _bert(keys: Mapping[str, Any], kind: Kind, objective: str, labels: int) -> ModelShape:
     h, inner, vocab = keys["hidden_size"], keys["intermediate_size"], keys["vocab_size"]
     embeddings = [
         Parameter("word", (vocab, h)),
@@ -191,20 +191,20 @@ def _bert(keys: Mapping[str, Any], task: str, objective: str, labels: int) -> Mo
         *_norm("norm", h),
     ]
     encoder = Layer("encoder", (*_attention("attention", h), *_feed_forward(h, inner)))
-    tied = bool(keys.get("tie_word_embeddings", True)) and task == "pretrain"
-    head = tuple(_bert_head(task, objective, labels, h, vocab, tied))
+    tied = bool(keys.get("tie_word_embeddings", True)) and kind.head == "masked"
+    head = tuple(_bert_head(kind, objective, labels, h, vocab, tied))
     layers = (Layer("embeddings", tuple(embeddings)), *[encoder] * keys["num_hidden_layers"], Layer("head", head))
     return ModelShape(
         "bert", h, keys["num_attention_heads"], inner, vocab, keys["max_position_embeddings"], tied, layers
     )
 
 
-def _bert_head(task: str, objective: str, labels: int, h: int, vocab: int, tied: bool) -> Iterator[Parameter]:
-    pooled = objective != "mlm" if task == "pretrain" else task in POOLED
+def _bert_head(kind: Kind, objective: str, labels: int, h: int, vocab: int, tied: bool) -> Iterator[Parameter]:
+    pooled = objective != "mlm" if kind.head == "masked" else kind.head == "pooled"
     if pooled:
         yield from _linear("pooler", h, h)
-    if task != "pretrain":
-        yield from _linear("classifier", 1 if task in ("regress", "choose") else labels, h)
+    if kind.head != "masked":
+        yield from _linear("classifier", kind.outputs or labels, h)
         return
     yield from _linear("transform", h, h)
     yield from _norm("transform.norm", h)

@@ -16,17 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from toolkit.config.kinds import KINDS
 from toolkit.config.schema import Task
 from toolkit.errors import ConfigError, nearest
 
-KNOWN: dict[str, tuple[str, ...]] = {
-    "classify": ("accuracy", "f1", "f1_macro", "matthews"),
-    "regress": ("pearson", "spearman", "mse"),
-    "tag": ("f1", "precision", "recall", "accuracy"),
-    "span_qa": ("f1", "exact_match", "has_answer_f1", "has_answer_exact_match", "no_answer_accuracy"),
-    "choose": ("accuracy",),
-    "translate": ("bleu",),
-}
 LOWER_IS_BETTER = frozenset({"mse"})
 
 
@@ -40,7 +33,7 @@ class Bleu:
 
 def check(task: Task) -> None:
     """Raises ConfigError for a metric that ``task.kind`` does not have, or a ``task.best`` that is not computed."""
-    known = KNOWN.get(task.kind, ())
+    known = KINDS[task.kind].metrics
     for name in task.metrics:
         if name not in known:
             raise ConfigError(
