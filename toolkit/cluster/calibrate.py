@@ -37,7 +37,7 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     """
     from toolkit.cluster.doctor.disk import refused
     from toolkit.config.compose import compose
-    from toolkit.run.directory import replace
+    from toolkit.run.files import replace
 
     config, here = compose(overrides), machines.here()
     if config.machine.name != "this":

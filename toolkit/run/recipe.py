@@ -181,7 +181,7 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
 def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
     from toolkit.deepspeed import ds_config
     from toolkit.job import fingerprint, ranks, watchdog, workers
-    from toolkit.run.directory import Terminal
+    from toolkit.run.terminal import Terminal
 
     ranks.complete_environment()
     device = ranks.device()

@@ -26,7 +26,7 @@ from hydra.experimental.callback import Callback
 
 from toolkit.errors import ConfigError, OutOfMemory
 from toolkit.job.watchdog import LOST
-from toolkit.run.directory import replace
+from toolkit.run.files import replace
 
 KILLED = "killed (out of memory?)"
 STATES = {0: "done", ConfigError.code: "refused", OutOfMemory.code: "out of memory", LOST: "lost", 75: "stopped"}
