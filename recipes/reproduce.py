@@ -23,7 +23,8 @@ def main(config: Config) -> None:
 
     from toolkit.errors import ConfigError
     from toolkit.job import ranks
-    from toolkit.run.directory import Run, Terminal
+    from toolkit.run.directory import Run
+    from toolkit.run.terminal import Terminal
 
     if ranks.world() > 1:
         raise ConfigError(f"{ranks.world()} ranks: reproduce only computes. Launch it with python.")

@@ -70,7 +70,8 @@ def train(arguments: list[str]) -> None:
     from toolkit.errors import ToolkitError
     from toolkit.job import ops, ranks
     from toolkit.models.build import build_model
-    from toolkit.run.directory import Run, Terminal
+    from toolkit.run.directory import Run
+    from toolkit.run.terminal import Terminal
     from toolkit.tasks import build_task
     from toolkit.train.loop import fit
 

@@ -12,7 +12,7 @@ import pytest
 from hosts import Host, hosts, needs_hosts
 from launching import ROOT, TINY, Job, Result, data_cache, launch
 
-from toolkit.job.watchdog import LOST
+from toolkit.errors import LOST
 
 pytestmark = needs_hosts
 # What toolkit launch sets, too: ssh ends when the other side is silent, and pdsh with it.
@@ -87,8 +87,8 @@ def test_a_rank_that_fails_ends_the_job_with_its_code_and_last_words(pair: list[
     for exception, code in (("KeyError('of ours')", 1), ("DataError('train.jsonl, line 3: no text')", 2)):
         script = tmp_path / "broken.py"
         script.write_text(
-            "import os, time\nfrom toolkit.errors import DataError\nfrom toolkit.launch import recipe\n"
-            "@recipe()\ndef main(config):\n    from toolkit import ranks\n"
+            "import os, time\nfrom toolkit.errors import DataError\nfrom toolkit.run.recipe import recipe\n"
+            "@recipe()\ndef main(config):\n    from toolkit.job import ranks\n"
             f"    if os.environ['RANK'] == '1':\n        raise {exception}\n    ranks.wait()\nmain()\n"
         )
         started_at = time.monotonic()

@@ -10,8 +10,7 @@ import pytest
 from launching import ROOT, launch, start
 
 from toolkit.config.compose import compose, permissive
-from toolkit.errors import ConfigError
-from toolkit.job.watchdog import LOST
+from toolkit.errors import LOST, ConfigError
 
 RECIPE = [sys.executable, "recipes/pretrain.py"]
 
@@ -109,8 +108,8 @@ def test_a_run_can_be_replayed_from_its_config(tmp_path: Path) -> None:
 def test_a_bug_keeps_its_traceback_on_the_terminal_and_in_the_log(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(
-        "from toolkit.launch import recipe\n@recipe()\ndef main(config):\n    from toolkit.run import Run\n"
-        "    Run.open(config)\n    raise KeyError('of ours')\nmain()\n"
+        "from toolkit.run.directory import Run\nfrom toolkit.run.recipe import recipe\n"
+        "@recipe()\ndef main(config):\n    Run.open(config)\n    raise KeyError('of ours')\nmain()\n"
     )
     command = [sys.executable, str(script), f"output_dir={tmp_path}", "name=x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

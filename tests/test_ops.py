@@ -1,13 +1,16 @@
 """DeepSpeed's ops: built once, whoever asks, and no killed build blocks the next."""
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from io import StringIO
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,9 +18,9 @@ from rich.console import Console
 from toolkit.config.compose import compose
 from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError, PlanError
-from toolkit.job import ops
+from toolkit.job import ops, ranks
 
-BUILD = "from rich.console import Console; from toolkit import ops; ops.ensure(['CPUAdagradBuilder'], Console())"
+BUILD = "from rich.console import Console; from toolkit.job import ops; ops.ensure(['CPUAdagradBuilder'], Console())"
 
 
 @pytest.fixture
@@ -56,6 +59,59 @@ def test_a_killed_build_does_not_block_the_next(directory: Path) -> None:
     assert sum("a build was killed" in text for text in said) == 1, said
 
 
+class HostRanks:
+    """Ranks of one host as threads, and an op whose build takes a moment; ``broken``: the ranks that cannot build."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, broken: tuple[int, ...] = ()) -> None:
+        self.own, self.broken, self.said = threading.local(), broken, [StringIO(), StringIO()]
+        monkeypatch.setattr(ranks, "local_rank", lambda: self.own.rank)
+        for name, instead in (("_not_installed", list), ("_load", lambda op, root: None), ("_build", self.build)):
+            monkeypatch.setattr(ops, name, instead)
+
+    def build(self, op: SimpleNamespace, console: Console) -> None:
+        console.print("Building")
+        time.sleep(0.5)
+        if self.own.rank in self.broken:
+            raise PlanError("no compiler")
+        (ops.directory() / op.name).mkdir()
+        (ops.directory() / op.name / f"{op.name}.so").touch()
+
+    def ensure(self, rank: int, after: float) -> None:
+        self.own.rank = rank
+        time.sleep(after)
+        with suppress(PlanError):
+            ops.ensure([SimpleNamespace(name="tiny")], Console(file=self.said[rank]))
+
+    def come(self, *after: float) -> list[str]:
+        """What each rank says that comes after so many seconds."""
+        threads = [threading.Thread(target=self.ensure, args=place) for place in enumerate(after)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=20)
+        assert not any(thread.is_alive() for thread in threads) and ops._built(ops.directory(), "tiny")
+        return [text.getvalue() for text in self.said]
+
+
+def test_the_first_rank_of_a_host_builds_however_late_it_comes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the one that speaks, and shall not begin with `Waiting for another process`."""
+    assert HostRanks(monkeypatch).come(0.5, 0.0) == ["Building\n", ""]
+
+
+def test_a_first_rank_that_fails_or_never_comes_is_not_waited_for(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "HEAD_START_SECONDS", 0.3)
+    assert HostRanks(monkeypatch, broken=(0,)).come(0.0, 0.0) == [
+        "Building\n",
+        "Waiting for another process that builds DeepSpeed's ops.\nBuilding\n",
+    ]
+    shutil.rmtree(ops.directory() / "tiny")
+    assert HostRanks(monkeypatch).come(1.5, 0.0)[1] == "Building\n"
+
+
 def test_the_directory_is_the_toolkits_own_and_knows_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -83,7 +139,7 @@ LOAD_TINY = """
 import sys
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 from rich.console import Console
-from toolkit import ops
+from toolkit.job import ops
 
 class TinyBuilder(CPUOpBuilder):
     def __init__(self): super().__init__("tiny")

@@ -13,12 +13,13 @@ from deepspeed.runtime.utils import partition_balanced
 from launching import ROOT
 
 from toolkit.config.compose import compose
+from toolkit.config.units import GIB
 from toolkit.errors import ConfigError, PlanError
 from toolkit.plan.activations import block_bytes
 from toolkit.plan.machines import table
 from toolkit.plan.memory import memory_of
 from toolkit.plan.paper import zero_bytes
-from toolkit.plan.plan import GIB, Plan, plan
+from toolkit.plan.plan import Plan, plan
 from toolkit.plan.shapes import model_shape
 from toolkit.plan.stages import balanced
 

@@ -19,7 +19,7 @@ from toolkit.run.sweep import Begin, finish
 # Fails by its seed, until the file `mended` is there; a recipe of its own, for a training takes longer.
 RECIPE = """
 import os, pathlib, signal, torch
-from toolkit.launch import recipe
+from toolkit.run.recipe import recipe
 @recipe(engine=False)
 def main(config):
     mended = pathlib.Path(config.output_dir, 'mended').exists()

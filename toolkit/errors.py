@@ -1,12 +1,20 @@
 """Errors meant for the user: one clear line that says what, the value, the rule and the way out.
 
-    raise ConfigError("batch.global_size=60", "does not divide by 2 ranks", "use 62 or 64")
+raise ConfigError("batch.global_size=60: does not divide by 2 ranks. Use 62 or 64.")
 
-Everything else that is raised is a bug of ours and keeps its traceback.
+Everything else that is raised is a bug of ours and keeps its traceback. A process ends with its error's code:
+0 done, 1 a bug, 2 refused, 69 a rank hung or was lost, 71 out of memory, 75 stopped by a signal after saving.
 """
 
 import difflib
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+BUG = 1
+LOST = 69  # EX_UNAVAILABLE of sysexits.h: a rank hangs, or was not heard of any more
 
 
 class ToolkitError(Exception):
@@ -38,11 +46,31 @@ class OutOfMemory(ToolkitError):
 
 
 class Stopped(Exception):
-    """Training was asked to stop, and has saved."""
+    """Training was asked to stop, and has saved: started again, it goes on."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+@contextmanager
+def memory_told(way_out: str) -> Iterator[None]:
+    """What ran out of memory, the host's or a device's, raises OutOfMemory with ``way_out``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, the CPU's is only that
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        what = (str(error) or "MemoryError").splitlines()[0]
+        raise OutOfMemory(f"out of memory: {what} {way_out}") from error
+
+
+def leave(error: ToolkitError, whose: str = "") -> NoReturn:
+    """Print the error's lines and end this process with its code."""
+    for line in str(error).splitlines():
+        print(f"error: {whose}{line}", file=sys.stderr)
+    sys.exit(error.code)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'stage'?`` for a misspelt ``name``, or the empty string."""
-    known = list(known)
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -21,12 +21,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from toolkit.config.units import MIB
 from toolkit.deepspeed.rules import Facts
 from toolkit.report import figures
 
 DEVICE = ("weights", "gradients", "optimizer", "activations", "workspace")
 HOST = ("moved", "offloaded")  # activations; optimizer states, weights and the buffers of NVMe
-MIB = 2**20
 ACTIVATIONS = ("none", "recompute", "offload_cpu", "recompute_offload")
 LAYOUTS = (
     ("stage0", "none"), ("stage1", "none"), ("stage2", "none"), ("stage3", "none"),

@@ -32,6 +32,7 @@ import torch
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch import Tensor
 
+from toolkit.config.units import GIB
 from toolkit.errors import ConfigError
 from toolkit.job import ops
 from toolkit.report import figures
@@ -105,7 +106,7 @@ def draw(*, rows: int, features: int, seed: int) -> Data:
     free = psutil.virtual_memory().available
     if need > free:
         raise ConfigError(
-            f"reductions.rows={rows}: {need / 2**30:,.1f} GiB with {features} features, and {free / 2**30:,.1f} GiB of "
+            f"reductions.rows={rows}: {need / GIB:,.1f} GiB with {features} features, and {free / GIB:,.1f} GiB of "
             f"memory are free. Take at most reductions.rows={int(0.9 * free * rows / need)}."
         )
     generator = torch.Generator().manual_seed(seed)

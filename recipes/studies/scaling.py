@@ -27,7 +27,7 @@ from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError, ToolkitError, nearest
 from toolkit.job import ranks
 from toolkit.report import figures
-from toolkit.run.directory import read_metrics, replace
+from toolkit.run.files import read_metrics, replace
 
 OF_THE_PARENT = ("name", "output_dir", "resume", "scaling")
 OF_A_RANK = (

@@ -18,6 +18,7 @@ from typing import Any
 
 from toolkit.config.compose import compose
 from toolkit.config.schema import Machine
+from toolkit.config.units import GIB
 from toolkit.deepspeed import ds_config
 from toolkit.plan.activations import activations
 from toolkit.plan.assumptions import CONTEXT_GIB, LINK_EFFICIENCY, SLACK
@@ -91,7 +92,7 @@ class Study:
 
 def usable(machine: Machine) -> float:
     """Bytes of a device for tensors."""
-    return ((machine.memory_gib or 0) - CONTEXT_GIB) / (1 + SLACK) * 2**30
+    return ((machine.memory_gib or 0) - CONTEXT_GIB) / (1 + SLACK) * GIB
 
 
 def gpt2(data: Mapping[str, Any], tensor: int = 1) -> list[str]:

@@ -21,12 +21,13 @@ from statistics import median
 from typing import Any
 
 from toolkit.config.schema import Dtype, Machine, RunConfig
-from toolkit.errors import ConfigError, PlanError, ToolkitError
+from toolkit.config.units import MIB
+from toolkit.errors import ConfigError, OutOfMemory, PlanError, ToolkitError
 from toolkit.plan import machines
 from toolkit.run.recipe import recipe
 
 STEPS = 3
-COPY_BYTES = 256 * 2**20  # beyond any cache
+COPY_BYTES = 256 * MIB  # beyond any cache
 REPEATS = 5
 
 
@@ -37,7 +38,7 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     """
     from toolkit.cluster.doctor.disk import refused
     from toolkit.config.compose import compose
-    from toolkit.run.directory import replace
+    from toolkit.run.files import replace
 
     config, here = compose(overrides), machines.here()
     if config.machine.name != "this":
@@ -132,7 +133,8 @@ def _run(folder: Path, world: int) -> None:
         errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
         if not errors:
             print(said, file=sys.stderr)
-        raise ToolkitError(errors[0] if errors else f"--calibrate: the job ended with exit code {code}, see above.")
+        kind = OutOfMemory if errors and errors[0].startswith("out of memory") else ToolkitError  # torchrun's is 1
+        raise kind(errors[0] if errors else f"--calibrate: the job ended with exit code {code}, see above.")
 
 
 @recipe()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import RunConfig, cache_dir, dotted
+from toolkit.config.units import MIB
 from toolkit.deepspeed.rules import AUTO, BATCH_KEYS, FILLED, IN_A_FILE, RULES, RUN_RULES, UNUSED, Facts, Rule, Unknown
 from toolkit.errors import ConfigError, nearest
 
@@ -241,7 +242,7 @@ def _fill_nvme(ds: dict[str, Any], facts: Facts, run_dir: Path | None) -> None:
         # DeepSpeed's default is 1e8 elements for each of five buffers, all pinned memory; each holds one
         # rank's part of one parameter, which alignment lengthens a little.
         part = -(-(facts.largest or 1) // facts.world)
-        zero["offload_param"].setdefault("buffer_size", -(-part // 2**20) * 2**20)
+        zero["offload_param"].setdefault("buffer_size", -(-part // MIB) * MIB)
 
 
 def _swap_folder(block: Mapping[str, Any], run_dir: Path | None) -> str:

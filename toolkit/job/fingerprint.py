@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from toolkit.config.schema import RunConfig
@@ -24,15 +25,19 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "hyd
 
 def here() -> dict[str, str]:
     """Versions of Python and packages, the commit, and a hash of the sources as they are on this host's disk."""
+    code = {"commit": git("rev-parse", "--short=12", "HEAD") or "none", "code": _code()}
+    return {"python": platform.python_version(), **versions(), **code}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    found = dict.fromkeys(PACKAGES, "missing")
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return found | {"commit": git("rev-parse", "--short=12", "HEAD") or "none", "code": _code()}
+    return found
 
 
 def of(config: RunConfig) -> str:

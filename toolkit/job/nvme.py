@@ -20,11 +20,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from toolkit.config.schema import cache_dir
+from toolkit.config.units import GIB
 from toolkit.deepspeed.rules import Facts
 from toolkit.errors import PlanError
 from toolkit.job import ranks
 
-GIB = 2**30
 PATIENCE_SECONDS = 30.0  # the workers of a killed rank hold its lock until they have noticed
 PADDING = 1.1  # of tensors to whole blocks: 1.3 % seen with 3 million parameters
 _held: dict[Path, FileLock] = {}  # this process's folders

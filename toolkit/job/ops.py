@@ -30,6 +30,7 @@ from toolkit.job import nvme, ranks
 
 V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"}  # the x86-64 psABI's levels, as /proc/cpuinfo names them
 CPU_FLAGS = {"x86-64-v3": V3, "x86-64-v4": V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}}
+HEAD_START_SECONDS = 20.0  # for the host's first rank to take the lock; a build takes longer, and then it is held
 SIMD = {"x86-64-v3": "-D__AVX256__", "x86-64-v4": "-D__AVX512__"}  # DeepSpeed's csrc/includes/simd.h
 
 
@@ -90,16 +91,16 @@ def ensure(builders: Sequence[Any], console: Any) -> None:
 
     They are class names of DeepSpeed's, e.g. ``CPUAdamBuilder``, or objects of such a class of our own.
 
-    Safe to call on every rank at once: one builds, the others wait for it. The file lock belongs to
-    the operating system, so it ends with the process that holds it. Loaded here, an op is found loaded
-    by DeepSpeed, whose own way to load takes the lock that may be stale and asks ninja first.
+    Safe to call on every rank at once: the first of a host builds and says so, the others wait for it. The
+    file lock belongs to the operating system, so it ends with the process that holds it. Loaded here, an op is
+    found loaded by DeepSpeed, whose own way to load takes the lock that may be stale and asks ninja first.
     """
     if "AsyncIOBuilder" in builders:
         nvme.require_libaio()
     ready = prebuilt()
     for op in _not_installed(builders):
         root = _root(ready, op)
-        if not _built(root, op.name):
+        if not _built_by_first(root, op.name):
             with _locked(root / "toolkit.lock", console):
                 _clear_stale_lock(root / op.name, console)
                 if not _built(root, op.name):
@@ -129,6 +130,14 @@ def _not_installed(builders: Sequence[Any]) -> list[Any]:
 
 def _built(root: Path, name: str) -> bool:
     return (root / name / f"{name}.so").exists() and not (root / name / "lock").exists()
+
+
+def _built_by_first(root: Path, name: str) -> bool:
+    """Whether the op is there. The host's first rank, which speaks, has a head start; one that fails is not missed."""
+    end = time.monotonic() + (0 if ranks.local_rank() == 0 else HEAD_START_SECONDS)
+    while not (built := _built(root, name)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return built
 
 
 def _load(op: Any, root: Path) -> None:

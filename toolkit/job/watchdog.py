@@ -25,11 +25,9 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from toolkit.errors import Stopped, ToolkitError
+from toolkit.errors import BUG, LOST, Stopped, ToolkitError
 from toolkit.job import ranks
 
-LOST = 69  # EX_UNAVAILABLE of sysexits.h: a rank hangs, or was not heard of any more
-BUG = 1
 # What a rank raises when a peer has gone: not the cause.
 PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 LAST_LINES = 12  # of a traceback, for the launcher's terminal

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from toolkit.config.schema import Dtype, Machine, cache_dir, conf_dir, load
+from toolkit.config.units import GIB
 from toolkit.errors import ConfigError, PlanError
 
 
@@ -46,7 +47,7 @@ def here() -> Machine:
     """The host at hand: its GPUs by the driver's own tool, else its CPU and memory. No torch."""
     import psutil
 
-    total = psutil.virtual_memory().total / 2**30
+    total = psutil.virtual_memory().total / GIB
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         names = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()

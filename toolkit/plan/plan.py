@@ -11,6 +11,7 @@ from math import isqrt
 from typing import Any
 
 from toolkit.config.schema import Machine, RunConfig
+from toolkit.config.units import GIB
 from toolkit.deepspeed import ds_config
 from toolkit.errors import PlanError
 from toolkit.plan import assumptions, machines
@@ -18,8 +19,6 @@ from toolkit.plan.layout import Layout
 from toolkit.plan.memory import MOMENTS, Memory, memory_of
 from toolkit.plan.shapes import ModelShape, model_shape
 from toolkit.plan.speed import Speed, product_dtype, speed_of
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from typing import Any
 
 from toolkit.config.compose import compose, options
 from toolkit.config.schema import Machine, RunConfig, conf_dir
+from toolkit.config.units import GIB
 from toolkit.deepspeed import ds_config
 from toolkit.deepspeed.rules import BATCH_KEYS
 from toolkit.errors import PlanError
-from toolkit.plan.plan import GIB, Plan, divisors, place, plan_on
+from toolkit.plan.plan import Plan, divisors, place, plan_on
 from toolkit.plan.shapes import ModelShape, model_shape
 
 MICRO = "batch.micro_size"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.report.figures import COLOURS, save
-from toolkit.run.directory import read_metrics
+from toolkit.run.files import read_metrics
 
 
 def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:

@@ -5,10 +5,11 @@ show(plan(config), Console(), explain=True)
 
 from typing import Any
 
+from toolkit.config.units import GIB
 from toolkit.plan.machines import way_out
 from toolkit.plan.memory import MOMENTS
 from toolkit.plan.paper import zero_bytes, zero_volume
-from toolkit.plan.plan import GIB, Plan
+from toolkit.plan.plan import Plan
 
 
 def show(plan: Plan, console: Any, *, explain: bool) -> None:

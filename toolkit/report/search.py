@@ -33,7 +33,7 @@ def as_json(found: Search) -> dict[str, Any]:
 
 def write_csv(found: Search, path: Path) -> Path:
     """A line for each candidate: those that fit, fastest first, then the others."""
-    from toolkit.run.directory import replace
+    from toolkit.run.files import replace
 
     rows = [c.as_row() for c in (*found.fitting, *found.too_large)]
     text = io.StringIO()

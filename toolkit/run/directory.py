@@ -1,4 +1,4 @@
-"""The run directory and everything written into it; the terminal and the log files.
+"""The run directory and everything written into it.
 
 run = Run.open(config)          # runs/<name>/, the same on every rank
 run.log({"step": 1, "loss": 9})  # one flat line in metrics.jsonl
@@ -6,99 +6,25 @@ run.log({"step": 1, "loss": 9})  # one flat line in metrics.jsonl
 runs/<name>/  config.yaml  ds_config.json  plan.json  env.json  metrics.jsonl  log.rank0.txt  checkpoints/  export/
 """
 
-import csv
-import io
 import json
-import logging
 import math
-import os
 import shutil
-import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 
 from toolkit.config.schema import RunConfig
 from toolkit.deepspeed import ds_config
-from toolkit.errors import CheckpointError, ConfigError, ToolkitError
-from toolkit.job import fingerprint, ranks
+from toolkit.errors import CheckpointError, ConfigError
+from toolkit.job import ranks
 from toolkit.plan.plan import Plan
-
-
-class Terminal:
-    """Keeps the terminal for rank 0's own words; all other output of this process goes to its log.
-
-    Redirects the file descriptors, not sys.stdout: DeepSpeed's C++ code prints too. What is printed
-    before the run directory exists is spooled and then copied to the head of the log.
-    """
-
-    current: "Terminal | None" = None
-
-    def __init__(self, *, quiet: bool = True) -> None:
-        self.quiet = quiet
-        self.console = Console(quiet=ranks.rank() != 0, soft_wrap=True)
-
-    def __enter__(self) -> "Terminal":
-        Terminal.current = self
-        if self.quiet:
-            self._saved = (os.dup(1), os.dup(2))
-            out = os.fdopen(os.dup(1), "w", buffering=1)
-            self.console = Console(file=out, quiet=ranks.rank() != 0, soft_wrap=True)
-            self._spool = tempfile.TemporaryFile()
-            self._redirect(self._spool.fileno())
-            logging.captureWarnings(True)
-            logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
-        return self
-
-    def log_to(self, path: Path) -> None:
-        """Send this process's output to ``path``, beginning with what was spooled."""
-        if not self.quiet:
-            return
-        _flush()
-        self._spool.seek(0)
-        with path.open("ab") as log:
-            shutil.copyfileobj(self._spool, log)
-            log.flush()
-            self._redirect(log.fileno())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        Terminal.current = None
-        if not self.quiet:
-            return
-        bug = error is not None and not isinstance(error, ToolkitError | SystemExit)
-        if bug:
-            traceback.print_exception(error)  # into the log; the caller shows it on the terminal
-        _flush()
-        for number, saved in zip((1, 2), self._saved, strict=True):
-            os.dup2(saved, number)
-            os.close(saved)
-        self._spool.close()
-
-    def say(self, text: str) -> None:
-        """An error on the real standard error, from any thread; the process may end right after."""
-        lines = "".join(f"error: {line}\n" for line in text.splitlines())
-        with suppress(OSError):  # the terminal may be given back just now
-            os.write(self._saved[1] if self.quiet else 2, lines.encode())
-
-    @staticmethod
-    def _redirect(target: int) -> None:
-        _flush()
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+from toolkit.run.environment import environment
+from toolkit.run.files import as_csv, as_json, as_yaml, read_metrics, replace
+from toolkit.run.terminal import Terminal
 
 
 def settled(config: RunConfig) -> Path:
@@ -184,20 +110,14 @@ class Run:
             replace(self.dir / name, text)
 
     def write_json(self, name: str, tree: Any) -> None:
-        self.write_text(name, json.dumps(tree, indent=2, sort_keys=True) + "\n")
+        self.write_text(name, as_json(tree))
 
     def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """``rows`` of the same keys, which become the header."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-        self.write_text(name, text.getvalue())
+        self.write_text(name, as_csv(rows))
 
     def write_yaml(self, name: str, tree: Any) -> None:
-        from omegaconf import OmegaConf
-
-        self.write_text(name, OmegaConf.to_yaml(OmegaConf.create(tree)))
+        self.write_text(name, as_yaml(tree))
 
     def write_model(self, config: Any, architecture: str, tokenizer: Path | None = None) -> None:
         """``model/``: a Hugging Face folder but for the weights, which ``toolkit export`` adds."""
@@ -207,7 +127,7 @@ class Run:
             if tokenizer is not None:
                 shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
             described = config.to_diff_dict() | {"architectures": [architecture]}
-            replace(folder / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
+            replace(folder / "config.json", as_json(described))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one flat record to metrics.jsonl and to DeepSpeed's monitors."""
@@ -234,17 +154,6 @@ class Run:
             replace(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; [] if there is none."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # only the last line can be cut: lines are appended whole
-    return records
-
-
 def weights_folder(weights: str) -> str:
     """A run directory stands for its export; anything else is a folder or a hub name."""
     export = Path(weights) / "export"
@@ -253,48 +162,3 @@ def weights_folder(weights: str) -> str:
     if (Path(weights) / "metrics.jsonl").exists():
         raise CheckpointError(f"model.weights={weights}: this run has no export yet. Run: toolkit export {weights}")
     return weights
-
-
-def replace(path: Path, text: str) -> None:
-    """Write ``path`` under a temporary name, sync it to the disk and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, code and devices of this run; no environment variables, for they hold secrets."""
-    import platform
-    from importlib.metadata import version
-
-    import torch
-
-    packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "hydra-core", "pydantic")
-    return {
-        "command": sys.argv,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or _cpu(),
-        "git": _git(),
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {name: version(name) for name in packages},
-        "world_size": ranks.world(),
-    }
-
-
-def _cpu() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return [f"{len(models) or os.cpu_count()} x {models[0] if models else 'CPU'}"]
-
-
-def _git() -> dict[str, Any] | None:
-    commit, status = fingerprint.git("rev-parse", "HEAD"), fingerprint.git("status", "--porcelain")
-    return None if commit is None or status is None else {"commit": commit, "modified": bool(status)}

@@ -16,11 +16,12 @@ from typing import Any
 
 from rich.table import Table
 
+from toolkit.config.units import GIB
 from toolkit.errors import ConfigError, PlanError
 from toolkit.job import ranks
 from toolkit.plan.machines import way_out
 from toolkit.plan.memory import MOMENTS
-from toolkit.plan.plan import GIB, Plan, place_of_job, plan_for
+from toolkit.plan.plan import Plan, place_of_job, plan_for
 from toolkit.plan.shapes import model_shape
 from toolkit.run.directory import Run
 

@@ -8,8 +8,7 @@ A recipe for one kind of task starts from that kind's preset, so that its bare c
 
 The decorated function reads Hydra overrides from the command line, refuses a wrong configuration
 before any process group exists, builds DeepSpeed's ops, joins the ranks, and turns errors into one
-line and an exit code: 0 done, 1 a bug, 2 refused,
-69 a rank hung or was lost, 71 out of memory, 75 stopped by a signal after saving.
+line and an exit code, which toolkit.errors lists.
 
 SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit with 75. The launchers:
 
@@ -29,11 +28,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from toolkit.config.compose import permissive, register_schema
 from toolkit.config.schema import RunConfig, conf_dir, load
-from toolkit.errors import ConfigError, OutOfMemory, Stopped, ToolkitError
+from toolkit.errors import ConfigError, Stopped, ToolkitError, leave, memory_told
 
 # The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
 HYDRA = [
@@ -50,8 +49,10 @@ SWEEP = [
     "+hydra.callbacks.sweep._target_=toolkit.run.sweep.Begin",
     f"+hydra.callbacks.sweep.started={time.time_ns()}",
 ]
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
-
+LESS_MEMORY = (
+    "Lower batch.micro_size (more accumulation makes up for it), or take activation=recompute, a higher ZeRO stage, "
+    "offload=cpu."
+)
 
 Main = Any  # a function of a RunConfig
 
@@ -135,7 +136,7 @@ def _sweep(start: Callable[[], None]) -> None:
     try:
         start()
     except BaseException as error:
-        sweep.finish(wait=isinstance(error, SystemExit) and error.code != STOPPED)
+        sweep.finish(wait=isinstance(error, SystemExit) and error.code != Stopped.code)
         raise
     if sweep.finish():
         sys.exit(1)
@@ -146,15 +147,13 @@ def _flags_first(arguments: list[str]) -> list[str]:
     return sorted(arguments, key=lambda a: bool(re.match(r"~|\+*[\w./@]+=", a)))
 
 
-def refuse(error: ToolkitError) -> None:
+def refuse(error: ToolkitError) -> NoReturn:
     """Print the error's lines and leave with its code; on rank 0 alone, where that refuses it, too."""
     rank, whose = os.environ.get("RANK", "0"), ""
     if rank != "0":
         time.sleep(3)  # the launcher ends all ranks of a host once one has left; what ends later has more to say
         whose = f"rank {rank} on {platform.node()}: "
-    for line in str(error).splitlines():
-        print(f"error: {whose}{line}", file=sys.stderr)
-    sys.exit(error.code)
+    leave(error, whose)
 
 
 def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
@@ -181,7 +180,7 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
 def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
     from toolkit.deepspeed import ds_config
     from toolkit.job import fingerprint, ranks, watchdog, workers
-    from toolkit.run.directory import Terminal
+    from toolkit.run.terminal import Terminal
 
     ranks.complete_environment()
     device = ranks.device()
@@ -195,20 +194,8 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
         try:
             with ranks.joined(), watchdog.watching(terminal.say, config.train.lost_seconds):
                 fingerprint.check(config)
-                _main(recipe, config)
+                with memory_told(LESS_MEMORY):
+                    recipe.main(config)
         except Stopped as stop:
             terminal.console.print(str(stop))
-            sys.exit(STOPPED)
-
-
-def _main(recipe: Recipe, config: Any) -> None:
-    try:
-        recipe.main(config)
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, the CPU's is only that
-        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
-            raise
-        what = (str(error) or "MemoryError").splitlines()[0]
-        raise OutOfMemory(
-            f"out of memory: {what} Lower batch.micro_size (more accumulation makes up for it), or take "
-            "activation=recompute, a higher ZeRO stage, offload=cpu."
-        ) from error
+            sys.exit(Stopped.code)

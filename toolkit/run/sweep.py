@@ -24,12 +24,17 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from toolkit.errors import ConfigError, OutOfMemory
-from toolkit.job.watchdog import LOST
-from toolkit.run.directory import replace
+from toolkit.errors import LOST, OutOfMemory, Stopped, ToolkitError
+from toolkit.run.files import replace
 
 KILLED = "killed (out of memory?)"
-STATES = {0: "done", ConfigError.code: "refused", OutOfMemory.code: "out of memory", LOST: "lost", 75: "stopped"}
+STATES = {
+    0: "done",
+    ToolkitError.code: "refused",
+    OutOfMemory.code: "out of memory",
+    LOST: "lost",
+    Stopped.code: "stopped",
+}
 
 
 def job(script: str, given: list[str], folder: Path, mark: dict[str, int]) -> None:

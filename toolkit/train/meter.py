@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from toolkit.config.schema import Dtype, RunConfig
+from toolkit.config.units import GIB, MIB
 from toolkit.engine.collectives import Traffic
 from toolkit.job import ranks
 from toolkit.plan.machines import peak_tflops
 
 WARMUP_STEPS = 2  # first calls allocate, compile and fill caches
-GIB = 2**30
 
 
 class Meter:
@@ -161,7 +161,7 @@ def conditions(shares: Sequence[Share]) -> dict[str, float]:
     """What linear scaling asks for: little communication; work and memory even (mean by largest, at best 1)."""
     busy, peak = ([getattr(s, name) for s in shares] for name in ("busy", "peak"))
     return {
-        "comm_mib": mean(s.sent for s in shares) / 2**20,  # that a rank sends in a step
+        "comm_mib": mean(s.sent for s in shares) / MIB,  # that a rank sends in a step
         "comm_share": min(s.held for s in shares),  # of the rank that waits least for the others
         "work_balance": mean(busy) / max(busy),
         "memory_balance": mean(peak) / max(peak),

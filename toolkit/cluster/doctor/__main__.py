@@ -13,7 +13,7 @@ def main() -> None:
     os.environ |= request.pop("environment")  # before anything is imported that reads it
     from toolkit.cluster.doctor.host import here
     from toolkit.cluster.doctor.ssh import answer
-    from toolkit.run.directory import Terminal
+    from toolkit.run.terminal import Terminal
 
     with Terminal() as terminal:  # what libraries print is no part of the answer
         result = here(request, terminal.console)

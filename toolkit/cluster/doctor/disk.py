@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from toolkit.cluster.doctor.finding import GIB, Finding, Job, existing, gib, rated, unneeded
+from toolkit.cluster.doctor.finding import Finding, Job, existing, rated, unneeded
 from toolkit.cluster.doctor.size import checkpoint_bytes, parameters
+from toolkit.config.units import GIB, MIB, gib
 from toolkit.job import nvme
 
-BLOCK = 8 * 2**20
-SIZE = 256 * 2**20
+BLOCK = 8 * MIB
+SIZE = 256 * MIB
 SECONDS = 15.0  # of writing, and as long of reading
-SHM_COMM = 66 * 2**20  # a rank: 2 x 1 MiB and 2 x 32 MiB (csrc/cpu/comm/shm.cpp, DeepSpeed 0.19.8)
+SHM_COMM = 66 * MIB  # a rank: 2 x 1 MiB and 2 x 32 MiB (csrc/cpu/comm/shm.cpp, DeepSpeed 0.19.8)
 PREFETCH = 4  # batches a worker holds ready (toolkit/data/loader.py)
 
 

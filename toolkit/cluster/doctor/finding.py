@@ -14,7 +14,6 @@ from toolkit.deepspeed import ds_config
 from toolkit.deepspeed.rules import Facts
 
 State = Literal["ok", "warn", "fail", "skipped"]
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,6 @@ def rated(name: str, good: bool, value: str, rule: str, way_out: str, bad: State
 
 def unneeded(name: str, why: str) -> Finding:
     return Finding(name, "skipped", f"not needed: {why}")
-
-
-def gib(size: float) -> str:
-    """Bytes for a reader: 1.50 GiB, or MiB or KiB below one."""
-    if size >= GIB:
-        return f"{size / GIB:,.2f} GiB"
-    return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
 
 
 def existing(path: Path) -> Path:

@@ -9,7 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.cluster.doctor.finding import Finding, Job, gib, rated, unneeded
+from toolkit.cluster.doctor.finding import Finding, Job, rated, unneeded
+from toolkit.config.units import gib
 from toolkit.plan import machines
 
 QUERY = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]

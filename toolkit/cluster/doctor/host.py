@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 
 from toolkit.cluster.doctor import disk, gpu
-from toolkit.cluster.doctor.finding import Finding, Job, gib, rated, unneeded
+from toolkit.cluster.doctor.finding import Finding, Job, rated, unneeded
 from toolkit.cluster.doctor.size import host_bytes
 from toolkit.config.schema import load
+from toolkit.config.units import gib
 from toolkit.errors import ConfigError, PlanError
 from toolkit.job import fingerprint, nvme, ops, ranks
 

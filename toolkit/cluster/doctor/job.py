@@ -11,9 +11,10 @@ from shutil import which
 from typing import Any
 
 from toolkit.cluster.doctor.allreduce import bus_gbs
-from toolkit.cluster.doctor.finding import Finding, gib, rated
+from toolkit.cluster.doctor.finding import Finding, rated
 from toolkit.cluster.doctor.ssh import Answer, Host, ask, reach
 from toolkit.config.schema import RunConfig
+from toolkit.config.units import gib
 
 HOST_SECONDS = 1800  # three ops, each minutes on a busy host
 REDUCE_SECONDS = 180

@@ -17,7 +17,8 @@ from toolkit.cluster.hostfile import slots
 from toolkit.config.compose import compose
 from toolkit.config.schema import Cluster, RunConfig
 from toolkit.errors import ConfigError
-from toolkit.run.directory import replace, settled
+from toolkit.run.directory import settled
+from toolkit.run.files import replace
 from toolkit.run.recipe import Recipe
 
 LAUNCH = "/launch"  # where a container sees the launch directory
