@@ -8,7 +8,10 @@ with start(tmp_path, ranks=2) as job: job.ranks(); job.wait()   # to send signal
 import atexit
 import json
 import os
+import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from typing import Any
 
 import psutil
 import pytest
+import rank_server
 
 from toolkit.job.ranks import free_port
 
@@ -35,6 +39,7 @@ TINY = (
     "model.intermediate_size=64",
     "data.max_length=32",
     "data.max_predictions=5",
+    "data.workers=0",  # a fork server takes seconds to import what its workers need
     "batch.global_size=16",
     "batch.micro_size=4",
     "train.steps=8",
@@ -94,19 +99,24 @@ class Many:
 class Job:
     """A launch under way, in a session of its own so that all of it can be found and ended."""
 
-    def __init__(self, command: list[str], output: Path, run_dir: Path) -> None:
+    def __init__(self, command: list[str], output: Path, run_dir: Path, forked: int | None = None) -> None:
+        """Start ``command``; with ``forked`` it is a recipe and its arguments, for as many ranks of the server."""
         build_ops()
         self.dir, self.output = run_dir, output
-        self._out, self._err = (output / "stdout").open("wb"), (output / "stderr").open("wb")
-        self.process = subprocess.Popen(
-            command,
-            stdout=self._out,
-            stderr=self._err,
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},  # the same sums under every launcher
-            start_new_session=True,
-        )
+        self.process: Forked | subprocess.Popen[bytes]
+        with (output / "stdout").open("wb") as out, (output / "stderr").open("wb") as err:
+            if forked is not None:
+                self.process = Forked(command, forked, out.fileno(), err.fileno())
+                return
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},  # the same sums under every launcher
+                start_new_session=True,
+            )
 
     def wait(self, timeout: float = 240) -> Result:
         """Until the launcher and all ranks have ended; past ``timeout`` seconds all is killed and it is an error."""
@@ -149,6 +159,8 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train (not the launchers, not the data loaders' workers), in rank order."""
+        if isinstance(self.process, Forked):
+            return [p for p in map(psutil.Process, self.process.ranks) if p.is_running()]
         found: dict[int, psutil.Process] = {}
         for process in sorted(self.processes(), key=lambda p: p.pid):
             try:
@@ -182,18 +194,22 @@ def start(
     tmp_path: Path,
     *overrides: str,
     ranks: int = 2,
-    launcher: str = "deepspeed",
+    launcher: str = "forked",
     recipe: str = "pretrain",
     bare: bool = False,
 ) -> Iterator[Job]:
-    """Start ``recipes/<recipe>.py`` under ``deepspeed``, ``torchrun`` or plain ``python`` (one rank).
+    """Start ``recipes/<recipe>.py`` or a file of another path; ``bare``: without the overrides that make a BERT tiny.
 
-    ``bare``: without the overrides that make a BERT tiny.
+    ``forked``: ranks of the warm server, with what a launcher gives them; without a launcher for ``ranks=0``. The
+    real ones, ``deepspeed``, ``torchrun`` and plain ``python`` (one rank), take seconds to import.
     """
     arguments = [*_defaults(overrides, bare), f"output_dir={tmp_path}", *overrides]
     name = next(o.split("=")[1] for o in arguments if o.startswith("name="))
     output = Path(tempfile.mkdtemp(prefix="launch-", dir=tmp_path))
-    job = Job([*_launcher(launcher, ranks), f"recipes/{recipe}.py", *arguments], output, tmp_path / name)
+    script = recipe if recipe.endswith(".py") else f"recipes/{recipe}.py"
+    command, forked = [script, *arguments], launcher == "forked"
+    command = command if forked else [*_launcher(launcher, ranks), *command]
+    job = Job(command, output, tmp_path / name, ranks if forked else None)
     try:
         yield job
     finally:
@@ -205,7 +221,7 @@ def launch(
     *overrides: str,
     ranks: int = 2,
     check: bool = True,
-    launcher: str = "deepspeed",
+    launcher: str = "forked",
     recipe: str = "pretrain",
     bare: bool = False,
     timeout: float = 240,
@@ -226,9 +242,8 @@ def launch_many(
     output_dir.mkdir(parents=True, exist_ok=True)
     output = Path(tempfile.mkdtemp(prefix="launch-", dir=output_dir))
     (output / "runs.json").write_text(json.dumps(overrides))
-    command = [sys.executable, "tests/many_runs.py", str(ranks), str(free_port()), str(output_dir)]
-    command += [str(output / "runs.json"), *(["memory"] if memory else [])]
-    job = Job(command, output, output_dir)
+    command = ["tests/many_runs.py", str(output_dir), str(output / "runs.json"), *(["memory"] if memory else [])]
+    job = Job(command, output, output_dir, ranks)
     try:
         result = job.wait(900)
     finally:
@@ -240,13 +255,99 @@ def launch_many(
     return Many({n: json.loads(p.read_text()) for n, p in errors.items() if p.exists()}, result.stdout)
 
 
+def python(
+    *command: str, ranks: int = 0, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python <command>``, a file, -m or -c, in a process that has imported everything: not for what imports are."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        code = Forked(list(command), ranks, out.fileno(), err.fileno(), cwd, env).wait(600)
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read().decode(), err.read().decode())
+
+
+def toolkit_command(
+    *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``toolkit <arguments>``, in such a process."""
+    return python("-m", "toolkit.cli", *arguments, cwd=cwd, env=env)
+
+
+def typed(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command as a reader types it: toolkit, python and deepspeed on one host in such processes, others in bash."""
+    words = shlex.split(line)
+    plain = not re.search(r"[$|;&<>]|--multirun| -m |--hostfile", line)
+    if plain and words[0] == "toolkit":
+        return toolkit_command(*words[1:], cwd=cwd)
+    if plain and words[0] == "python":
+        return python(*words[1:], cwd=cwd)
+    if plain and words[0] == "deepspeed":
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        options = words[1:script]
+        ranks = int(options[options.index("--num_gpus") + 1]) if "--num_gpus" in options else 1
+        return python(*words[script:], ranks=ranks, cwd=cwd)
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(["bash", "-c", line], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+class Forked:
+    """A job of the warm server, with as much of Popen as is used here."""
+
+    def __init__(
+        self, command: list[str], ranks: int, out: int, err: int, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.args = command
+        self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        job = rank_server.Job(command, ranks, free_port(), str(cwd), dict(env or os.environ))
+        with theirs:
+            socket.send_fds(server(), [job.message()], [theirs.fileno(), out, err])
+        started = self._answer(None)
+        assert isinstance(started, list), "the server of ranks has ended; its standard error says why"
+        self.pid, *self.ranks = started
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = self._answer(timeout)
+        return self.returncode
+
+    def _answer(self, timeout: float | None) -> Any:
+        self._answers.settimeout(timeout)
+        try:
+            answer = self._answers.recv(4096)
+        except (TimeoutError, BlockingIOError):
+            raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+        return json.loads(answer) if answer else -9  # the leader was killed
+
+
+@cache
+def server() -> socket.socket:
+    """Where the warm server takes its jobs; it ends with this process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, rank_server.__file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | rank_server.ENVIRONMENT,
+            start_new_session=True,
+        )
+    return ours
+
+
 @cache
 def build_ops() -> None:
     """Compile DeepSpeed's ops once, before the clock of any launch runs."""
     presets = ["zero=stage2", "zero=stage2 offload=cpu", "zero=stage2 offload=cpu optimizer=lion"]
     for overrides in [*presets, "zero=stage3 offload=nvme"] if NVME else presets:
-        command = [str(Path(sys.executable).parent / "toolkit"), "build-ops", *overrides.split()]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        built = toolkit_command("build-ops", *overrides.split())
+        assert built.returncode == 0, built.stderr
 
 
 def _launcher(kind: str, ranks: int) -> list[str]:

@@ -1,8 +1,6 @@
-"""Several small runs in one launch, as importing takes longer than they do; fit() and all below it is the real one.
+"""Several small runs in one launch, as joining takes longer than they do; fit() and all below it is the real one.
 
-    python tests/many_runs.py 2 29500 <output_dir> runs.json [memory]    # ranks, port, {"name": ["override", …], …}
-
-The ranks are forks of one process that has imported all they need; no launcher. The first that fails ends the others.
+    launch_many(output_dir, {"name": ["override", …], …})      # of launching.py: ranks of the server run this file
 
 With ``memory``, one more step of each is counted: <output_dir>/<name>/peak.json, bytes of the rank with most, and
 memory.json, those of every rank by category: at the peak, the largest of each, and between steps. With DeepSpeed's
@@ -12,56 +10,14 @@ What a run was refused with is written to <output_dir>/<name>.error.json, one me
 
 import faulthandler
 import json
-import os
-import signal
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any
-
-
-def main(arguments: list[str]) -> None:
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking the driver itself would bar CUDA from forks
-    import deepspeed  # noqa: F401
-    import transformers  # noqa: F401
-
-    import toolkit.train.loop  # noqa: F401
-
-    ranks, port, *rest = arguments
-    children = {fork(rank, int(ranks), port, rest) for rank in range(int(ranks))}
-    while children:
-        child, status = os.wait()
-        children.discard(child)
-        if status:
-            time.sleep(1)  # for the last words of the others
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-            sys.exit(abs(os.waitstatus_to_exitcode(status)))
-
-
-def fork(rank: int, count: int, port: str, arguments: list[str]) -> int:
-    """A rank with the variables that DeepSpeed's launcher sets; in the parent its process id."""
-    child = os.fork()
-    if child:
-        return child
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    code = 1
-    try:
-        train(arguments)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
 
 
 def train(arguments: list[str]) -> None:
     from deepspeed import comm
     from rich.console import Console
-
-    sys.path.append(str(Path(__file__).parents[1] / "recipes"))
     from studies.memory import Tracker, sizes
 
     from toolkit.config.compose import compose
@@ -117,4 +73,4 @@ def logged(logger: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    train([a for a in sys.argv[1:] if not a.startswith("--local_rank=")])

@@ -121,5 +121,5 @@ def test_the_recipe_on_two_ranks_survives_a_diverging_rate_and_goes_on_where_it_
     (["batch_size.target_loss=1e9"], "batch_size.target_loss=1e+09: the loss before training is "),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
-    result = launch(tmp_path, *LINEAR, *overrides, launcher="python", recipe="batch_size", bare=True, check=False)
+    result = launch(tmp_path, *LINEAR, *overrides, ranks=0, recipe="batch_size", bare=True, check=False)
     assert result.code == 2 and message in result.error and len(result.error.splitlines()) == 1

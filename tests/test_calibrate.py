@@ -14,12 +14,13 @@ from unittest import mock
 import psutil
 import pytest
 import torch
-from launching import ROOT, build_ops, data_cache, launch
+from launching import ROOT, build_ops, data_cache, launch, toolkit_command
 
 from toolkit.cluster.calibrate import _with_earlier_steps
 from toolkit.config.schema import Machine, cache_dir
 from toolkit.plan.machines import here, known, measured_tflops, parsed, stored
 
+pytestmark = pytest.mark.alone
 MINI = (
     "experiment=demo", "model=bert_mini", "tokenizer.vocab_size=512", "data.max_length=128", "data.max_predictions=20",
     "batch.micro_size=8", "batch.global_size=16",
@@ -27,8 +28,7 @@ MINI = (
 
 
 def plan(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    toolkit = str(Path(sys.executable).parent / "toolkit")
-    return subprocess.run([toolkit, "plan", *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+    return toolkit_command("plan", *arguments, cwd=cwd)
 
 
 def planned(*arguments: str) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR") or str(cache_dir("ops")))
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         arguments = (*MINI, f"data.cache_dir={data_cache()}", "--calibrate", "--json")
-        done = plan(*arguments, f"output_dir={folder}/out", cwd=folder)
+        command = [str(Path(sys.executable).parent / "toolkit"), "plan", *arguments, f"output_dir={folder}/out"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert [p.name for p in folder.iterdir()] == ["cache"], "the job's folder is gone"
         yield done, busy

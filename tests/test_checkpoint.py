@@ -256,7 +256,7 @@ def test_going_back_drops_the_checkpoints_that_were_gone_back_on(later: tuple[Pa
 
 def test_another_world_size_is_refused_in_one_line_with_exit_code_2(whole: Path, tmp_path: Path) -> None:
     copy_run(whole / "stage2", tmp_path / "x")
-    result = launch(tmp_path, *DROPOUT, launcher="python", ranks=1, check=False)
+    result = launch(tmp_path, *DROPOUT, ranks=0, check=False)
     assert result.code == 2 and "Traceback" not in result.stderr
     assert "saved with world_size=2, this run has world_size=1. Use the saved value, or start a new" in result.error
     assert len(result.error.splitlines()) == 1

@@ -99,7 +99,7 @@ def again_while_saving(job: Job) -> None:
 def test_stopped_by_signals_and_resumed_it_ends_as_if_never_stopped(tmp_path: Path, uninterrupted: Path) -> None:
     stops = [
         ("deepspeed", to_ranks(signal.SIGTERM), {75}),
-        ("deepspeed", again_while_saving, {75}),
+        ("forked", again_while_saving, {75}),
         # By the signal itself, or 1 if `deepspeed` hears first that its child, which got it too, has ended.
         ("deepspeed", to_everyone(signal.SIGINT), {-signal.SIGINT, 1}),
         ("deepspeed", to_everyone(signal.SIGTERM), {-signal.SIGTERM, 1}),

@@ -227,7 +227,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
             data.prepare(config)
 
 
-PREPARE = "import sys; from toolkit import data; from toolkit.config import RunConfig; " \
+PREPARE = "import sys; from toolkit import data; from toolkit.config.schema import RunConfig; " \
     "print(data.prepare(RunConfig.model_validate_json(sys.argv[1])).train_samples)"  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def test_a_killed_build_is_not_taken_for_done_and_is_cleared_away(tmp_path: Path
 
 PEAK = """
 import sys, threading, time
-from toolkit.config import RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit import data
 def anonymous():
     return next(int(l.split()[1]) / 1024 for l in open('/proc/self/status') if l.startswith('RssAnon'))
@@ -399,6 +399,7 @@ def test_a_cased_vocabulary_is_not_lowercased_by_accident(tmp_path: Path) -> Non
 
 
 @needs_shared
+@pytest.mark.alone
 def test_preparing_is_nearly_as_fast_as_the_tokenizer_alone(tmp_path: Path) -> None:
     source = tmp_path / "wiki.txt"
     source.write_bytes(gzip.decompress((PRETRAIN / "wikitext2_raw_test.txt.gz").read_bytes()) * 2)

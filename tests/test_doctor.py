@@ -106,6 +106,7 @@ def test_parameters_are_those_of_the_model() -> None:
     assert size.parameters(compose("model.weights=/nowhere/bert")) is None
 
 
+@pytest.mark.alone
 def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     start = time.monotonic()
     found = disk.speed(tmp_path, 32 * 2**20)

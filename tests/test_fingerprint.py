@@ -1,10 +1,8 @@
 """What differs between the hosts of a job is found and said; test_hosts.py has two real ones."""
 
 import json
-import subprocess
-import sys
 
-from launching import ROOT
+from launching import python
 
 from toolkit.config.compose import compose
 from toolkit.job import fingerprint
@@ -29,8 +27,6 @@ def test_a_configuration_has_one_hash_and_another_has_another() -> None:
 
 
 def test_a_hosts_fingerprint_is_a_line_of_json_and_follows_the_code() -> None:
-    printed = subprocess.run(
-        [sys.executable, "-m", "toolkit.job.fingerprint"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    printed = python("-m", "toolkit.job.fingerprint").stdout
     assert json.loads(printed).keys() == fingerprint.here().keys()
     assert json.loads(printed)["torch"].startswith("2.")

@@ -16,7 +16,7 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from launching import ROOT, TINY, Job, build_ops, data_cache, launch, logs, read
+from launching import ROOT, TINY, Job, build_ops, data_cache, launch, logs, read, toolkit_command
 from manifest_schemas import problems
 from omegaconf import OmegaConf
 from slurm_cluster import Cluster, needs_slurm, slurm_cluster
@@ -46,13 +46,8 @@ def arguments(tmp_path: Path, *overrides: str) -> list[str]:
     return ["recipes/pretrain.py", *TINY, *run, "cluster=cpu_x2", f"cluster.master_port={free_port()}", *overrides]
 
 
-def toolkit_launch(
-    *words: str, code: int = 0, timeout: float = 200, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [TOOLKIT, "launch", *words],
-        cwd=ROOT, env=env or ENVIRONMENT, capture_output=True, text=True, check=False, timeout=timeout,
-    )  # fmt: skip
+def toolkit_launch(*words: str, code: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    done = toolkit_command("launch", *words, env=env or ENVIRONMENT)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -135,7 +130,7 @@ def test_the_exit_code_of_a_refused_slurm_job_is_2(tmp_path: Path, slurm: Cluste
 
 NUMBERS = "{ranks.rank()} {ranks.world()} {ranks.local_rank()} {ranks.local_size()}"
 # In one write: lines of ranks that print at once would mix
-RANK = f"import os; from toolkit import ranks; ranks.complete_environment(); os.write(1, f'{NUMBERS}\\n'.encode())"
+RANK = f"import os; from toolkit.job import ranks; ranks.complete_environment(); os.write(1, f'{NUMBERS}\\n'.encode())"
 
 
 @needs_slurm

@@ -8,6 +8,7 @@ import pytest
 from launching import ROOT
 from omegaconf import OmegaConf
 
+from toolkit.cli.main import main
 from toolkit.config.compose import compose
 from toolkit.config.schema import Machine
 from toolkit.errors import ConfigError, nearest
@@ -116,12 +117,14 @@ def test_the_command_prints_all_of_them_in_eighty_columns() -> None:
     assert years == sorted(years)
 
 
-def test_the_command_prints_one_with_its_source() -> None:
-    done = command("h100")
-    assert "h100 (H100 80GB HBM3): NVIDIA H100 data sheet" in done.stdout and "h200" not in done.stdout
-    wrong = command("h10")
-    known_names = nearest("h10", TABLE)
-    assert wrong.returncode == 2 and wrong.stderr.startswith(f"error: h10: no such machine.{known_names} Known: k80")
+def test_the_command_prints_one_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["machines", "h100"])
+    out = capsys.readouterr().out
+    assert "h100 (H100 80GB HBM3): NVIDIA H100 data sheet" in out and "h200" not in out
+    with pytest.raises(SystemExit) as ended:
+        main(["machines", "h10"])
+    error = f"error: h10: no such machine.{nearest('h10', TABLE)} Known: k80"
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(error)
 
 
 def test_bad_numbers_are_refused() -> None:

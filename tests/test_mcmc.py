@@ -172,6 +172,5 @@ def test_the_recipe_reports_the_posterior(runs: dict[int, Any]) -> None:
 )
 def test_what_cannot_work_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
     ranks = 3 if "mcmc.worlds=[1,2]" in overrides else 1
-    launcher = "deepspeed" if ranks > 1 else "python"
-    result = launch(tmp_path, *overrides, ranks=ranks, recipe="mcmc", bare=True, check=False, launcher=launcher)
+    result = launch(tmp_path, *overrides, ranks=ranks, recipe="mcmc", bare=True, check=False)
     assert result.code == 2 and message in result.error

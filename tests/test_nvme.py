@@ -109,8 +109,8 @@ def test_two_runs_on_one_disk_do_not_meet_and_a_killed_one_is_cleaned_up(tmp_pat
     """One of two runs is killed: the other goes on to the losses of a run alone; then the disk is empty."""
     disk, more = tmp_path / "disk", [*WIDE, *on(tmp_path / "disk"), "schedule=constant"]
     with (
-        start(tmp_path, *more, "name=killed", "train.steps=500", ranks=1, launcher="python") as killed,
-        start(tmp_path, *more, "name=kept", "train.steps=500", ranks=1, launcher="python") as kept,
+        start(tmp_path, *more, "name=killed", "train.steps=500", ranks=0) as killed,
+        start(tmp_path, *more, "name=kept", "train.steps=500", ranks=0) as kept,
     ):
         killed.until_step(2)
         kept.until_step(1)
@@ -126,6 +126,6 @@ def test_two_runs_on_one_disk_do_not_meet_and_a_killed_one_is_cleaned_up(tmp_pat
         kept.process.send_signal(signal.SIGTERM)
         end = kept.wait()
     assert end.code == 75 and [p.name.split("-")[1] for p in disk.glob("swap-*")] == ["killed"]
-    alone = launch(tmp_path, *more, "name=alone", "train.steps=4", ranks=1, launcher="python")
+    alone = launch(tmp_path, *more, "name=alone", "train.steps=4", ranks=0)
     assert [r["loss"] for r in alone.steps] == [r["loss"] for r in end.steps][:4]
     assert not list(disk.iterdir()), "neither the killed run's nor those of the runs that ended"

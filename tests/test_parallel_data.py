@@ -237,7 +237,7 @@ def test_multi30k_is_read_whole(tmp_path: Path) -> None:
 @needs_multi30k
 def test_training_bpe_twice_gives_the_same_ids() -> None:
     code = (
-        "import gzip, sys; from toolkit.config import Tokenizer; from toolkit.data import subwords;"
+        "import gzip, sys; from toolkit.config.schema import Tokenizer; from toolkit.data import subwords;"
         "texts = lambda: (line.strip() for line in gzip.open(sys.argv[1], 'rt'));"
         "print(subwords.digest(subwords.create(Tokenizer(model='bpe', vocab_size=2000), texts)))"
     )

@@ -1,8 +1,6 @@
 """BERT as a pipeline: its layers and cuts; what it computes is held by test_parity, test_checkpoint and test_export."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_runs import assert_same_state, copy_run, trained
-from launching import ROOT, launch, launch_many, read
+from launching import launch, launch_many, python, read, toolkit_command
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
 
@@ -90,8 +88,7 @@ def test_a_run_logs_its_bubbles_and_keeps_its_timeline(tmp_path: Path) -> None:
         assert ends[1, "backward", m][1] < ends[0, "backward", m][1]
     assert all(ends[0, "forward", 7][1] < ends[0, "backward", m][0] for m in range(8)), "GPipe fills before it drains"
     assert not list(result.dir.rglob("Train_Samples_eval_loss.csv")), "DeepSpeed's own, of a few batches"
-    command = [str(Path(sys.executable).parent / "toolkit"), "timeline", str(result.dir)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = toolkit_command("timeline", str(result.dir))
     assert (result.dir / "timeline.png").stat().st_size > 10_000 and "gpipe" in done.stdout.lower()
 
 
@@ -131,7 +128,7 @@ import json, deepspeed, torch
 from types import SimpleNamespace
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import groups
-from toolkit import ranks
+from toolkit.job import ranks
 ranks.complete_environment()
 with ranks.joined():
     second = SimpleNamespace(get_model_parallel_rank=lambda: 1, get_model_parallel_group=lambda: None)
@@ -142,5 +139,5 @@ with ranks.joined():
         norms.append(float(clip_grad_norm_([p], 10.0, mpu=second)))
     print(json.dumps(norms))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = python("-c", code)
     assert json.loads(done.stdout.splitlines()[-1]) == [0.0, 1.0]

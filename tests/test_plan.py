@@ -12,6 +12,7 @@ import pytest
 from deepspeed.runtime.utils import partition_balanced
 from launching import ROOT
 
+from toolkit.cli.main import main
 from toolkit.config.compose import compose
 from toolkit.config.units import GIB
 from toolkit.errors import ConfigError, PlanError
@@ -214,12 +215,16 @@ def test_the_command_answers_in_two_seconds_without_torch() -> None:
         assert said in done.stdout, said
 
 
-def test_the_command_prints_json_and_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_json_and_refuses_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no calibration of this host
-    found = json.loads(command(*LARGE, "--json").stdout)
+    main(["plan", *LARGE, "--json"])
+    found = json.loads(capsys.readouterr().out)
     assert found["fits"] is True and found["speed"]["step_seconds"] > 0 and found["layout"]["data"] == 8
     assert {"formula", "bytes", "place"} <= set(found["memory"]["parts"][0])
-    here = command("experiment=smoke", "--world", "2")
-    assert here.returncode == 0 and "machine=this does not say" in here.stdout
-    wrong = command("--world", "0")
-    assert wrong.returncode == 2 and wrong.stderr == "error: --world 0: must be 1 or more.\n"
+    main(["plan", "experiment=smoke", "--world", "2"])
+    assert "machine=this does not say" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--world", "0"])
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: --world 0: must be 1 or more.\n"

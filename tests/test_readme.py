@@ -1,13 +1,11 @@
 """Every command of the two READMEs runs, from a folder of its own, with a model small enough to wait for."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, data_cache
+from launching import ROOT, TINY, data_cache, typed
 
 DOCUMENT = "The sea was calm that day. Nobody spoke for a while. Then the captain laughed, and all of us with him."
 PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md"]
@@ -66,8 +64,7 @@ def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     small = [*small, *(["data.rows=2000"] if "data=synthetic" in command else [])]
     small = [*small, *(o for name, own in OWN.items() if f"/{name}.py" in command for o in own)]
     line = " ".join([command, *(f"'{o}'" for o in small)])
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = typed(line, folder)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -68,7 +68,7 @@ def test_the_bytes_are_those_of_the_paper(tmp_path: Path) -> None:
 
 def test_the_recipe_compares_numbers_of_ranks(tmp_path: Path) -> None:
     overrides = ("scaling.mode=both", "zero=stage2", "train.log_every=2", "task.objective=mlm")
-    result = launch(tmp_path, *overrides, launcher="python", recipe="scaling")
+    result = launch(tmp_path, *overrides, ranks=0, recipe="scaling")
     rows = list(csv.DictReader((result.dir / "scaling.csv").open()))
     assert [(r["mode"], r["ranks"], r["global_size"]) for r in rows] == [
         ("strong", "1", "16"), ("strong", "2", "16"), ("weak", "1", "16"), ("weak", "2", "32"),
@@ -92,10 +92,10 @@ def test_the_recipe_compares_numbers_of_ranks(tmp_path: Path) -> None:
     assert [float(r["ideal"]) for r in rows] == [1, 2, 1, 2]
 
     ends = {p: p.stat().st_mtime_ns for p in result.dir.glob("ranks-*/metrics.jsonl")}
-    again = launch(tmp_path, *overrides, launcher="python", recipe="scaling")
+    again = launch(tmp_path, *overrides, ranks=0, recipe="scaling")
     assert ends == {p: p.stat().st_mtime_ns for p in result.dir.glob("ranks-*/metrics.jsonl")}, "nothing runs again"
     assert [r["step"] for r in again.records] == [1, 2, 1, 2]
-    other = launch(tmp_path, *overrides, "seed=3", launcher="python", recipe="scaling", check=False)
+    other = launch(tmp_path, *overrides, "seed=3", ranks=0, recipe="scaling", check=False)
     assert other.code == 2 and "name=x: it began with other overrides. Choose another name." in other.error
 
 
@@ -138,5 +138,5 @@ def test_the_recipe_gets_what_is_not_ours_and_the_preset_that_it_begins_from() -
     (["scaling.ranks=[1]", "train.steps=2"], "has no timed step. Raise train.steps"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
-    result = launch(tmp_path, *overrides, launcher="python", recipe="scaling", check=False)
+    result = launch(tmp_path, *overrides, ranks=0, recipe="scaling", check=False)
     assert result.code == 2 and message in result.error and len(result.error.splitlines()) == 1

@@ -64,6 +64,7 @@ def test_records_and_files_of_a_run(tmp_path: Path) -> None:
     assert "held out" in result.stdout and f"Run directory: {result.dir}" in result.stdout
 
 
+@pytest.mark.alone
 def test_the_clock_leaves_out_evaluation_and_saving(tmp_path: Path) -> None:
     steps = ("train.steps=24", "train.log_every=24")
     quiet = launch(tmp_path, *steps, "name=quiet").steps[-1]
@@ -131,7 +132,7 @@ def test_real_books_with_the_real_vocabulary(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_of_another_size_than_the_models_is_refused(tmp_path: Path) -> None:
-    result = launch(tmp_path, "model.vocab_size=600", check=False, ranks=1, launcher="python")
+    result = launch(tmp_path, "model.vocab_size=600", check=False, ranks=0)
     assert result.code == 2
     assert "model.vocab_size=600: the tokenizer has 512 entries" in result.error
 
@@ -159,5 +160,5 @@ def test_an_error_of_rank_0_alone_is_the_only_one_shown(tmp_path: Path) -> None:
 def test_what_only_the_data_or_the_weights_can_tell_is_refused_before_training(
     override: str, message: str, tmp_path: Path
 ) -> None:
-    result = launch(tmp_path, override, check=False, ranks=1, launcher="python")
+    result = launch(tmp_path, override, check=False, ranks=0)
     assert result.code == 2 and message in result.error and not result.records
