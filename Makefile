@@ -1,4 +1,4 @@
-# make demo: train a BERT here and now.  make test: the test suite.  Both set up .venv first.
+# make demo: train a BERT here and now.  make check: lint, types, quick tests.  make test: all tests.  All set up .venv.
 
 PYTHON ?= python3
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -13,12 +13,21 @@ IMAGE_ARGS ?=
 CPU_ARGS := --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg RUNTIME_IMAGE=ubuntu:24.04
 BUILDER ?= $(shell docker info > /dev/null 2>&1 && echo docker || command -v podman || command -v buildah)
 
-.PHONY: demo test lint image image-test clean
+.PHONY: demo check test fast lint image image-test clean
 demo: .venv/.installed
 	$(LAUNCH) --log_level error recipes/pretrain.py experiment=demo $(OVERRIDES)
 
+# Between edits: what is wrong with the text, with types, and all tests that launch nothing.
+check: .venv/.installed
+	$(MAKE) -j 2 --output-sync lint fast
+
+# Two tests at a time; those that measure time then have the machine for themselves.
 test: .venv/.installed
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadgroup -m "not alone" --durations 25; first=$$?; \
+		.venv/bin/pytest -m alone --durations 25 && exit $$first
+
+fast: .venv/.installed
+	.venv/bin/pytest -m "not launch and not alone"
 
 lint: .venv/.installed
 	.venv/bin/ruff check
