@@ -152,13 +152,9 @@ def test_rows_that_do_not_fit_memory_are_refused_before_any_is_taken() -> None:
 SMALL = ("reductions.rows=300_000", "reductions.repeats=3")
 
 
-@pytest.mark.parametrize(("launcher", "threads"), [("python", "[4,1,2,2]"), ("deepspeed", "2")])
-def test_the_recipe_compares_the_four_ways(launcher: str, threads: str, tmp_path: Path) -> None:
-    result = launch(
-        tmp_path, f"reductions.threads={threads}", *SMALL, ranks=1, launcher=launcher, recipe="reductions", bare=True
-    )
-    numbers = [1, 2, 4] if threads.startswith("[") else [2]
-    expected = [("serial", 1), *((m, n) for m in reductions.METHODS[1:] for n in numbers)]
+def test_the_recipe_compares_the_four_ways(tmp_path: Path) -> None:
+    result = launch(tmp_path, "reductions.threads=[4,1,2,2]", *SMALL, ranks=0, recipe="reductions", bare=True)
+    expected = [("serial", 1), *((m, n) for m in reductions.METHODS[1:] for n in (1, 2, 4))]
     rows = list(csv.DictReader((result.dir / "reductions.csv").open()))
     assert [(r["method"], int(r["threads"])) for r in rows] == expected
     assert [(r["step"], r["method"], r["threads"]) for r in result.records] == [(i, *e) for i, e in enumerate(expected)]
@@ -180,13 +176,11 @@ def test_the_recipe_compares_the_four_ways(launcher: str, threads: str, tmp_path
         ("reductions.threads=0", r"reductions.threads.0=0: .*greater than 0"),
         ("reductions.threads=[]", r"reductions.threads=\[\]: "),
         ("reductions.threads=[2,100000]", r"reductions.threads.1=100000: .*1024"),
-        ("reductions.rows=0", r"reductions.rows=0: .*greater than 0"),
-        ("reductions.rows=1000000000000", r"reductions.rows=1000000000000: .*Take at most"),
         ("reductions.row=5", r"reductions.row: unknown key. Did you mean 'rows'"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(override: str, message: str, tmp_path: Path) -> None:
-    result = launch(tmp_path, override, launcher="python", recipe="reductions", bare=True, check=False)
+    result = launch(tmp_path, override, ranks=0, recipe="reductions", bare=True, check=False)
     assert result.code == 2 and re.search(message, result.error) and len(result.error.splitlines()) == 1
     assert not result.dir.exists()
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from toolkit.engine.pipe_schedule import SCHEDULES, GPipeSchedule, ideal
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.report.timeline import draw
 
-SIZES = [(s, m) for s in (1, 2, 3, 4, 8) for m in (1, 2, 4, 7, 8, 16, 32)]
-EVERY = [(n, s, m) for n in SCHEDULES for s, m in SIZES if n != "dualpipev" or m >= 2 * s]
-COSTS = [(1.0, 2.0), (1.0, 1.0), (2.0, 1.0), (1.0, 3.0)]
+SIZES = [(s, m) for s in (1, 2, 3, 8) for m in (1, 2, 7, 16)]
+EVERY = {n: [(s, m) for s, m in SIZES if n != "dualpipev" or m >= 2 * s] for n in SCHEDULES}
+COSTS = [(1.0, 2.0), (2.0, 1.0)]
 
 
 def instructions(name: str, stages: int, micro_batches: int, stage: int) -> list[Any]:
@@ -43,11 +43,10 @@ def route(stages: int, phases: int) -> list[tuple[int, int]]:
 # The schedules
 
 
-@pytest.mark.parametrize("costs", COSTS, ids=str)
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
-def test_the_bubble_is_the_formula_of_the_paper(name: str, costs: tuple[float, float]) -> None:
-    for stages, micro_batches in SIZES:
-        share = bubble_share(ideal(name, stages, micro_batches, forward=costs[0], backward=costs[1]), stages)
+def test_the_bubble_is_the_formula_of_the_paper(name: str) -> None:
+    for (stages, micro_batches), (forward, backward) in product(SIZES, COSTS):
+        share = bubble_share(ideal(name, stages, micro_batches, forward=forward, backward=backward), stages)
         assert share == pytest.approx(formula(stages, micro_batches), abs=1e-9), (stages, micro_batches)
 
 
@@ -79,27 +78,31 @@ def test_gpipe_holds_every_micro_batch_and_1f1b_one_for_each_stage(name: str) ->
         assert buffers == [max(2, n) for n in ahead]
 
 
-@pytest.mark.parametrize(("name", "stages", "micro_batches"), EVERY)
-def test_each_pass_runs_once_and_after_all_that_it_needs(name: str, stages: int, micro_batches: int) -> None:
-    events = ideal(name, stages, micro_batches)
-    phases = 2 if name == "dualpipev" else 1
-    assert Counter((e.kind, e.phase, e.stage, e.micro_batch) for e in events) == dict.fromkeys(
-        [(k, p, s, m) for k in ("forward", "backward") for p, s in route(stages, phases) for m in range(micro_batches)],
-        1,
-    )
-    at = {(e.kind, e.phase, e.stage, e.micro_batch): e for e in events}
-    way = route(stages, phases)
-    for m in range(micro_batches):
-        path = [at["forward", p, s, m] for p, s in way] + [at["backward", p, s, m] for p, s in reversed(way)]
-        assert all(a.end <= b.start for a, b in pairwise(path))
-    for stage in range(stages):
-        mine = sorted((e.start, e.end) for e in events if e.stage == stage)
-        assert all(a[1] <= b[0] for a, b in pairwise(mine))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_each_pass_runs_once_and_after_all_that_it_needs(name: str) -> None:
+    for stages, micro_batches in EVERY[name]:
+        events = ideal(name, stages, micro_batches)
+        way = route(stages, 2 if name == "dualpipev" else 1)
+        assert Counter((e.kind, e.phase, e.stage, e.micro_batch) for e in events) == dict.fromkeys(
+            [(k, p, s, m) for k in ("forward", "backward") for p, s in way for m in range(micro_batches)], 1
+        )
+        at = {(e.kind, e.phase, e.stage, e.micro_batch): e for e in events}
+        for m in range(micro_batches):
+            path = [at["forward", p, s, m] for p, s in way] + [at["backward", p, s, m] for p, s in reversed(way)]
+            assert all(a.end <= b.start for a, b in pairwise(path)), (stages, micro_batches)
+        for stage in range(stages):
+            mine = sorted((e.start, e.end) for e in events if e.stage == stage)
+            assert all(a[1] <= b[0] for a, b in pairwise(mine)), (stages, micro_batches)
 
 
-@pytest.mark.parametrize(("name", "stages", "micro_batches"), [e for e in EVERY if e[0] != "dualpipev"])
-def test_blocking_messages_never_wait_in_a_circle(name: str, stages: int, micro_batches: int) -> None:
+@pytest.mark.parametrize("name", ["1f1b", "gpipe"])
+def test_blocking_messages_never_wait_in_a_circle(name: str) -> None:
     """Both ends of a message stand still until the other end is there, as in DeepSpeed's p2p."""
+    for stages, micro_batches in EVERY[name]:
+        assert_no_circle(name, stages, micro_batches)
+
+
+def assert_no_circle(name: str, stages: int, micro_batches: int) -> None:
     messages = {"SendActivation": ("RecvActivation", 1), "SendGrad": ("RecvGrad", -1)}
     ends = {*messages, *(receive for receive, _ in messages.values())}
     left = [[i.name for i in instructions(name, stages, micro_batches, s) if i.name in ends] for s in range(stages)]
@@ -308,8 +311,8 @@ def test_the_command_draws_the_schedules_that_the_numbers_allow(
         "DualPipeV: 22.6 % bubbles",
     ]
     assert (tmp_path / "timeline.png").exists()
-    cli.main(["timeline", "--stages", "4", "--micro-batches", "4", "--out", "fig.png"])
-    assert "Left out: schedule=dualpipev with 4 stages and 4 micro-batches" in capsys.readouterr().out
+    cli.main(["timeline", "--stages", "2", "--micro-batches", "2", "--out", "fig.png"])
+    assert "Left out: schedule=dualpipev with 2 stages and 2 micro-batches" in capsys.readouterr().out
     assert (tmp_path / "fig.png").exists() and (tmp_path / "fig.svg").exists()
 
 
