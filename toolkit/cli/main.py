@@ -157,15 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _prepare(overrides: list[str]) -> None:
     from rich.console import Console
 
-    from toolkit import data
     from toolkit.config.compose import compose
+    from toolkit.data import audit, text
 
     console, config = Console(), compose(overrides)
     if config.task.kind == "translate":
         from toolkit.data import parallel
 
         pairs = parallel.prepare(config)
-        console.print("\n".join(parallel.told(pairs.audit)), f"Prepared pairs: {pairs.path}", sep="\n", highlight=False)
+        console.print(*pairs.notes, f"Prepared pairs: {pairs.path}", sep="\n", highlight=False)
         return
     if config.task.kind != "pretrain":
         from toolkit.tasks import kind
@@ -175,8 +175,8 @@ def _prepare(overrides: list[str]) -> None:
         labelled = kind(config).prepare(config)
         console.print(*labelled.notes, f"Prepared rows: {labelled.path}", sep="\n", highlight=False)
         return
-    prepared = data.prepare(config, console=console, progress=True)
-    console.print(data.format_audit(prepared.audit))
+    prepared = text.prepare(config, console=console, progress=True)
+    console.print(audit.format_audit(prepared.audit))
     console.print(f"Prepared corpus: {prepared.path}")
 
 

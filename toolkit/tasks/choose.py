@@ -7,7 +7,8 @@ import numpy as np
 from torch.nn.functional import cross_entropy
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.encoded import IGNORED, Sample
+from toolkit.data.batch import IGNORED
+from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
 
@@ -24,7 +25,7 @@ class Choose(Finetune):
 
     @classmethod
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
-        for number, example in enumerate(examples):
+        for example in examples:
             found = tokenizer(
                 [example.prompt] * len(example.endings),
                 list(example.endings),
@@ -33,7 +34,7 @@ class Choose(Finetune):
                 return_token_type_ids=True,
             )
             sequences = list(zip(found["input_ids"], found["token_type_ids"], strict=True))
-            yield Sample(sequences, [IGNORED if example.label is None else example.label], number)
+            yield Sample(sequences, [IGNORED if example.label is None else example.label])
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         return {

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, mse_loss
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.encoded import IGNORED, Sample
+from toolkit.data.batch import IGNORED
+from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
 
@@ -25,12 +26,10 @@ class Sentences(Finetune):
         pairs = bool(examples) and examples[0].text_pair is not None
         texts = ([e.text for e in examples], [e.text_pair for e in examples] if pairs else None)
         found = tokenizer(*texts, truncation=True, max_length=config.data.max_length, return_token_type_ids=True)
-        for number, (example, ids, types) in enumerate(
-            zip(examples, found["input_ids"], found["token_type_ids"], strict=True)
-        ):
+        for example, ids, types in zip(examples, found["input_ids"], found["token_type_ids"], strict=True):
             nothing = math.nan if cls.float_labels else IGNORED
             label = nothing if example.label is None else example.label
-            yield Sample([(ids, types)], [label], number)
+            yield Sample([(ids, types)], [label])
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
         gold = np.array([self.examples(split)[i].label for i in said])

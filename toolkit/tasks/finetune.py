@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from toolkit.config.schema import RunConfig
-from toolkit.data import encoded, labelled
-from toolkit.data.encoded import IGNORED, Encoded, Sample
-from toolkit.data.grouping import Batches
+from toolkit.data import labelled, loader
+from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.encoded import Encoded, Sample
+from toolkit.data.order import Grouped, Split
+from toolkit.data.prepared import Prepared
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
 from toolkit.models.build import bert_config, read_config
@@ -26,7 +27,6 @@ from toolkit.plan import flops
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
 
-Batch = dict[str, Tensor]
 Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
 Rows = dict[int, Any]  # sample -> what the model said of it
 
@@ -50,28 +50,28 @@ class Finetune:
         self.best = config.task.best or config.task.metrics[0]
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
         self.prepared = ranks.in_turn(lambda: self.prepare(config))
-        self.tokenizer = self.prepared.tokenizer
+        self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         self.vocab_size = self.prepared.vocab_size
-        self.names = self.prepared.labels or self.label_names
+        self.names = tuple(self.prepared.facts["labels"]) or self.label_names
         self.hf_config = self._hf_config()
         self.model_class = self._model_class()
         takes = ("input_ids", "attention_mask", "token_type_ids")
         self.inputs = takes if "token_type_ids" in self.tokenizer.model_input_names else takes[:2]
-        run.write_model(self.hf_config, self.model_class.__name__, self.prepared.tokenizer_folder)
+        run.write_model(self.hf_config, self.model_class.__name__, self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
-        self.train = self._split("train")
-        size = config.batch.global_size
-        self.order = Batches(self.train.lengths, config.seed, size=size, grouped=config.data.group_by_length)
-        run.lasts(self.order.steps)
         fixed = config.data.padding == "max_length" or config.pipeline.stages > 1  # a pipeline needs one shape
         self.width = config.data.max_length if fixed else None
-        self.split = encoded.Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
+        self.train = self._split("train")
+        size = config.batch.global_size
+        self.order = Grouped(self.train.lengths, config.seed, size=size, grouped=config.data.group_by_length)
+        run.lasts(self.order.steps)
+        self.split = Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
         for line in self.prepared.notes:
             run.console.print(line)
 
     @classmethod
-    def prepare(cls, config: RunConfig) -> labelled.Prepared:
+    def prepare(cls, config: RunConfig) -> Prepared:
         """The data of all splits, read, checked and tokenised; found in the cache the next time."""
         return labelled.prepare(config, functools.partial(cls.encode, config), float_labels=cls.float_labels)
 
@@ -102,9 +102,8 @@ class Finetune:
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches from the step that ``start_sample`` begins."""
-        step = start_sample // self.split.global_size
-        pad = self.prepared.pad_id
-        return encoded.train_batches(self.train, self.order, self.split, start_step=step, pad_id=pad, width=self.width)
+        workers = self.config.data.workers
+        return loader.train_batches(self.train, self.order, self.split, start_sample=start_sample, workers=workers)
 
     def correct(self, outputs: Batch, batch: Batch) -> Batch:
         """Nothing: metrics come from :meth:`evaluate`."""
@@ -158,9 +157,7 @@ class Finetune:
                 said[index] = row
 
         limit = self.config.train.eval_samples if name.startswith("eval") else None
-        batches = encoded.eval_batches(
-            self._split(name), self.split, limit=limit, pad_id=self.prepared.pad_id, width=self.width
-        )
+        batches = loader.eval_batches(self._split(name), self.split, limit=limit)
         means = engine.evaluate(watch(batches), collect)
         said = {index: row for index, row in said.items() if index >= 0}
         parts = ranks.gathered_on_rank0(said)
@@ -168,12 +165,14 @@ class Finetune:
             self._said[name] = {index: row for part in parts for index, row in sorted(part.items())}
         return dict(means)
 
+    @functools.cache  # noqa: B019 - one task a run
     def examples(self, split: str) -> list[Any]:
-        """The examples of a split as read, on the ranks that ask."""
-        return self.prepared.examples(split)
+        """The examples of a split, read again from where they come: once, on the ranks that ask."""
+        return labelled.read(self.config, split, self.prepared.facts["labels"])
 
     def _split(self, name: str) -> Encoded:
-        return Encoded(self.prepared.path / name, choices=self.choices, per_token=self.per_token)
+        pad_id = self.prepared.pad_id
+        return Encoded(self.prepared.path / name, pad_id, self.choices, self.per_token, self.width)
 
     def _hf_config(self) -> Any:
         config, vocab_size, pad_id = self.config, self.vocab_size, self.prepared.pad_id

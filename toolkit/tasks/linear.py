@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from toolkit.data import regression
-from toolkit.data.draws import Shuffle
-from toolkit.data.encoded import Split
+from toolkit.data import loader, regression
+from toolkit.data.order import Rounds, Split, filled, keyed
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
 from toolkit.models.linear import LinearConfig, LinearRegression, Optimum, optimum
@@ -38,8 +36,10 @@ class Linear:
         config = self.config = run.config
         self.run, self.kind = run, config.task.loss
         self.table = ranks.agreed(lambda: regression.read(config.data, config.seed))
-        self.parts = regression.Split(self.table.size, config.data.holdout)
-        self.moments = _moments(self.table, *self._rows("train", np.arange(min(self.parts.train, SOME))))
+        self.parts = regression.Parts(self.table.size, config.data.holdout)
+        self.moments = _moments(
+            self.table, *self.table.take(self.parts.rows("train", np.arange(min(self.parts.train, SOME))))
+        )
         self.width = len(self.table.names)
         self.padded = -(-self.width // config.tensor_size) * config.tensor_size  # columns of zeros learn nothing
         mean, std, target_mean, target_std = self.moments
@@ -50,8 +50,8 @@ class Linear:
         self.hf_config = LinearConfig(self.padded, table)
         run.write_model(self.hf_config, LinearRegression.__name__)
         size = config.batch.global_size
-        self.per_epoch = -(-self.parts.train // size)
-        run.lasts(lambda epochs: max(1, round(epochs * self.per_epoch)))
+        self.order = Rounds(self.parts.train, config.seed, size)
+        run.lasts(self.order.steps)
         self.split = Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
         skipped = getattr(self.table, "skipped", 0)
         run.console.print(
@@ -78,48 +78,28 @@ class Linear:
         return found
 
     def _optimum(self) -> Optimum:
-        x, y = self._standardised("train", np.arange(self.parts.train))
+        x, y = self._rows("train").take(np.arange(self.parts.train))
         return optimum(self.kind, x, y, self.config.task.huber_delta)
 
     # Rows to batches -------------------------------------------------------------------------------------------------
 
-    def _rows(self, part: str, positions: NDArray[np.int64]) -> tuple[Any, Any]:
-        return self.table.take(self.parts.rows(part, positions))
-
-    def _standardised(self, part: str, positions: NDArray[np.int64]) -> tuple[Any, Any]:
-        x, y = self._rows(part, positions)
-        mean, std, target_mean, target_std = self.moments
-        return (x - mean) / std, (y - target_mean) / target_std
-
-    def _batch(self, part: str, positions: NDArray[np.int64]) -> Batch:
-        """``features`` [rows, features], ``target`` [rows], ``real`` [rows]: 0 for one that fills a gap."""
-        x, y = self._standardised(part, np.maximum(positions, 0))
-        x = np.pad(x, ((0, 0), (0, self.padded - self.width)))
-        return {
-            "features": torch.from_numpy(np.ascontiguousarray(x, np.float32)),
-            "target": torch.from_numpy(y.astype(np.float32)),
-            "real": torch.from_numpy((positions >= 0).astype(np.float32)),
-        }
+    def _rows(self, part: str) -> regression.Standardised:
+        return regression.Standardised(self.table, self.parts, part, *self.moments, self.padded)
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches from the step that ``start_sample`` begins; an epoch's last step may be smaller."""
-        step = start_sample // self.split.global_size
-        while True:
-            epoch, number = divmod(step, self.per_epoch)
-            order = Shuffle(self.parts.train, self.config.seed, epoch)
-            first = number * self.split.global_size
-            chosen = order(np.arange(first, min(first + self.split.global_size, self.parts.train)))
-            for mine in self.split.micro_batches(chosen):
-                yield self._batch("train", mine)
-            step += 1
+        workers = self.config.data.workers
+        return loader.train_batches(
+            self._rows("train"), self.order, self.split, start_sample=start_sample, workers=workers
+        )
 
     def _eval_batches(self, part: str) -> Iterator[Batch]:
-        size, limit = self.parts.held_out, self.config.train.eval_samples
+        rows, size, limit = self._rows(part), self.parts.held_out, self.config.train.eval_samples
         if part == "train":
             size, limit = self.parts.train, None if self.optimum else SOME
         for positions in regression.chunks(min(size, limit or size), of=1024 * self.split.world):
             mine = np.array_split(positions, self.split.world)[self.split.rank]
-            yield self._batch(part, mine if len(mine) else np.array([-1]))
+            yield rows[filled(keyed(0, mine), 1)]
 
     # What the engine asks --------------------------------------------------------------------------------------------
 

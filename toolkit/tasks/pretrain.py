@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from toolkit import data
+from toolkit.data import loader, text
+from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.masked import MaskedText
+from toolkit.data.order import Split, Stream
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
 from toolkit.models.build import model_config
@@ -15,9 +18,7 @@ from toolkit.models.pretraining import MODELS
 from toolkit.plan import flops
 from toolkit.run.directory import Run
 
-Batch = dict[str, Tensor]
 Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
-IGNORED = -100
 
 
 class Pretrain:
@@ -33,8 +34,9 @@ class Pretrain:
         config = self.config = run.config
         self.replica = run.replica
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
-        self.prepared = ranks.in_turn(lambda: data.prepare(config, console=run.console, progress=ranks.rank() == 0))
-        data.require(self.prepared, config.batch.global_size)
+        self.prepared = ranks.in_turn(lambda: text.prepare(config, console=run.console, progress=ranks.rank() == 0))
+        train, size = self._dataset("train"), config.batch.global_size
+        text.require(len(train), size)
         self.vocab_size = self.prepared.vocab_size
         if config.model.vocab_size not in (None, self.vocab_size):
             raise ConfigError(
@@ -55,39 +57,29 @@ class Pretrain:
         self.model_class = MODELS[config.task.objective]
         run.write_model(self.hf_config, self.model_class.saved_as, self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
-        if self.prepared.eval_samples:
+        if len(self._dataset("eval")):
             run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
         self.predicted = ("mlm", self.pair) if self.pair else ("mlm",)  # the names of losses and of their counts
         self.judged = self.predicted  # those with an accuracy
-        samples, size = self.prepared.train_samples, config.batch.global_size
-        run.lasts(lambda epochs: max(1, round(epochs * samples / size)))
+        self.order = Stream(len(train), config.seed, size)
+        run.lasts(self.order.steps)
+        self.split = Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
         self.flops = flops.bert(self.hf_config, vocab_size=self.vocab_size, length=config.data.max_length)
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches from the sample at ``start_sample`` of the endless stream."""
-        batch = self.config.batch
-        return data.train_batches(
+        return loader.train_batches(
             self._dataset("train"),
+            self.order,
+            self.split,
             start_sample=start_sample,
-            global_size=batch.global_size,
-            micro_size=batch.micro_size,
-            rank=self.replica.rank,
-            world=self.replica.world,
             workers=self.config.data.workers,
         )
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out samples, the same ones and the same masks each time."""
-        if not self.prepared.eval_samples:
-            return iter(())
-        return data.eval_batches(
-            self._dataset("eval"),
-            micro_size=self.config.batch.micro_size,
-            rank=self.replica.rank,
-            world=self.replica.world,
-            limit=self.config.train.eval_samples,
-        )
+        return loader.eval_batches(self._dataset("eval"), self.split, limit=self.config.train.eval_samples)
 
     def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
         """Mean losses and accuracies on what is held out."""
@@ -96,9 +88,9 @@ class Pretrain:
     def predict(self, engine: Any, watch: Watch) -> None:
         """Nothing of a pretrained model is worth a file."""
 
-    def _dataset(self, split: str) -> Any:
+    def _dataset(self, split: str) -> MaskedText:
         config = self.config
-        return data.PairDataset(self.prepared, config.data, config.task.objective, config.seed, split)
+        return MaskedText(self.prepared, config.data, config.task.objective, config.seed, split)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """What this micro-batch holds: predicted tokens, labelled pairs, sequences, tokens without and with padding."""

@@ -29,10 +29,10 @@ class SpanQA(Finetune):
     @classmethod
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         """A window a sample; its label is the first and the last token of the answer, or twice [CLS]."""
-        for number, (example, cuts) in enumerate(zip(examples, _windows(config, tokenizer, examples), strict=True)):
+        for example, cuts in zip(examples, _windows(config, tokenizer, examples), strict=True):
             answers = [(start, text) for text, start in example.answers]
             for cut in cuts:
-                yield Sample([(cut.input_ids, cut.token_type_ids)], windows.answer_span(cut, answers), number)
+                yield Sample([(cut.input_ids, cut.token_type_ids)], windows.answer_span(cut, answers))
 
     def count(self, batch: Batch) -> int:
         return int((batch["index"] >= 0).sum())
@@ -72,8 +72,7 @@ class SpanQA(Finetune):
         """The answer to each question all windows of which were read."""
         examples, task = self.examples(split), self.config.task
         cuts = self._cuts(split)
-        of = self._split(split)["example"]
-        first = np.searchsorted(of, np.arange(len(examples)))
+        first = np.cumsum([0, *map(len, cuts)])  # a window is a sample
         decoded = {}
         for number, example in enumerate(examples):
             mine = range(first[number], first[number] + len(cuts[number]))

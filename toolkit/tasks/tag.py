@@ -6,7 +6,8 @@ from typing import Any
 from torch.nn.functional import cross_entropy
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.encoded import IGNORED, Sample
+from toolkit.data.batch import IGNORED
+from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Batch, Finetune, Rows
 
@@ -19,7 +20,7 @@ class Tag(Finetune):
 
     @classmethod
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
-        for number, example in enumerate(examples):
+        for example in examples:
             found = tokenizer(
                 example.words,
                 is_split_into_words=True,
@@ -32,7 +33,7 @@ class Tag(Finetune):
             for word in found.word_ids():
                 labels.append(IGNORED if word is None or word == before else tags[word])
                 before = word
-            yield Sample([(found["input_ids"], found["token_type_ids"])], labels, number)
+            yield Sample([(found["input_ids"], found["token_type_ids"])], labels)
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         logits = outputs["logits"].float()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from toolkit.data import parallel, subwords
-from toolkit.data.pair_batches import IGNORED, PairBatches
-from toolkit.data.parallel import Split
+from toolkit.data import loader, parallel, subwords
+from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.order import Grouped, Split
 from toolkit.data.tokenizer import vocab_size
+from toolkit.data.translations import Translations
 from toolkit.errors import ConfigError, DataError
 from toolkit.job import ranks
 from toolkit.models import seq2seq
@@ -20,7 +21,6 @@ from toolkit.run.directory import Run
 from toolkit.tasks import metrics
 from toolkit.tasks.decoding import Decoding, translate
 
-Batch = dict[str, Tensor]
 Watch = Callable[[Iterator[Any]], Iterator[Any]]
 
 
@@ -48,17 +48,24 @@ class Translate:
         self.special = seq2seq.special(self.hf_config, self.tokenizer)
         self.vocab_size = seq2seq.shape(self.hf_config).vocab_size
         self._refuse_long()
-        self.splits = self.prepared.splits
+        fixed = config.data.max_length if config.data.padding == "max_length" else 0
+        self.splits = {
+            name: Translations(self.prepared.path / name, self.special.pad, self.special.start, fixed)
+            for name in self.prepared.facts["splits"]
+        }
         self.held_out = {name: split for name, split in self.splits.items() if name.startswith("eval")}
         self.best = f"{_prefix(next(iter(self.held_out)))}{config.task.best or 'bleu'}" if self.held_out else None
         saved_as = getattr(self.model_class, "saved_as", self.model_class.__name__)
         run.write_model(self.hf_config, saved_as, self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
-        for line in parallel.told(self.prepared.audit):
+        for line in self.prepared.notes:
             run.console.print(line, highlight=False)
         seq2seq.without_cache(self.hf_config)
-        self.batches = PairBatches(config, self.special, run.replica)
-        run.lasts(self.batches.order(self.splits["train"]).steps)
+        batch, grouped = config.batch, config.data.group_by_length
+        lengths = self.splits["train"].lengths
+        self.order = Grouped(lengths, config.seed, size=batch.global_size, tokens=batch.tokens, grouped=grouped)
+        self.split = Split(batch.global_size, batch.micro_size, run.replica.rank, run.replica.world)
+        run.lasts(self.order.steps)
         self.flops = flops.seq2seq(seq2seq.shape(self.hf_config))
 
     def _refuse_long(self) -> None:
@@ -70,7 +77,10 @@ class Translate:
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches after ``start_sample`` samples, that is whole optimizer steps."""
-        return self.batches.train(self.splits["train"], start_sample // self.config.batch.global_size)
+        workers = self.config.data.workers
+        return loader.train_batches(
+            self.splits["train"], self.order, self.split, start_sample=start_sample, workers=workers
+        )
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Predicted tokens, pairs, tokens of both sides with and without padding, and what FLOPs depend on."""
@@ -106,7 +116,7 @@ class Translate:
         limit, task = self.config.train.eval_samples, self.config.task
         for name, split in self.held_out.items():
             prefix = _prefix(name)
-            loss = engine.evaluate(watch(self.batches.held_out(split, limit)))["loss"]
+            loss = engine.evaluate(watch(loader.eval_batches(split, self.split, limit=limit)))["loss"]
             texts = self._translated(engine, split, limit, task.eval_beams, watch)
             bleu = metrics.bleu(texts, [target for _, target in split.texts[:limit]])
             found = {"loss": loss, "perplexity": math.exp(min(loss, 100)), "bleu": bleu.score}
@@ -147,7 +157,7 @@ class Translate:
         split = split.replace(".", "_")
         return f"{split}_bleu" if split.startswith("test") else f"{split}_bleu_{self.config.task.beams}_beams"
 
-    def _translated(self, engine: Any, split: Split, limit: int | None, beams: int, watch: Watch) -> list[str]:
+    def _translated(self, engine: Any, split: Translations, limit: int | None, beams: int, watch: Watch) -> list[str]:
         task = self.config.task
         number = len(split) if limit is None else min(limit, len(split))
         engine.ds.eval()
