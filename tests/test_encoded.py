@@ -1,17 +1,21 @@
 """Batches of labelled samples: the same in every layout, each sample once, padded no further than needed."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from toolkit.checkpoint.checkpoint import compare_order
 from toolkit.data import encoded
 from toolkit.data.encoded import Encoded, Sample
 from toolkit.data.loader import eval_batches, train_batches
-from toolkit.data.order import Grouped, Split, keyed
+from toolkit.data.order import Grouped, Order, Rounds, Split, Stream, keyed
+from toolkit.errors import CheckpointError
 
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(5, 120, 1003)
@@ -143,3 +147,46 @@ def test_shares_are_neighbours_of_almost_equal_number() -> None:
     step = keyed(0, np.arange(11))
     parts = [keys[:, 1].tolist() for rank in range(4) for keys in Split(12, 3, rank, 4).micro_batches(step)]
     assert parts == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
+
+
+SAVED = {"step": 100, "samples": 3200}
+ORDERS: dict[str, Callable[..., Order]] = {
+    "grouped": lambda **other: Grouped(LENGTHS, **{"seed": 1, "size": 32} | other),
+    "by tokens": lambda **other: Grouped(LENGTHS, **{"seed": 1, "size": 32, "tokens": 2048} | other),
+    "rounds": lambda **other: Rounds(**{"n": 1000, "seed": 1, "size": 32} | other),
+    "stream": lambda **other: Stream(**{"n": 1000, "seed": 1, "size": 32} | other),
+}
+
+
+@pytest.mark.parametrize("kind", ["grouped", "by tokens", "rounds"])
+def test_a_place_that_another_batch_size_would_shift_is_refused(kind: str) -> None:
+    was, now = ORDERS[kind](), ORDERS[kind](size=16)
+    here, there = (next(order.from_sample(SAVED["samples"])).tolist() for order in (was, now))
+    assert there != here[: len(there)], "100 steps of 32 are not 200 of 16: an epoch's last step takes fewer"
+    message = r"step-100: saved with batch.global_size=32, this run has batch.global_size=16. Use the saved value, or"
+    for manifest in (SAVED | {"order": was.rests_on}, SAVED):  # older ones do not keep it
+        compare_order(Path("step-100"), manifest, was.rests_on)
+        with pytest.raises(CheckpointError, match=message):
+            compare_order(Path("step-100"), manifest, now.rests_on)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "message"),
+    [
+        ("grouped", {"grouped": False}, "data.group_by_length=True, this run has data.group_by_length=False"),
+        ("by tokens", {"tokens": 4096}, "batch.tokens=2048, this run has batch.tokens=4096"),
+        ("rounds", {"n": 999}, "training samples=1000, this run has training samples=999"),
+        ("stream", {"seed": 2}, "seed=1, this run has seed=2"),
+    ],
+)
+def test_what_else_a_place_rests_on_is_refused(kind: str, other: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        compare_order(Path("step-100"), SAVED | {"order": ORDERS[kind]().rests_on}, ORDERS[kind](**other).rests_on)
+
+
+def test_a_stream_goes_on_under_another_batch_size() -> None:
+    was, now = ORDERS["stream"](), ORDERS["stream"](size=16)
+    compare_order(Path("step-100"), SAVED | {"order": was.rests_on}, now.rests_on)
+    compare_order(Path("step-100"), SAVED, now.rests_on)
+    two = islice(now.from_sample(SAVED["samples"]), 2)
+    assert np.concatenate(list(two)).tolist() == next(was.from_sample(SAVED["samples"])).tolist()
