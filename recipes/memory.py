@@ -26,6 +26,7 @@ def main(config: RunConfig) -> None:
     from toolkit.models.build import build_model
     from toolkit.run.directory import Run
     from toolkit.tasks import build_task
+    from toolkit.train.own_plan import begin
 
     run = Run.open(config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})}))
     task = build_task(run)
@@ -35,9 +36,9 @@ def main(config: RunConfig) -> None:
             name = memory.label(overrides)
             try:
                 one = Run(run.dir, compose(overrides), Console(quiet=True))
-                ds = one.deepspeed(task.vocab_size)
+                ds = begin(one, task).ds
                 ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), run.console)
-                engine = start_engine(build_model(one, task), task, one)
+                engine = start_engine(build_model(one, task, ds), task, one, ds)
             except ToolkitError as error:
                 run.console.print(f"left out: {' '.join(name.values())}: {error}")
                 continue

@@ -28,6 +28,8 @@ from toolkit.models.build import build_model
 from toolkit.report import figures
 from toolkit.run.directory import Run
 from toolkit.tasks import build_task
+from toolkit.tasks.task import Task
+from toolkit.train.own_plan import begin
 
 PERFECT, PLATEAU = 0.4, 0.25
 DIVERGED = 10  # times the loss before training
@@ -120,13 +122,13 @@ class Trials:
 
         return attempt
 
-    def _train(self, task: Any, base: Run, rate: float, limit: int) -> tuple[int | None, str, float]:
+    def _train(self, task: Task, base: Run, rate: float, limit: int) -> tuple[int | None, str, float]:
         """One training from the same weights: steps to the target or None, how it ended, and at what loss."""
         optimizer = base.config.deepspeed["optimizer"]
         ds = base.config.deepspeed | {"optimizer": optimizer | {"params": optimizer["params"] | {"lr": rate}}}
         run = Run(base.dir, base.config.model_copy(update={"deepspeed": ds}), base.console)
-        run.steps = base.steps
-        engine = start_engine(build_model(run, task), task, run)
+        plan = begin(run, task)
+        engine = start_engine(build_model(run, task, plan.ds), task, run, plan.ds)
         try:
             return _steps_to(engine, task, self.target, limit)
         finally:

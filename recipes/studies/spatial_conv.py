@@ -16,8 +16,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
+from studies.spatial import Grid, SpatialConv2d, halo_bytes
 from toolkit.job import ranks
-from toolkit.models.spatial import Grid, SpatialConv2d, halo_bytes
 from toolkit.report import figures
 
 REPEATS = 15

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from toolkit.config.kinds import KINDS
 from toolkit.config.schema import Dtype
 from toolkit.errors import ConfigError, ToolkitError, nearest
 
@@ -161,18 +162,20 @@ def _prepare(overrides: list[str]) -> None:
     from toolkit.data import audit, text
 
     console, config = Console(), compose(overrides)
-    if config.task.kind == "translate":
+    if "decoder" in KINDS[config.task.kind].can:
         from toolkit.data import parallel
 
         pairs = parallel.prepare(config)
         console.print(*pairs.notes, f"Prepared pairs: {pairs.path}", sep="\n", highlight=False)
         return
-    if config.task.kind != "pretrain":
-        from toolkit.tasks import kind
+    if "masks" not in KINDS[config.task.kind].can:
+        from toolkit.tasks import task_class
+        from toolkit.tasks.finetune import Finetune
 
-        if not hasattr(kind(config), "prepare"):
+        kind = task_class(config.task.kind)
+        if not issubclass(kind, Finetune):
             raise ConfigError(f"task.kind={config.task.kind}: it has nothing to prepare. Start its recipe.")
-        labelled = kind(config).prepare(config)
+        labelled = kind.prepare(config)
         console.print(*labelled.notes, f"Prepared rows: {labelled.path}", sep="\n", highlight=False)
         return
     prepared = text.prepare(config, console=console, progress=True)
@@ -235,7 +238,7 @@ def _plan(chosen: argparse.Namespace) -> None:
     if alone := [f"--{name}" for name in ("top", "csv", "plot") if getattr(chosen, name) is not None]:
         raise ConfigError(f"{alone[0]} without --search: there is one configuration only. Add --search.")
     if len(chosen.overrides) == 1 and Path(chosen.overrides[0]).is_dir():
-        from toolkit.run.own_plan import beside
+        from toolkit.train.own_plan import beside
 
         Console(soft_wrap=True).print(beside(Path(chosen.overrides[0])))
         return

@@ -1,6 +1,6 @@
 """Builds a Hugging Face model for the engine: the same initial weights in every layout.
 
-    model = build_model(run, task)
+    model = build_model(run, task, plan.ds)
 
 Under ZeRO 3 every parameter is partitioned as it is made, so no rank ever holds the whole model;
 values are then drawn, or copied from a checkpoint that rank 0 alone reads, one module at a time.
@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig
+from transformers import AutoConfig, BertConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolkit.config.schema import Model, RunConfig
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.job import nvme, ranks
-from toolkit.models import activation
-from toolkit.run import own_plan
-from toolkit.run.directory import weights_folder
+from toolkit.job import ranks
+from toolkit.models import Described, activation
+from toolkit.run.directory import Run, weights_folder
 
 
 def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
@@ -58,20 +57,14 @@ def read_config(weights: str, kind: Any, **changes: Any) -> Any:
         ) from error
 
 
-def build_model(run: Any, task: Any) -> nn.Module:
-    """The task's model in this run's layout, on the CPU or partitioned; its activations where asked for.
-
-    Raises PlanError on every rank, before any memory is taken, where the run cannot fit.
-    """
-    own_plan.begin(run)
+def build_model(run: Run, task: Described, ds: Mapping[str, Any]) -> nn.Module:
+    """The task's model in the layout of ``ds``, on the CPU or partitioned; its activations where asked for."""
     config = run.config
     hf_config = task.hf_config
     if hasattr(hf_config, "num_attention_heads"):
         hf_config._attn_implementation = config.model.attention
     if config.pipeline.stages > 1:
         return _build_stage(run, task)
-    ds = run.deepspeed(task.vocab_size)
-    nvme.claim(ds, lambda: _parameters(task))
     with no_init_weights(), _partitioned(ds, config.tensor_size):
         model: Any = task.model_class(hf_config)
     model.tie_weights()
@@ -83,7 +76,7 @@ def build_model(run: Any, task: Any) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _build_stage(run: Any, task: Any) -> nn.Module:
+def _build_stage(run: Run, task: Described) -> nn.Module:
     """This rank's pipe stage; every rank reads the weights that are given and takes its own."""
     from toolkit.models.pipeline import build_pipeline
 
@@ -105,7 +98,7 @@ def _apply_activation(model: nn.Module, config: RunConfig) -> None:
     activation.apply(layers, **config.activation.model_dump())
 
 
-def _parameters(task: Any) -> int:
+def parameters(task: Described) -> int:
     """How many the task's model has, without memory for one."""
     with torch.device("meta"), no_init_weights():
         return int(task.model_class(task.hf_config).num_parameters())
@@ -152,7 +145,7 @@ def _draw(model: Any, module: nn.Module, parameters: list[nn.Parameter]) -> None
             p.data = place
 
 
-def _read(task: Any, options: Model) -> dict[str, torch.Tensor]:
+def _read(task: Described, options: Model) -> dict[str, torch.Tensor]:
     """The state of ``model.weights``, without what a new head is drawn for."""
     weights = str(options.weights)
     # safetensors, or torch.load with weights_only: nothing in the file is executed
@@ -162,7 +155,11 @@ def _read(task: Any, options: Model) -> dict[str, torch.Tensor]:
     body = f"{model.base_model_prefix}."
     may_be_new = {n for n in model.state_dict() if task.new_head and (not n.startswith(body) or ".pooler." in n)}
     if missing := sorted(set(info["missing_keys"]) - may_be_new):
-        raise CheckpointError(f"model.weights={weights}: lacks {', '.join(missing)}.")
+        lacks = f"{len(missing)} of the {len(model.state_dict())} weights of {class_name(task.model_class)}"
+        raise CheckpointError(
+            f"model.weights={weights}: a {_architecture(weights)}, which lacks {lacks}, such as "
+            f"{', '.join(missing[:3])}. Use weights of that architecture."
+        )
     for name, there, here in sorted(info["mismatched_keys"]):  # a set: the same one first in every run
         if not (options.new_head and name in may_be_new):
             way = "model.new_head=true leaves it out" if name in may_be_new else "Use weights of this shape"
@@ -173,6 +170,17 @@ def _read(task: Any, options: Model) -> dict[str, torch.Tensor]:
     if options.new_head:
         drawn |= {n for n in may_be_new if not n.startswith(body)}
     return {n: tensor for n, tensor in model.state_dict().items() if n not in drawn}
+
+
+def class_name(model_class: Any) -> str:
+    """What Hugging Face calls it."""
+    return str(getattr(model_class, "saved_as", model_class.__name__))
+
+
+def _architecture(weights: str) -> str:
+    """What its config.json says that it is."""
+    config = read_config(weights, AutoConfig)
+    return str((config.architectures or [config.model_type])[0])
 
 
 def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:

@@ -32,7 +32,9 @@ from transformers.models.bert.modeling_bert import (
 
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
+from toolkit.models import Described
 from toolkit.models.pretraining import at_positions
+from toolkit.run.directory import Run
 
 Tensors = tuple[Tensor, ...]
 
@@ -206,7 +208,7 @@ class DualPipe(DualPipeVModule, Pipe):  # type: ignore[misc]
     """The same for DualPipeV, where each rank holds two of twice as many stages."""
 
 
-def build_pipeline(run: Any, task: Any) -> Pipe:
+def build_pipeline(run: Run, task: Described) -> Pipe:
     """This rank's stage of the task's model, on the device; its weights are still to be filled in."""
     config = run.config.pipeline
     with torch.device("meta"), no_init_weights():
@@ -221,14 +223,14 @@ def build_pipeline(run: Any, task: Any) -> Pipe:
     else:
         layers = task_layers(skeleton, choices=task.choices)
     chunks = config.stages * (2 if config.schedule == "dualpipev" else 1)
-    parts = partition(layers, config.partition, chunks, run, task)
+    parts = partition(layers, config.partition, chunks, task)
     with no_init_weights():
         model = (DualPipe if config.schedule == "dualpipev" else Pipe)(layers, parts, skeleton, config.stages)
     run.console.print(f"Pipe stages begin at layers {', '.join(map(str, parts[:-1]))} of {len(layers)}.")
     return model
 
 
-def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: Any) -> list[int]:
+def partition(layers: Sequence[Layer], how: str | tuple[int, ...], stages: int, task: Described) -> list[int]:
     """The first layer of each stage, and the number of layers. Raises ConfigError for a stage without any."""
     blocks = len(layers) - heads(layers) + 1
     if how == "uniform":
@@ -236,7 +238,7 @@ def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: An
     elif how == "parameters":
         parts = partition_balanced(_merged(parameters(layers), blocks), num_parts=stages)
     elif how == "time":
-        parts = partition_balanced(_merged(times(layers, run, task), blocks), num_parts=stages)
+        parts = partition_balanced(_merged(times(layers, task), blocks), num_parts=stages)
     else:
         parts = [0, *how, blocks]
     if len(parts) != stages + 1 or any(a >= b for a, b in pairwise(parts)):
@@ -263,12 +265,12 @@ def parameters(layers: Sequence[Layer]) -> list[int]:
         return [sum(p.numel() for p in layer.spec.build().parameters()) for layer in layers]
 
 
-def times(layers: Sequence[Layer], run: Any, task: Any) -> list[int]:
+def times(layers: Sequence[Layer], task: Described) -> list[int]:
     """Microseconds that forward and backward of each layer take on one micro-batch: rank 0's, the best of three."""
-    return ranks.from_rank0(_times(layers, run, task) if ranks.rank() == 0 else None)  # type: ignore[no-any-return]
+    return ranks.from_rank0(_times(layers, task) if ranks.rank() == 0 else None)  # type: ignore[no-any-return]
 
 
-def _times(layers: Sequence[Layer], run: Any, task: Any) -> list[int]:
+def _times(layers: Sequence[Layer], task: Described) -> list[int]:
     batch = next(task.train_batches(start_sample=0))
     device = torch.device(ranks.device())
     inputs = tuple(batch[name].to(device) for name in task.inputs)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import mse_loss
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.batch import IGNORED
+from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
+from toolkit.tasks.finetune import Finetune, Rows, softmax, tsv
 
 
 class Sentences(Finetune):
@@ -59,11 +59,6 @@ class Sentences(Finetune):
 
 class Classify(Sentences):
     """One of several classes."""
-
-    def losses(self, outputs: Batch, batch: Batch) -> Batch:
-        return {
-            "loss": cross_entropy(outputs["logits"].float(), batch["labels"], ignore_index=IGNORED, reduction="sum")
-        }
 
     def decide(self, logits: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(logits.argmax(-1))

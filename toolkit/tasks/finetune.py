@@ -5,7 +5,7 @@ and how the model's outputs become predictions.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data import labelled, loader
 from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.encoded import Encoded, Sample
-from toolkit.data.order import Grouped, Split
+from toolkit.data.order import Grouped
 from toolkit.data.prepared import Prepared
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
@@ -26,26 +26,24 @@ from toolkit.models.build import bert_config, read_config
 from toolkit.plan import flops
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
+from toolkit.tasks.task import Evaluates, Task, Watch, summed_loss
 
-Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
 Rows = dict[int, Any]  # sample -> what the model said of it
 
 
-class Finetune:
-    """The loss is a sum over what was predicted; the engine divides by the global batch's count."""
+class Finetune(Task):
+    """The body may be of any weights; the head is drawn."""
 
-    labels: tuple[str, ...] = ("labels", "index", "attention_mask")
+    labels = ("labels", "index", "attention_mask")
     outputs: tuple[str, ...] = ("logits",)
-    predicted, judged = ("loss",), ()
     new_head = True
     models: str  # transformers' table of model classes
     label_names: tuple[str, ...] = ()  # of the head's outputs, where the data has none
-    choices = 1
     float_labels = per_token = False
 
     def __init__(self, run: Run) -> None:
-        config = self.config = run.config
-        self.run = run
+        super().__init__(run)
+        config = self.config
         metrics.check(config.task)
         self.best = config.task.best or config.task.metrics[0]
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
@@ -61,11 +59,8 @@ class Finetune:
         run.write_json("audit.json", self.prepared.audit)
         fixed = config.data.padding == "max_length" or config.pipeline.stages > 1  # a pipeline needs one shape
         self.width = config.data.max_length if fixed else None
-        self.train = self._split("train")
-        size = config.batch.global_size
-        self.order = Grouped(self.train.lengths, config.seed, size=size, grouped=config.data.group_by_length)
-        run.lasts(self.order.steps)
-        self.split = Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
+        train, grouped = self._split("train"), config.data.group_by_length
+        self.learns(train, Grouped(train.lengths, config.seed, size=config.batch.global_size, grouped=grouped))
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
         for line in self.prepared.notes:
             run.console.print(line)
@@ -83,8 +78,8 @@ class Finetune:
         raise NotImplementedError
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
-        """``loss``, summed over what was predicted."""
-        raise NotImplementedError
+        """``loss``: the cross-entropy of classes."""
+        return {"loss": summed_loss(outputs["logits"], batch["labels"])}
 
     def rows(self, outputs: Batch, batch: Batch) -> Iterable[NDArray[Any]]:
         """What the model says of each sample, in the order of the batch: float32."""
@@ -100,17 +95,8 @@ class Finetune:
 
     # What they share -------------------------------------------------------------------------------------------------
 
-    def train_batches(self, start_sample: int) -> Iterator[Batch]:
-        """This rank's micro-batches from the step that ``start_sample`` begins."""
-        workers = self.config.data.workers
-        return loader.train_batches(self.train, self.order, self.split, start_sample=start_sample, workers=workers)
-
-    def correct(self, outputs: Batch, batch: Batch) -> Batch:
-        """Nothing: metrics come from :meth:`evaluate`."""
-        return {}
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """What this micro-batch holds: labels, samples, tokens without and with padding, squares of the lengths."""
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Labels, samples, tokens without and with padding, squares of the lengths."""
         lengths = batch["attention_mask"][batch["index"] >= 0].sum(-1)
         return {
             "loss": self.count(batch),
@@ -127,7 +113,7 @@ class Finetune:
         """Forward and backward of real tokens; the head on top is too small to count."""
         return flops.encoder(self.hf_config, tokens=counts["tokens"], squares=counts["squares"])
 
-    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
+    def evaluate(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """Losses and metrics of each held-out split; the first one's have plain names."""
         results: dict[str, float] = {}
         for number, name in enumerate(self.prepared.names("eval")):
@@ -137,7 +123,7 @@ class Finetune:
             results |= {f"{prefix}{key}": value for key, value in {**means, **scores}.items()}
         return results
 
-    def predict(self, engine: Any, watch: Watch) -> None:
+    def predict(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """Write what the model says of the held-out splits, and of the test splits."""
         for name in self.prepared.names("test"):
             self._run(engine, watch, name)
@@ -147,8 +133,9 @@ class Finetune:
             stem = "predictions" if [name] == held_out[:1] else f"predictions.{name}"
             for suffix, text in files.items():
                 self.run.write_text(f"{stem}.{suffix}", text)
+        return {}
 
-    def _run(self, engine: Any, watch: Watch, name: str) -> dict[str, float]:
+    def _run(self, engine: Evaluates, watch: Watch, name: str) -> dict[str, float]:
         """Mean losses of a split; on rank 0, ``_said`` then holds what the model says of every sample."""
         said: Rows = {}
 
@@ -163,7 +150,7 @@ class Finetune:
         parts = ranks.gathered_on_rank0(said)
         if ranks.rank() == 0:
             self._said[name] = {index: row for part in parts for index, row in sorted(part.items())}
-        return dict(means)
+        return means
 
     @functools.cache  # noqa: B019 - one task a run
     def examples(self, split: str) -> list[Any]:

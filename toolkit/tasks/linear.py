@@ -1,40 +1,36 @@
 """A linear regression by mean absolute, squared or Huber's error, whose optimum is known: what training must reach."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from toolkit.data import loader, regression
-from toolkit.data.order import Rounds, Split, filled, keyed
+from toolkit.data import regression
+from toolkit.data.batch import Batch
+from toolkit.data.order import Rounds, filled, keyed
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
 from toolkit.models.linear import LinearConfig, LinearRegression, Optimum, optimum
 from toolkit.run.directory import Run
+from toolkit.tasks.task import Evaluates, Task, Watch
 
-Batch = dict[str, Tensor]
-Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
 # Numbers that the optimum is computed from, at most: 1 GiB of least squares, half a minute of linear programme.
 MOST = {"mse": 2**27, "huber": 2**25, "mae": 2**22}
 SOME = 2**20  # training rows that means and deviations are of, and train_loss where the optimum is unknown
 
 
-class Linear:
+class Linear(Task):
     """Features and target are standardised, so that one learning rate suits every table; records have its units."""
 
     inputs, labels, outputs = ("features",), ("target", "real"), ("predicted",)
-    predicted, judged = ("loss",), ()
-    new_head = False
-    best = None
-    vocab_size = 1  # of no vocabulary
     model_class = LinearRegression
 
     def __init__(self, run: Run) -> None:
-        config = self.config = run.config
-        self.run, self.kind = run, config.task.loss
+        super().__init__(run)
+        config = self.config
+        self.kind = config.task.loss
         self.table = ranks.agreed(lambda: regression.read(config.data, config.seed))
         self.parts = regression.Parts(self.table.size, config.data.holdout)
         self.moments = _moments(
@@ -43,28 +39,20 @@ class Linear:
         self.width = len(self.table.names)
         self.padded = -(-self.width // config.tensor_size) * config.tensor_size  # columns of zeros learn nothing
         mean, std, target_mean, target_std = self.moments
+        self.unit = target_std if self.kind == "mae" else target_std**2  # records are in the target's
         units = {"mean": mean.tolist(), "std": std.tolist(), "target_mean": target_mean, "target_std": target_std}
         # Kept with the checkpoints, so that none is gone on with by another loss
         loss = {"loss": self.kind, "huber_delta": config.task.huber_delta if self.kind == "huber" else None}
         table = {"names": list(self.table.names), "target": self.table.target, **units, **loss}
         self.hf_config = LinearConfig(self.padded, table)
         run.write_model(self.hf_config, LinearRegression.__name__)
-        size = config.batch.global_size
-        self.order = Rounds(self.parts.train, config.seed, size)
-        run.lasts(self.order.steps)
-        self.split = Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
+        self.learns(self._rows("train"), Rounds(self.parts.train, config.seed, config.batch.global_size))
         skipped = getattr(self.table, "skipped", 0)
         run.console.print(
             f"{self.parts.train:,} rows of {self.width} features to train on, {self.parts.held_out:,} held out"
             + f", {skipped:,} skipped" * bool(skipped),
             highlight=False,
         )
-
-    @property
-    def unit(self) -> float:
-        """What losses of the standardised target are multiplied by in records, to be in the target's units."""
-        std = self.moments[3]
-        return std if self.kind == "mae" else std**2
 
     @cached_property
     def optimum(self) -> Optimum | None:
@@ -86,13 +74,6 @@ class Linear:
     def _rows(self, part: str) -> regression.Standardised:
         return regression.Standardised(self.table, self.parts, part, *self.moments, self.padded)
 
-    def train_batches(self, start_sample: int) -> Iterator[Batch]:
-        """This rank's micro-batches from the step that ``start_sample`` begins; an epoch's last step may be smaller."""
-        workers = self.config.data.workers
-        return loader.train_batches(
-            self._rows("train"), self.order, self.split, start_sample=start_sample, workers=workers
-        )
-
     def _eval_batches(self, part: str) -> Iterator[Batch]:
         rows, size, limit = self._rows(part), self.parts.held_out, self.config.train.eval_samples
         if part == "train":
@@ -113,9 +94,6 @@ class Linear:
         delta = self.config.task.huber_delta
         return {"loss": torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="sum", delta=delta)}
 
-    def correct(self, outputs: Batch, batch: Batch) -> Batch:
-        return {}
-
     def counts(self, batch: Batch) -> dict[str, float]:
         """Rows and their bytes in fp32 with the target, of all ranks that share the columns."""
         rows = int(batch["real"].sum())
@@ -125,15 +103,12 @@ class Linear:
         """Multiply and add once for the prediction, once for the weights' gradient."""
         return 4 * counts["sequences"] * self.width
 
-    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
+    def evaluate(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """``loss`` on what is held out, ``train_loss`` on the training rows, and ``optimum_loss``, the least there."""
         found = {"loss": engine.evaluate(watch(self._eval_batches("eval")))} if self.parts.held_out else {}
         found["train_loss"] = engine.evaluate(watch(self._eval_batches("train")))
         result = {name: means["loss"] for name, means in found.items()}
         return result | ({"optimum_loss": self.unit * self.optimum.loss} if self.optimum else {})
-
-    def predict(self, engine: Any, watch: Watch) -> None:
-        """Nothing: the coefficients are all there is."""
 
     def coefficients(self, weights: Any, intercept: float) -> dict[str, float]:
         """Weights [features] and intercept of the standardised model in the table's units, by name."""

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from toolkit.config.schema import RunConfig
 from toolkit.data import windows
+from toolkit.data.batch import Batch
 from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Batch, Finetune, Rows
+from toolkit.tasks.finetune import Finetune, Rows
+from toolkit.tasks.task import summed_loss
 
 
 class SpanQA(Finetune):
@@ -40,9 +41,7 @@ class SpanQA(Finetune):
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         """The mean of the two cross-entropies, of the first and of the last token."""
         both = [
-            cross_entropy(
-                _without_padding(outputs[name], batch), batch["labels"][:, i], ignore_index=-100, reduction="sum"
-            )
+            summed_loss(_without_padding(outputs[name], batch), batch["labels"][:, i])
             for i, name in enumerate(self.outputs)
         ]
         return {"loss": torch.stack(both).sum() / 2}

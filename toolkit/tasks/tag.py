@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.nn.functional import cross_entropy
-
 from toolkit.config.schema import RunConfig
-from toolkit.data.batch import IGNORED
+from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Batch, Finetune, Rows
+from toolkit.tasks.finetune import Finetune, Rows
 
 
 class Tag(Finetune):
@@ -34,11 +32,6 @@ class Tag(Finetune):
                 labels.append(IGNORED if word is None or word == before else tags[word])
                 before = word
             yield Sample([(found["input_ids"], found["token_type_ids"])], labels)
-
-    def losses(self, outputs: Batch, batch: Batch) -> Batch:
-        logits = outputs["logits"].float()
-        labels = batch["labels"].flatten()
-        return {"loss": cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")}
 
     def rows(self, outputs: Batch, batch: Batch) -> list[Any]:
         """The tags that are asked for, of each sentence."""
