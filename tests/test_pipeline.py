@@ -20,7 +20,7 @@ from toolkit.engine.pipe import PipeEngine
 from toolkit.engine.pipe_events import bubble_share, load
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
-from toolkit.models.pipeline import Pipe, parameters, partition, pretraining_layers
+from toolkit.models.pipeline import Pipe, PipeLayer, parameters, partition, pipe_layers
 from toolkit.models.pretraining import MaskedBert, PairBert
 
 CONFIG = BertConfig(
@@ -28,9 +28,14 @@ CONFIG = BertConfig(
 )
 
 
+def layers_of(model_class: Any) -> list[PipeLayer]:
+    with torch.device("meta"), no_init_weights():
+        return pipe_layers(model_class(CONFIG))
+
+
 def names(pair: bool) -> list[str]:
     """What every parameter of every layer is called at Hugging Face; a tied one once."""
-    layers = pretraining_layers(CONFIG, pair=pair)
+    layers = layers_of(PairBert if pair else MaskedBert)
     pipe = SimpleNamespace(layers=layers)
     found: dict[str, None] = {}
     with torch.device("meta"), no_init_weights():
@@ -80,7 +85,7 @@ def test_the_layers_hold_every_weight_of_the_hugging_face_model(model_class: Any
 
 
 def test_a_tied_weight_has_a_layer_without_forward_fn_for_deepspeed_saves_no_other() -> None:
-    specs = [layer.spec for layer in pretraining_layers(CONFIG, pair=True) if hasattr(layer.spec, "key")]
+    specs = [layer.spec for layer in layers_of(PairBert) if hasattr(layer.spec, "key")]
     assert len(specs) == 2 and sum(spec.forward_fn is None for spec in specs) == 1
 
 
@@ -93,11 +98,11 @@ def test_a_tied_weight_has_a_layer_without_forward_fn_for_deepspeed_saves_no_oth
     ],
 )
 def test_stages_begin_where_the_partition_says(how: Any, stages: int, parts: list[int]) -> None:
-    assert partition(pretraining_layers(CONFIG, pair=True), how, stages, None) == parts
+    assert partition(layers_of(PairBert), how, stages, None) == parts
 
 
 def test_parts_hold_about_equally_many_parameters() -> None:
-    layers = pretraining_layers(CONFIG, pair=True)
+    layers = layers_of(PairBert)
     counts = parameters(layers)
     cut = partition(layers, "parameters", 2, None)[1]
     larger = max(sum(counts[:cut]), sum(counts[cut:]))
@@ -107,7 +112,7 @@ def test_parts_hold_about_equally_many_parameters() -> None:
 @pytest.mark.parametrize(("how", "stages"), [("uniform", 10), ((3, 9), 3)])
 def test_a_stage_without_layers_is_refused(how: Any, stages: int) -> None:
     with pytest.raises(ConfigError, match=r"pipeline.partition=.* of 9 \(0 and 1 embed, 8 is the heads\)"):
-        partition(pretraining_layers(CONFIG, pair=True), how, stages, None)
+        partition(layers_of(PairBert), how, stages, None)
 
 
 def test_a_run_logs_its_bubbles_and_keeps_its_timeline(tmp_path: Path) -> None:

@@ -261,11 +261,8 @@ def _own_hash(manifest: dict[str, Any]) -> str:
 
 
 def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _seal(staging: Path, manifest: dict[str, Any]) -> None:

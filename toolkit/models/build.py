@@ -17,7 +17,7 @@ from transformers import AutoConfig, BertConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from toolkit.config.schema import Model, RunConfig
+from toolkit.config.schema import Model
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.job import ranks
 from toolkit.models import Described, activation
@@ -59,43 +59,32 @@ def read_config(weights: str, kind: Any, **changes: Any) -> Any:
 
 def build_model(run: Run, task: Described, ds: Mapping[str, Any]) -> nn.Module:
     """The task's model in the layout of ``ds``, on the CPU or partitioned; its activations where asked for."""
-    config = run.config
-    hf_config = task.hf_config
+    config, hf_config, staged = run.config, task.hf_config, run.config.pipeline.stages > 1
     if hasattr(hf_config, "num_attention_heads"):
         hf_config._attn_implementation = config.model.attention
-    if config.pipeline.stages > 1:
-        return _build_stage(run, task)
-    with no_init_weights(), _partitioned(ds, config.tensor_size):
-        model: Any = task.model_class(hf_config)
-    model.tie_weights()
+    model = _stage(run, task) if staged else _dense(task, ds, config.tensor_size)
     if not config.model.weights or task.new_head:
         initialise(model, config.seed)
     if config.model.weights:
-        _copy(model, ranks.agreed(lambda: _read(task, config.model) if run.replica.rank == 0 else None))
-    _apply_activation(model, config)
-    return model  # type: ignore[no-any-return]
-
-
-def _build_stage(run: Run, task: Described) -> nn.Module:
-    """This rank's pipe stage; every rank reads the weights that are given and takes its own."""
-    from toolkit.models.pipeline import build_pipeline
-
-    config, model = run.config, build_pipeline(run, task)
-    if not config.model.weights or task.new_head:
-        initialise(model, config.seed)
-    if config.model.weights:
-        state = ranks.agreed(lambda: _read(task, config.model))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if (found := state.get(model.hf_name(name))) is not None:
-                    parameter.copy_(found)
-    _apply_activation(model, config)
+        # Every pipe stage takes its own of all weights; else the ranks of the first copy read for the others
+        state = ranks.agreed(lambda: _read(task, config.model) if staged or run.replica.rank == 0 else None)
+        (_fill if staged else _copy)(model, state)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    activation.apply(layers, **config.activation.model_dump())
     return model
 
 
-def _apply_activation(model: nn.Module, config: RunConfig) -> None:
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    activation.apply(layers, **config.activation.model_dump())
+def _stage(run: Run, task: Described) -> Any:
+    from toolkit.models.pipeline import build_pipeline
+
+    return build_pipeline(run, task)
+
+
+def _dense(task: Described, ds: Mapping[str, Any], tensor_size: int) -> Any:
+    with no_init_weights(), _partitioned(ds, tensor_size):
+        model = task.model_class(task.hf_config)
+    model.tie_weights()
+    return model
 
 
 def parameters(task: Described) -> int:
@@ -181,6 +170,14 @@ def _architecture(weights: str) -> str:
     """What its config.json says that it is."""
     config = read_config(weights, AutoConfig)
     return str((config.architectures or [config.model_type])[0])
+
+
+def _fill(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """What of ``state`` this pipe stage has."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (found := state.get(model.hf_name(name))) is not None:
+                parameter.copy_(found)
 
 
 def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:
