@@ -78,7 +78,7 @@ class Denoise(Task):
 
     def useful_flops(self, counts: dict[str, float]) -> float:
         """Two operations for each weight and pixel, three times; the image itself needs no gradient."""
-        c = self.hf_config
+        c: DenoiserConfig = self.hf_config
         outer = c.kernel**2 * c.colours * c.channels  # weights of the first layer, and of the last
         inner = c.kernel**2 * c.channels**2 * (c.layers - 2)
         return counts["positions"] * (6 * (2 * outer + inner) - 2 * outer)

@@ -26,7 +26,10 @@ from toolkit.job.workers import begin
 class Dataset(Protocol):
     """Samples of which the loader asks for some at a time; workers get it pickled."""
 
-    full: bool  # micro-batches have one shape: empty samples fill them up
+    @property
+    def full(self) -> bool:
+        """Whether micro-batches have one shape: empty samples fill them up."""
+        ...
 
     @property
     def lengths(self) -> NDArray[np.int64]:

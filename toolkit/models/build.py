@@ -62,12 +62,12 @@ def build_model(run: Run, task: Described, ds: Mapping[str, Any]) -> nn.Module:
     config, hf_config, staged = run.config, task.hf_config, run.config.pipeline.stages > 1
     if hasattr(hf_config, "num_attention_heads"):
         hf_config._attn_implementation = config.model.attention
-    model = _stage(run, task) if staged else _dense(task, ds, config.tensor_size)
+    model: nn.Module = _stage(run, task) if staged else _dense(task, ds, config.tensor_size)
     if not config.model.weights or task.new_head:
         initialise(model, config.seed)
     if config.model.weights:
         # Every pipe stage takes its own of all weights; else the ranks of the first copy read for the others
-        state = ranks.agreed(lambda: _read(task, config.model) if staged or run.replica.rank == 0 else None)
+        state = ranks.agreed(lambda: _read(task, config.model) if staged or run.replica.rank == 0 else {})
         (_fill if staged else _copy)(model, state)
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     activation.apply(layers, **config.activation.model_dump())
@@ -180,18 +180,18 @@ def _fill(model: Any, state: dict[str, torch.Tensor]) -> None:
                 parameter.copy_(found)
 
 
-def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:
+def _copy(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """The first copy's ``state`` into the model of every rank, one parameter at a time."""
     for name, parameter in model.named_parameters():
         with _whole([parameter]), torch.no_grad():
-            if state is not None and name in state:
+            if name in state:
                 parameter.copy_(state[name])
             if not hasattr(parameter, "ds_id"):
                 torch.distributed.broadcast(parameter.data, src=0, group=ranks._control)
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():  # such as the bias that Marian and BART add to their logits
         if name in saved:
-            if state is not None and name in state:
+            if name in state:
                 buffer.copy_(state[name])
             torch.distributed.broadcast(buffer, src=0, group=ranks._control)
 
