@@ -316,7 +316,7 @@ def _doctor(chosen: argparse.Namespace) -> None:
     from rich.console import Console
 
     from toolkit.cluster.doctor.job import examine
-    from toolkit.cluster.doctor.show import as_json, table, verdict
+    from toolkit.cluster.doctor.show import as_json, listing, verdict
     from toolkit.cluster.doctor.ssh import Host
     from toolkit.cluster.hostfile import slots
     from toolkit.config.compose import compose
@@ -335,7 +335,7 @@ def _doctor(chosen: argparse.Namespace) -> None:
         print(as_json(report))
     else:
         console = Console()
-        console.print(table(report))
+        console.print(listing(report))
         console.print(verdict(report))
     if not report.fits:
         sys.exit(2)
@@ -360,14 +360,14 @@ def _machines(name: str | None, dtype: Dtype) -> None:
     from rich.console import Console
 
     from toolkit.plan import machines
-    from toolkit.report.machines import source, table
+    from toolkit.report.machines import listing, source
 
     every = {m.name: m for m in machines.table()}
     if name and name not in every:
         raise ConfigError(f"{name}: no such machine.{nearest(name, every)} Known: {', '.join(every)}.")
     chosen = [every[name]] if name else list(every.values())
     console = Console(soft_wrap=True)
-    console.print(table(chosen, dtype))
+    console.print(listing(chosen, dtype))
     for machine in chosen:
         console.print(source(machine), highlight=False)
 
