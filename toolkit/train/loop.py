@@ -20,7 +20,7 @@ from toolkit.job import ranks, watchdog
 from toolkit.run import own_plan
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
-from toolkit.train import show
+from toolkit.train import console
 from toolkit.train.meter import Meter
 
 
@@ -40,7 +40,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     watch = functools.partial(watched, minutes=config.train.hang_minutes)
     batches = watch(task.train_batches(start_sample=samples))
     result: dict[str, Any] = {}
-    with stop_signals() as stopping, show.progress(run.console, step, total) as bar:
+    with stop_signals() as stopping, console.progress(run.console, step, total) as bar:
         while step < total and not best.ended:
             logged = due(step + 1, config.train.log_every, total) or step == 0
             done = engine.train_batch(batches, stop=stopping(), trace=logged)
@@ -68,7 +68,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     task.predict(engine, watch)
     watchdog.expect(None)
     own_plan.finish(run, meter.peak_gib, meter.overall())
-    if (summary := show.summary(run, meter, result)) is not None:
+    if (summary := console.summary(run, meter, result)) is not None:
         run.console.print(summary, f"Run directory: {run.dir}", sep="\n")
     return result
 
@@ -126,7 +126,7 @@ def log(run: Run, engine: Engine, meter: Meter, step: int, done: Step) -> None:
     if "step_seconds" in record:
         record["eta_seconds"] = record["step_seconds"] * (run.steps - step)
     run.log(record)
-    run.console.print(show.line(record, run.steps), highlight=False)
+    run.console.print(console.line(record, run.steps), highlight=False)
     refuse_nan(run, step, record["loss"])
 
 
@@ -171,7 +171,7 @@ def evaluate(engine: Engine, task: Any, run: Run, step: int, watch: Any) -> dict
         return {}  # nothing is held out
     record = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
     run.log(record)
-    run.console.print(show.held_out(step, result), highlight=False)
+    run.console.print(console.held_out(step, result), highlight=False)
     return record
 
 
