@@ -33,7 +33,7 @@ def main(config: RunConfig) -> None:
     if ranks.rank() == 0:
         rows = study.coefficients(run, task)
         run.write_csv("coefficients.csv", rows)
-        run.console.print(study.table(rows))
+        run.console.print(study.listing(rows))
         study.plot(run, rows, run.dir / "linear_regression")
 
 

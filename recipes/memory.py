@@ -53,7 +53,7 @@ def main(config: RunConfig) -> None:
     if not rows:
         raise ConfigError("no combination of zero, offload and activation is left to measure, see above.")
     run.write_csv("memory.csv", rows)
-    run.console.print(memory.table(rows))
+    run.console.print(memory.listing(rows))
     if ranks.rank() == 0:
         (run.dir / "plan.json").unlink(missing_ok=True)  # of the last layout
         title = f"{config.model.num_hidden_layers} layers of {config.model.hidden_size}, {ranks.world()} ranks"

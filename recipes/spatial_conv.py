@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         shape = {"channels": node.channels, "kernel": node.kernel, "device": ranks.device()}
         rows = [study.compare(task.grid, size=size, **shape) for size in sizes]
         grid = f"{task.grid.rows} x {task.grid.columns} ranks, {node.channels} channels, kernel {node.kernel}"
-        run.console.print(study.table(rows, grid))
+        run.console.print(study.listing(rows, grid))
         if ranks.rank() == 0:
             study.plot(rows, run.dir / "spatial_conv", f"One convolution on {grid}")
         run.write_csv("spatial_conv.csv", rows)

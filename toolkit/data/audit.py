@@ -17,6 +17,7 @@ from toolkit.data.corpus import Corpus
 from toolkit.data.draws import Shuffle
 from toolkit.data.masked import Masked, MaskedText
 from toolkit.data.prepared import Prepared
+from toolkit.run.table import table
 
 SAMPLES = 2000  # of epoch 0, in training order: what the numbers under "sample" are taken from
 BLOCK_TOKENS = 2**18
@@ -98,14 +99,11 @@ def _pair_share(samples: list[Masked]) -> float | None:
 
 def format_audit(audit: dict[str, Any]) -> Any:
     """A rich Table with one row per number."""
-    from rich.table import Table
-
-    table = Table("what", "value", title="Prepared data")
+    rows = []
     for section, value in audit.items():
-        rows = value.items() if isinstance(value, dict) else [("", value)]
-        for name, number in rows:
-            table.add_row(f"{section} {name}".strip().replace("_", " "), _shown(name or section, number))
-    return table
+        for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+            rows.append((f"{section} {name}".strip().replace("_", " "), _shown(name or section, number)))
+    return table({"what": "", "value": ""}, rows, "Prepared data")
 
 
 def _shown(name: str, value: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
 from toolkit.config.schema import RunConfig
@@ -37,6 +38,7 @@ class Finetune(Task):
     labels = ("labels", "index", "attention_mask")
     outputs: tuple[str, ...] = ("logits",)
     new_head = True
+    prepares = "rows"
     models: str  # transformers' table of model classes
     label_names: tuple[str, ...] = ()  # of the head's outputs, where the data has none
     float_labels = per_token = False
@@ -47,7 +49,7 @@ class Finetune(Task):
         metrics.check(config.task)
         self.best = config.task.best or config.task.metrics[0]
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
-        self.prepared = ranks.in_turn(lambda: self.prepare(config))
+        self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         self.vocab_size = self.prepared.vocab_size
         self.names = tuple(self.prepared.facts["labels"]) or self.label_names
@@ -66,8 +68,7 @@ class Finetune(Task):
             run.console.print(line)
 
     @classmethod
-    def prepare(cls, config: RunConfig) -> Prepared:
-        """The data of all splits, read, checked and tokenised; found in the cache the next time."""
+    def prepare(cls, config: RunConfig, console: Console) -> Prepared:
         return labelled.prepare(config, functools.partial(cls.encode, config), float_labels=cls.float_labels)
 
     # What a kind of task says of itself ------------------------------------------------------------------------------

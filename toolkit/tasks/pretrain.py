@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from toolkit.config.schema import RunConfig
 from toolkit.data import loader, text
 from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.masked import MaskedText
 from toolkit.data.order import Stream
+from toolkit.data.prepared import Prepared
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
 from toolkit.models.build import class_name, model_config
@@ -24,12 +27,13 @@ class Pretrain(Task):
     inputs = ("input_ids", "attention_mask", "token_type_ids", "mlm_positions")
     labels = ("mlm_labels", "nsp_labels")
     outputs = ("mlm", "pair")
+    prepares = "corpus"
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         config = self.config
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
-        self.prepared = ranks.in_turn(lambda: text.prepare(config, console=run.console, progress=ranks.rank() == 0))
+        self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
         train, size = self._dataset("train"), config.batch.global_size
         text.require(len(train), size)
         self.vocab_size = self.prepared.vocab_size
@@ -58,6 +62,10 @@ class Pretrain(Task):
         self.predicted = self.judged = ("mlm", self.pair) if self.pair else ("mlm",)
         self.learns(train, Stream(len(train), config.seed, size))
         self.flops = flops.bert(self.hf_config, vocab_size=self.vocab_size, length=config.data.max_length)
+
+    @classmethod
+    def prepare(cls, config: RunConfig, console: Console) -> Prepared:
+        return text.prepare(config, console=console, progress=ranks.rank() == 0)
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out samples, the same ones and the same masks each time."""

@@ -8,12 +8,15 @@ The engine, the loop and the pipeline know a task by this class alone. Hooks hav
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from toolkit.config.schema import RunConfig
 from toolkit.data import loader
 from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.order import Order, Split
+from toolkit.data.prepared import Prepared
 from toolkit.errors import ConfigError
 from toolkit.run.directory import Run
 
@@ -45,6 +48,7 @@ class Task:
     new_head = False  # whether weights may lack the head
     choices = 1  # sequences of a sample
     vocab_size = 1  # of no words
+    prepares: str  # what prepare() makes, in a word
     train: loader.Dataset  # once learns() is called
     order: Order
     steps: int  # optimizer steps of the whole run, once lasts() is
@@ -55,6 +59,11 @@ class Task:
         batch = run.config.batch
         self.split = Split(batch.global_size, batch.micro_size, run.replica.rank, run.replica.world)
         self.notes: dict[str, float] = {}  # numbers to show beside the held-out results
+
+    @classmethod
+    def prepare(cls, config: RunConfig, console: Console) -> Prepared:
+        """The data, read, checked and tokenised; found in the cache the next time."""
+        raise ConfigError(f"task.kind={config.task.kind}: it has nothing to prepare. Start its recipe.")
 
     def learns(self, dataset: loader.Dataset, order: Order) -> None:
         """Settle what is trained on, in which order, and how many steps the run has."""

@@ -4,10 +4,13 @@ import math
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from toolkit.config.schema import RunConfig
 from toolkit.data import loader, parallel, subwords
 from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.order import Grouped
+from toolkit.data.prepared import Prepared
 from toolkit.data.tokenizer import vocab_size
 from toolkit.data.translations import Translations
 from toolkit.errors import ConfigError, DataError
@@ -27,6 +30,7 @@ class Translate(Task):
     inputs = ("input_ids", "attention_mask", "decoder_input_ids")
     labels = ("labels",)
     outputs = ("logits",)
+    prepares = "pairs"
 
     def __init__(self, run: Run) -> None:
         from transformers import AutoTokenizer
@@ -34,7 +38,7 @@ class Translate(Task):
         super().__init__(run)
         config = self.config
         metrics.check(config.task)
-        self.prepared = ranks.in_turn(lambda: parallel.prepare(config))
+        self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         _refuse_two_vocabularies(subwords.digest(self.tokenizer))
         self.hf_config = seq2seq.seq2seq_config(config.model, self.tokenizer, vocab_size(self.tokenizer))
@@ -59,6 +63,10 @@ class Translate(Task):
         size, tokens = batch.global_size, batch.tokens
         self.learns(train, Grouped(train.lengths, config.seed, size=size, tokens=tokens, grouped=grouped))
         self.flops = flops.seq2seq(seq2seq.shape(self.hf_config))
+
+    @classmethod
+    def prepare(cls, config: RunConfig, console: Console) -> Prepared:
+        return parallel.prepare(config)
 
     def _refuse_long(self) -> None:
         longest = seq2seq.positions(self.hf_config)

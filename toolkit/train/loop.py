@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
 from toolkit.checkpoint import checkpoint
 from toolkit.engine.pipe_events import Timeline, bubble_share, formula
 from toolkit.engine.plain import Engine, Step, loss_key
@@ -23,7 +20,7 @@ from toolkit.job import ranks, watchdog
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
 from toolkit.tasks.task import Task, Watch
-from toolkit.train import own_plan
+from toolkit.train import console, own_plan
 from toolkit.train.meter import Meter
 
 
@@ -45,7 +42,7 @@ def fit(engine: Engine, task: Task, run: Run, plan: own_plan.OwnPlan) -> dict[st
     watch = functools.partial(watched, minutes=config.train.hang_minutes)
     batches = watch(task.train_batches(start_sample=samples))
     result: dict[str, Any] = {}
-    with stop_signals() as stopping, progress(run, step, total) as bar:
+    with stop_signals() as stopping, console.progress(run.console, step, total) as bar:
         while step < total and not best.ended:
             logged = due(step + 1, config.train.log_every, total) or step == 0
             done = engine.train_batch(batches, stop=stopping(), trace=logged)
@@ -75,7 +72,8 @@ def fit(engine: Engine, task: Task, run: Run, plan: own_plan.OwnPlan) -> dict[st
         record(run, engine, {"step": step, **predicted})
     watchdog.expect(None)
     own_plan.finish(run, plan, meter.peak_gib, meter.overall())
-    summarise(run, task, meter, result)
+    if (summary := console.summary(run, task.notes, meter, result)) is not None:
+        run.console.print(summary, f"Run directory: {run.dir}", sep="\n")
     return result
 
 
@@ -138,7 +136,7 @@ def log(run: Run, engine: Engine, meter: Meter, total: int, step: int, done: Ste
     if "step_seconds" in found:
         found["eta_seconds"] = found["step_seconds"] * (total - step)
     record(run, engine, found)
-    run.console.print(line(found, total), highlight=False)
+    run.console.print(console.line(found, total), highlight=False)
     refuse_nan(run, step, found["loss"])
 
 
@@ -173,28 +171,6 @@ def refuse_nan(run: Run, step: int, loss: float) -> None:
         )
 
 
-def line(record: dict[str, Any], total: int) -> str:
-    """A record as one line for the console."""
-    losses = "  ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in record.items() if k.endswith("_loss"))
-    text = f"step {record['step']}/{total}  loss {record['loss']:.3f}  {losses}  lr {record['lr']:.2e}"
-    if "samples_per_second" in record:
-        unit = "tokens" if "tokens_per_second" in record else "samples"
-        text += f"  {record[f'{unit}_per_second']:,.0f} {unit}/s"
-        if "gb_per_second" in record:
-            text += f"  {record['gb_per_second']:.3g} GB/s"
-        elif record["mfu"] is not None:
-            text += f"  MFU {record['mfu']:.1%}"
-        text += f"  ETA {clock(record['eta_seconds'])}"
-    return text
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def evaluate(engine: Engine, task: Task, run: Run, step: int, watch: Watch) -> dict[str, Any]:
     """One evaluation record: means over the held-out samples, each counted once."""
     start = time.perf_counter()
@@ -205,53 +181,8 @@ def evaluate(engine: Engine, task: Task, run: Run, step: int, watch: Watch) -> d
         return {}  # nothing is held out
     told = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
     record(run, engine, told)
-    text = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.3f}" for k, v in result.items())
-    run.console.print(f"step {step}  held out: {text}", highlight=False)
+    run.console.print(console.held_out(step, result), highlight=False)
     return told
-
-
-def summarise(run: Run, task: Task, meter: Meter, result: dict[str, Any]) -> None:
-    """The table at the end of a run."""
-    steps = [r for r in run.records() if "loss" in r]
-    if not steps:
-        return
-    first, last = steps[0], steps[-1]
-    table = Table(title=f"{run.dir.name}: {last['step']} steps", show_header=True, title_justify="left")
-    for column in ("", f"step {first['step']}", f"step {last['step']}", "held out"):
-        table.add_column(column, justify="right" if column else "left")
-    losses = [k for k in first if k.endswith("_loss")] or ["loss"]
-    for key in losses:
-        table.add_row(
-            key.replace("_", " "), *(_number(x) for x in (first[key], last.get(key), result.get(f"eval_{key}")))
-        )
-    for key, value in result.items():
-        name = key.removeprefix("eval_")
-        if key.startswith("eval_") and name not in ("loss", "seconds", *losses):
-            table.add_row(
-                name.replace("_", " "), "", "", f"{value:.1%}" if name.endswith("accuracy") else _number(value)
-            )
-    for name, value in task.notes.items():
-        table.add_row(name, "", "", _number(value))
-    if meter.active_seconds:
-        unit, key = ("tokens", "positions") if "positions" in meter.active_counts else ("samples", "sequences")
-        rate = meter.active_counts[key] / meter.active_seconds
-        table.add_row(f"{unit}/s (all ranks)", "", f"{rate:,.0f}", "")
-    run.console.print(table)
-    run.console.print(f"Run directory: {run.dir}")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-@contextmanager
-def progress(run: Run, step: int, total: int) -> Iterator[Any]:
-    """A bar on a terminal, nothing elsewhere: the log lines say it there."""
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=run.console, disable=not run.console.is_terminal, transient=True)
-    with bar:
-        task = bar.add_task("train", total=total, completed=step)
-        yield lambda done: bar.update(task, completed=done)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from toolkit.plan.memory import MOMENTS
 from toolkit.plan.plan import Plan, place_of_job, plan_for
 from toolkit.plan.shapes import model_shape
 from toolkit.run.directory import Run
+from toolkit.run.table import table
 from toolkit.tasks.task import Task
 
 SHORTEST = 8  # tokens of a sequence
@@ -259,12 +260,10 @@ def _table(device: str, planned: Numbers, measured: Numbers) -> Table:
         "tokens_per_second": "tokens/s (all ranks)",
         "mfu": "MFU",
     }
-    form = {"tokens_per_second": "{:,.0f}".format, "mfu": "{:.1%}".format}
-    table = Table("", title="Plan", title_justify="left")
-    for column in ("planned", "measured"):
-        table.add_column(column, justify="right")
+    form = {"tokens_per_second": ",.0f", "mfu": ".1%"}
+    rows = []
     for key, name in names.items():
-        row = [numbers.get(key) for numbers in (planned, measured)]
-        if any(number is not None for number in row):
-            table.add_row(name, *("" if n is None else form.get(key, "{:.3g}".format)(n) for n in row))
-    return table
+        numbers = [known.get(key) for known in (planned, measured)]
+        if any(n is not None for n in numbers):
+            rows.append((name, *(None if n is None else format(n, form.get(key, ".3g")) for n in numbers)))
+    return table({"": "", "planned": ">", "measured": ">"}, rows, "Plan")
