@@ -57,7 +57,7 @@ def main(config: Config) -> None:
     for index, row in enumerate(rows):
         run.log({"step": index, **row})
     run.write_csv("batch_size.csv", rows)
-    run.console.print(study.table(rows))
+    run.console.print(study.listing(rows))
     run.console.print(study.verdict(rows, config.batch.micro_size), highlight=False)
     if ranks.rank() == 0:
         study.plot(rows, trials.all, run.dir / "batch_size", f"{config.task.name}: to a loss of {chosen.target_loss:g}")

@@ -22,15 +22,18 @@ def main(config: RunConfig) -> None:
     from toolkit.run.directory import Run
     from toolkit.tasks import build_task
     from toolkit.train.loop import fit
+    from toolkit.train.own_plan import begin
 
     run = Run.open(config)
     task = build_task(run)
-    engine = start_engine(build_model(run, task), task, run)
-    fit(engine, task, run)
+    plan = begin(run, task)
+    model = build_model(run, task, plan.ds)
+    engine = start_engine(model, task, run, plan.ds)
+    fit(engine, task, run, plan)
     if ranks.rank() == 0:
         rows = study.coefficients(run, task)
         run.write_csv("coefficients.csv", rows)
-        run.console.print(study.table(rows))
+        run.console.print(study.listing(rows))
         study.plot(run, rows, run.dir / "linear_regression")
 
 

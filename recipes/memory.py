@@ -26,6 +26,7 @@ def main(config: RunConfig) -> None:
     from toolkit.models.build import build_model
     from toolkit.run.directory import Run
     from toolkit.tasks import build_task
+    from toolkit.train.own_plan import begin
 
     run = Run.open(config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})}))
     task = build_task(run)
@@ -35,9 +36,9 @@ def main(config: RunConfig) -> None:
             name = memory.label(overrides)
             try:
                 one = Run(run.dir, compose(overrides), Console(quiet=True))
-                ds = one.deepspeed(task.vocab_size)
+                ds = begin(one, task).ds
                 ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), run.console)
-                engine = start_engine(build_model(one, task), task, one)
+                engine = start_engine(build_model(one, task, ds), task, one, ds)
             except ToolkitError as error:
                 run.console.print(f"left out: {' '.join(name.values())}: {error}")
                 continue
@@ -52,7 +53,7 @@ def main(config: RunConfig) -> None:
     if not rows:
         raise ConfigError("no combination of zero, offload and activation is left to measure, see above.")
     run.write_csv("memory.csv", rows)
-    run.console.print(memory.table(rows))
+    run.console.print(memory.listing(rows))
     if ranks.rank() == 0:
         (run.dir / "plan.json").unlink(missing_ok=True)  # of the last layout
         title = f"{config.model.num_hidden_layers} layers of {config.model.hidden_size}, {ranks.world()} ranks"

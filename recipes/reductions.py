@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     for step, row in enumerate(rows):
         run.log({"step": step, **row})
     run.write_csv("reductions.csv", rows)
-    run.console.print(reductions.table(rows))
+    run.console.print(reductions.listing(rows))
     title = f"{chosen.rows:,} rows x {chosen.features} features, {data.nbytes / 1e9:.2g} GB, {reductions.cores()} cores"
     reductions.plot(rows, run.dir / "reductions", title)
     run.console.print(f"Run directory: {run.dir}")

@@ -37,7 +37,7 @@ def main(config: Config) -> None:
     run.write_text("reproduce.md", reproduce.markdown(found))
     for target, mine in found.items():
         reproduce.plot(target, mine, run.dir)
-    run.console.print(reproduce.listing(found) if len(found) > 1 else reproduce.table(found[config.target]))
+    run.console.print(reproduce.listing(found) if len(found) > 1 else reproduce.of_target(found[config.target]))
     run.console.print(f"Run directory: {run.dir}")
 
 

@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     for row in rows:
         run.log({"step": row["ranks"], **row})
     run.write_csv("scaling.csv", rows)
-    run.console.print(scaling.table(rows))
+    run.console.print(scaling.listing(rows))
     scaling.plot(rows, run.dir / "scaling", f"{chosen.recipe}: scaling on {environment.device}")
     run.console.print(f"Run directory: {run.dir}")
 

@@ -8,10 +8,11 @@ The run directory gets spatial_conv.csv, .png and .svg, which compare one convol
 denoised.png, a held-out image that the trained network has cleaned.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from toolkit.config.kinds import Kind, register
 from toolkit.config.schema import Positive, RunConfig, Strict
 from toolkit.run.recipe import recipe
 
@@ -33,6 +34,9 @@ class Config(RunConfig):
     spatial_conv: SpatialConv = SpatialConv()
 
 
+register(Kind("denoise", task="studies.denoise:Denoise"))  # it can do nothing that other kinds can
+
+
 @recipe("denoise")
 def main(config: Config) -> None:
     from rich.progress import track
@@ -44,22 +48,25 @@ def main(config: Config) -> None:
     from toolkit.run.directory import Run
     from toolkit.tasks import build_task
     from toolkit.train.loop import fit
+    from toolkit.train.own_plan import begin
 
     run, node = Run.open(config), config.spatial_conv
-    task = build_task(run)
+    task: Any = build_task(run)  # studies.denoise.Denoise, with a grid
     if ranks.from_rank0(not (run.dir / "spatial_conv.csv").exists()):  # a run that goes on has compared already
         sizes = track(node.sizes, "compare", console=run.console, transient=True, disable=not run.console.is_terminal)
         shape = {"channels": node.channels, "kernel": node.kernel, "device": ranks.device()}
         rows = [study.compare(task.grid, size=size, **shape) for size in sizes]
         grid = f"{task.grid.rows} x {task.grid.columns} ranks, {node.channels} channels, kernel {node.kernel}"
-        run.console.print(study.table(rows, grid))
+        run.console.print(study.listing(rows, grid))
         if ranks.rank() == 0:
             study.plot(rows, run.dir / "spatial_conv", f"One convolution on {grid}")
         run.write_csv("spatial_conv.csv", rows)
         for row in rows:
             run.log({"step": 0, **row})
-    engine = start_engine(build_model(run, task).over(task.grid), task, run)
-    fit(engine, task, run)
+    plan = begin(run, task)
+    model = build_model(run, task, plan.ds).over(task.grid)
+    engine = start_engine(model, task, run, plan.ds)
+    fit(engine, task, run, plan)
     study.picture(engine, task, run.dir / "denoised")
 
 

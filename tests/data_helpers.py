@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.pairs import PairDataset, Sample
-from toolkit.data.prepared import Prepared, prepare
+from toolkit.data.corpus import Corpus
+from toolkit.data.masked import Masked, MaskedText
+from toolkit.data.prepared import Prepared
+from toolkit.data.text import prepare
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
@@ -50,8 +52,13 @@ def toy(folder: Path, lengths: Lengths, *, objective: str = "mlm_nsp", seed: int
     )
 
 
-def dataset(config: RunConfig, split: str = "train", prepared: Prepared | None = None) -> PairDataset:
-    return PairDataset(prepared or prepare(config), config.data, config.task.objective, config.seed, split)
+def dataset(config: RunConfig, split: str = "train", prepared: Prepared | None = None) -> MaskedText:
+    return MaskedText(prepared or prepare(config), config.data, config.task.objective, config.seed, split)
+
+
+def corpus_of(prepared: Prepared) -> Corpus:
+    """The tokenised text that the samples are drawn from."""
+    return Corpus(prepared.path.parent / prepared.facts["corpus"])
 
 
 def random_lengths(documents: int, sentences: int, words: tuple[int, int] = (3, 9)) -> list[list[int]]:
@@ -59,13 +66,13 @@ def random_lengths(documents: int, sentences: int, words: tuple[int, int] = (3, 
     return [rng.integers(*words, size=sentences).tolist() for _ in range(documents)]
 
 
-def unmasked(sample: Sample) -> list[int]:
+def unmasked(sample: Masked) -> list[int]:
     ids = sample.input_ids.copy()
     ids[sample.positions] = sample.labels
     return [int(i) for i in ids]
 
 
-def parts(sample: Sample) -> tuple[list[int], list[int]]:
+def parts(sample: Masked) -> tuple[list[int], list[int]]:
     """The original tokens of both segments without [CLS] and [SEP]."""
     ids = unmasked(sample)
     assert ids[0] == CLS and ids[sample.first_length - 1] == SEP and ids[-1] == SEP

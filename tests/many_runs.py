@@ -30,6 +30,7 @@ def train(arguments: list[str]) -> None:
     from toolkit.run.terminal import Terminal
     from toolkit.tasks import build_task
     from toolkit.train.loop import fit
+    from toolkit.train.own_plan import begin
 
     output_dir, file, *extra = (Path(a) for a in arguments)
     runs = json.loads(file.read_text())
@@ -46,8 +47,9 @@ def train(arguments: list[str]) -> None:
                 try:
                     run = Run.open(config)
                     task = build_task(run)
-                    engine = start_engine(build_model(run, task), task, run)
-                    fit(engine, task, run)
+                    plan = begin(run, task)
+                    engine = start_engine(build_model(run, task, plan.ds), task, run, plan.ds)
+                    fit(engine, task, run, plan)
                     if extra:
                         with Tracker(engine.ds) as tracker:
                             engine.train_batch(task.train_batches(start_sample=0))

@@ -69,8 +69,8 @@ def test_the_search_goes_on_until_the_best_rate_lies_inside() -> None:
     assert study.best(8, found) == {"batch_size": 8, "rate": 4, "steps": 20, "inside": True}
     found = study.search(attempts({0.5: 90, 1: 50, 2: 30, 4: 20}, []), 1, (0.5, 1, 2), 1, 1000)
     assert not study.best(8, found)["inside"]
-    shown = study.table(study.judged([study.best(8, found)]))
-    assert list(shown.columns[-1].cells) == ["extend rates"]
+    shown = study.listing(study.judged([study.best(8, found)]))
+    assert [str(cell) for cell in shown.columns[-1].cells] == ["extend rates"]
 
 
 def test_where_no_rate_reaches_the_target_the_search_follows_the_loss() -> None:

@@ -10,10 +10,11 @@ from data_helpers import dataset, random_lengths, toy
 from torch import Tensor
 
 from toolkit.config.schema import RunConfig
-from toolkit.data import eval_batches, require, train_batches
 from toolkit.data.draws import Shuffle
-from toolkit.data.loader import keys
-from toolkit.data.pairs import PairDataset
+from toolkit.data.loader import eval_batches, train_batches
+from toolkit.data.masked import MaskedText
+from toolkit.data.order import Split, Stream
+from toolkit.data.text import require
 from toolkit.errors import DataError
 
 Step = dict[str, Tensor]
@@ -26,29 +27,20 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def pairs(config: RunConfig) -> PairDataset:
+def pairs(config: RunConfig) -> MaskedText:
     return dataset(config)
 
 
 @pytest.fixture(scope="module")
-def held(config: RunConfig) -> PairDataset:
+def held(config: RunConfig) -> MaskedText:
     return dataset(config, "eval")
 
 
-def steps(pairs: PairDataset, number: int, *, world: int = 1, workers: int = 0, start: int = 0) -> list[Step]:
+def steps(pairs: MaskedText, number: int, *, world: int = 1, workers: int = 0, start: int = 0) -> list[Step]:
     """The samples of ``number`` optimizer steps from sample ``start``, put together from all ranks."""
-    ranks = [
-        train_batches(
-            pairs,
-            start_sample=start,
-            global_size=GLOBAL,
-            micro_size=MICRO,
-            rank=r,
-            world=world,
-            workers=workers,
-        )
-        for r in range(world)
-    ]
+    order = Stream(len(pairs), pairs.seed, GLOBAL)
+    splits = [Split(GLOBAL, MICRO, rank, world) for rank in range(world)]
+    ranks = [train_batches(pairs, order, split, start_sample=start, workers=workers) for split in splits]
     micro = GLOBAL // (MICRO * world)
     rounds = [[next(rank) for rank in ranks] for _ in range(number * micro)]
     batches = [batch for one in rounds for batch in one]
@@ -67,23 +59,24 @@ def assert_same(left: list[Step], right: list[Step]) -> None:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 2)])
-def test_another_world_size_sees_the_same_samples_and_masks(pairs: PairDataset, world: int, workers: int) -> None:
+def test_another_world_size_sees_the_same_samples_and_masks(pairs: MaskedText, world: int, workers: int) -> None:
     assert_same(steps(pairs, 3, world=world, workers=workers), steps(pairs, 3))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_resuming_is_starting_at_another_sample(pairs: PairDataset, workers: int) -> None:
+def test_resuming_is_starting_at_another_sample(pairs: MaskedText, workers: int) -> None:
     whole = steps(pairs, 20)  # 320 samples: more than two epochs
     assert len(pairs) < 160
     assert_same(steps(pairs, 9, world=2, workers=workers, start=11 * GLOBAL), whole[11:])
 
 
-def test_an_epoch_has_every_sample_once_and_the_next_one_another_order(pairs: PairDataset) -> None:
+def test_an_epoch_has_every_sample_once_and_the_next_one_another_order(pairs: MaskedText) -> None:
     n = len(pairs)
-    first, second = keys(pairs, 0, n), keys(pairs, n, n)
-    assert sorted(first) == [(0, i) for i in range(n)] and sorted(second) == [(1, i) for i in range(n)]
+    order = Stream(n, pairs.seed, GLOBAL)
+    first, second = order.keys(0, n).tolist(), order.keys(n, n).tolist()
+    assert sorted(first) == [[0, i] for i in range(n)] and sorted(second) == [[1, i] for i in range(n)]
     assert [i for _, i in first] != [i for _, i in second]
-    assert keys(pairs, n - 3, 6) == first[-3:] + second[:3]
+    assert order.keys(n - 3, 6).tolist() == first[-3:] + second[:3]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
@@ -109,8 +102,8 @@ def test_a_shuffle_of_a_trillion_costs_no_memory() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("limit", [None, 1, 7, 10**6])
-def test_evaluation_counts_each_sample_once_over_the_ranks(held: PairDataset, world: int, limit: int | None) -> None:
-    ranks = [list(eval_batches(held, micro_size=4, rank=r, world=world, limit=limit)) for r in range(world)]
+def test_evaluation_counts_each_sample_once_over_the_ranks(held: MaskedText, world: int, limit: int | None) -> None:
+    ranks = [list(eval_batches(held, Split(4, 4, r, world), limit=limit)) for r in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     rows = merged([batch for batches in ranks for batch in batches])
     real = rows["nsp_labels"] != -100
@@ -122,36 +115,36 @@ def test_evaluation_counts_each_sample_once_over_the_ranks(held: PairDataset, wo
     assert (rows["attention_mask"].sum(1) > 0).all()  # a row of padding only would make NaN
 
 
-def test_evaluation_draws_the_same_each_time_and_other_than_training(held: PairDataset) -> None:
-    once, again = (list(eval_batches(held, micro_size=8, rank=0, world=1, limit=8)) for _ in range(2))
+def test_evaluation_draws_the_same_each_time_and_other_than_training(held: MaskedText) -> None:
+    once, again = (list(eval_batches(held, Split(8, 8, 0, 1), limit=8)) for _ in range(2))
     assert_same(once, again)
     assert all(np.array_equal(held.sample(5, i).input_ids, held.sample(0, i).input_ids) for i in range(5))
 
 
-def test_a_corpus_smaller_than_a_step_says_how_many_samples_there_are(pairs: PairDataset) -> None:
+def test_a_corpus_smaller_than_a_step_says_how_many_samples_there_are(pairs: MaskedText) -> None:
     n = len(pairs)
     with pytest.raises(DataError, match=rf"batch.global_size={n + 1}: .* only {n} training samples. Use a smaller"):
-        require(pairs.prepared, n + 1)
-    require(pairs.prepared, n)
+        require(n, n + 1)
+    require(n, n)
 
 
-def test_evaluating_without_a_holdout_is_refused(tmp_path: Path) -> None:
+def test_without_a_holdout_there_is_nothing_to_evaluate_on(tmp_path: Path) -> None:
     nothing = dataset(toy(tmp_path, random_lengths(3, 5)), "eval")
-    with pytest.raises(DataError, match=r"data.holdout=0: nothing is held out.*Set data.holdout above 0"):
-        next(eval_batches(nothing, micro_size=1, rank=0, world=1, limit=None))
+    assert not list(eval_batches(nothing, Split(1, 1, 0, 1)))
 
 
-def test_loading_leaves_the_global_random_state_alone(pairs: PairDataset) -> None:
+def test_loading_leaves_the_global_random_state_alone(pairs: MaskedText) -> None:
     before = torch.random.get_rng_state()
     steps(pairs, 1, workers=1)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_workers_end_when_the_stream_is_dropped(pairs: PairDataset) -> None:
+def test_workers_end_when_the_stream_is_dropped(pairs: MaskedText) -> None:
     import gc
     import multiprocessing
 
-    stream = train_batches(pairs, start_sample=0, global_size=GLOBAL, micro_size=MICRO, rank=0, world=1, workers=1)
+    order = Stream(len(pairs), pairs.seed, GLOBAL)
+    stream = train_batches(pairs, order, Split(GLOBAL, MICRO, 0, 1), start_sample=0, workers=1)
     assert len(list(islice(stream, 3))) == 3
     del stream
     gc.collect()

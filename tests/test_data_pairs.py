@@ -25,8 +25,8 @@ from data_helpers import (
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.draws import generator
-from toolkit.data.pairs import PairDataset, truncate
-from toolkit.data.prepared import prepare
+from toolkit.data.masked import MaskedText, truncate
+from toolkit.data.text import prepare
 from toolkit.errors import ConfigError, DataError
 
 LENGTHS = random_lengths(documents=24, sentences=41)
@@ -44,14 +44,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def pairs(config: RunConfig) -> PairDataset:
+def pairs(config: RunConfig) -> MaskedText:
     return dataset(config)
 
 
-def with_data(pairs: PairDataset, objective: str = "mlm_nsp", **changes: object) -> PairDataset:
+def with_data(pairs: MaskedText, objective: str = "mlm_nsp", **changes: object) -> MaskedText:
     """The same chunks under other settings of the draw."""
     data = pairs.data.model_copy(update=changes)
-    return PairDataset(pairs.prepared, data, objective, pairs.seed, pairs.split)
+    return MaskedText(pairs.prepared, data, objective, pairs.seed, pairs.split)
 
 
 def sentence_starts(document: int) -> set[int]:
@@ -59,7 +59,7 @@ def sentence_starts(document: int) -> set[int]:
     return {sentence[0] for sentence in tokens}
 
 
-def test_the_chunks_tile_every_document(pairs: PairDataset) -> None:
+def test_the_chunks_tile_every_document(pairs: MaskedText) -> None:
     chunks = pairs.chunks
     covered = [(f, f + c) for f, c in zip(chunks["first"].tolist(), chunks["count"].tolist(), strict=True)]
     bounds = {0, *accumulate(len(d) for d in LENGTHS)}
@@ -68,7 +68,7 @@ def test_the_chunks_tile_every_document(pairs: PairDataset) -> None:
     assert bounds <= {start for start, _ in covered} | {covered[-1][1]}  # none crosses a document's end
 
 
-def test_a_chunk_closes_at_its_target_with_two_sentences_and_leaves_no_single_one(pairs: PairDataset) -> None:
+def test_a_chunk_closes_at_its_target_with_two_sentences_and_leaves_no_single_one(pairs: MaskedText) -> None:
     flat = [n for document in LENGTHS for n in document]
     ends = set(accumulate(len(d) for d in LENGTHS))
     for first, count in zip(pairs.chunks["first"].tolist(), pairs.chunks["count"].tolist(), strict=True):
@@ -80,7 +80,7 @@ def test_a_chunk_closes_at_its_target_with_two_sentences_and_leaves_no_single_on
 
 
 def test_a_next_sentence_is_the_rest_of_the_chunk_and_a_random_one_comes_from_another_document(
-    pairs: PairDataset,
+    pairs: MaskedText,
 ) -> None:
     flat = [sentence for document in corpus(LENGTHS) for sentence in document]
     for index in range(len(pairs)):
@@ -101,12 +101,12 @@ def test_a_next_sentence_is_the_rest_of_the_chunk_and_a_random_one_comes_from_an
         assert a == list(range(a[0], a[0] + len(a))) and b == list(range(b[0], b[0] + len(b)))
 
 
-def test_next_sentences_are_half_of_the_pairs(pairs: PairDataset) -> None:
+def test_next_sentences_are_half_of_the_pairs(pairs: MaskedText) -> None:
     labels = [pairs.sample(epoch, i).pair_label for epoch in range(8) for i in range(len(pairs))]
     assert_share(sum(labels), len(labels), 0.5)
 
 
-def test_every_other_document_is_equally_likely_as_the_random_one(pairs: PairDataset) -> None:
+def test_every_other_document_is_equally_likely_as_the_random_one(pairs: MaskedText) -> None:
     drawn = [pairs.sample(epoch, i) for epoch in range(10) for i in range(len(pairs))]
     seen = np.bincount([PLACES[parts(s)[1][0]][0] for s in drawn if s.pair_label == 1], minlength=24)
     for number in seen:
@@ -173,7 +173,7 @@ def test_truncation_takes_front_and_back_alike() -> None:
     assert_share(sum(fronts), 300 * 20, 0.5)
 
 
-def test_masking_is_15_percent_of_which_80_10_10(pairs: PairDataset) -> None:
+def test_masking_is_15_percent_of_which_80_10_10(pairs: MaskedText) -> None:
     masked = random = same = 0
     for epoch in range(8):
         for index in range(len(pairs)):
@@ -192,7 +192,7 @@ def test_masking_is_15_percent_of_which_80_10_10(pairs: PairDataset) -> None:
         assert_share(number, total, share)
 
 
-def test_every_position_is_masked_equally_often(pairs: PairDataset) -> None:
+def test_every_position_is_masked_equally_often(pairs: MaskedText) -> None:
     samples = [s for e in range(60) for i in range(40) if len((s := pairs.sample(e, i)).input_ids) == 32]
     hits = np.bincount(np.concatenate([s.positions - (s.positions >= s.first_length) for s in samples]), minlength=30)
     assert hits[0] == 0
@@ -200,7 +200,7 @@ def test_every_position_is_masked_equally_often(pairs: PairDataset) -> None:
         assert_share(int(number), len(samples), 4 / 29)
 
 
-def test_max_predictions_caps_and_one_prediction_is_always_there(pairs: PairDataset, tmp_path: Path) -> None:
+def test_max_predictions_caps_and_one_prediction_is_always_there(pairs: MaskedText, tmp_path: Path) -> None:
     capped = with_data(pairs, mask_rate=0.5, max_predictions=3)
     assert {len(capped.sample(0, i).positions) for i in range(50)} == {3}
     tiny = dataset(toy(tmp_path, [[1], [1], [1]]))
@@ -228,7 +228,7 @@ def test_whole_words_are_masked_whole(tmp_path: Path) -> None:
         }
     )  # fmt: skip
     words = dataset(config)
-    piece = words.prepared.vocabulary["piece"]
+    piece = words.corpus.vocabulary["piece"]
     sizes = set()
     for epoch in range(50):
         for index in range(len(words)):
@@ -248,7 +248,7 @@ def test_whole_words_need_a_vocabulary_with_pieces(tmp_path: Path) -> None:
         prepare(toy(tmp_path, LENGTHS, whole_word=True))
 
 
-def test_dynamic_draws_anew_each_epoch_and_static_repeats_the_first(pairs: PairDataset) -> None:
+def test_dynamic_draws_anew_each_epoch_and_static_repeats_the_first(pairs: MaskedText) -> None:
     static = with_data(pairs, dynamic=False)
     differs = 0
     for index in range(40):
@@ -259,7 +259,7 @@ def test_dynamic_draws_anew_each_epoch_and_static_repeats_the_first(pairs: PairD
     assert differs >= 38
 
 
-def test_a_sample_is_a_function_of_seed_epoch_and_index(pairs: PairDataset) -> None:
+def test_a_sample_is_a_function_of_seed_epoch_and_index(pairs: MaskedText) -> None:
     forwards = [pairs.sample(e, i) for e in range(2) for i in range(30)]
     jumbled = [(e, i) for e in range(2) for i in range(30)]
     random.Random(0).shuffle(jumbled)
@@ -267,16 +267,16 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(pairs: PairDataset) -> N
     drawn = {key: again[key] for key in jumbled}
     for sample, key in zip(forwards, sorted(drawn), strict=True):
         assert all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(sample, drawn[key], strict=True))
-    other = PairDataset(pairs.prepared, pairs.data, "mlm_nsp", pairs.seed + 1)
+    other = MaskedText(pairs.prepared, pairs.data, "mlm_nsp", pairs.seed + 1)
     assert any(not np.array_equal(other.sample(0, i).input_ids, pairs.sample(0, i).input_ids) for i in range(5))
 
 
-def test_a_pickled_dataset_carries_no_arrays(pairs: PairDataset) -> None:
+def test_a_pickled_dataset_carries_no_arrays(pairs: MaskedText) -> None:
     pairs.sample(0, 0)
     assert len(pickle.dumps(pairs)) < 2000
 
 
-def test_batches_have_static_shapes_and_say_what_is_padding(pairs: PairDataset) -> None:
+def test_batches_have_static_shapes_and_say_what_is_padding(pairs: MaskedText) -> None:
     samples = [pairs.sample(0, i) for i in range(6)]
     batch = pairs.collate([*samples, pairs.empty()])
     assert {name: tuple(t.shape) for name, t in batch.items()} == {

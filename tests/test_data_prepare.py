@@ -19,6 +19,7 @@ from data_helpers import (
     PAD,
     SHARED,
     corpus,
+    corpus_of,
     dataset,
     needs_shared,
     parts,
@@ -30,15 +31,17 @@ from data_helpers import (
 from filelock import FileLock
 from rich.console import Console
 
-from toolkit import data
 from toolkit.config.schema import RunConfig
 from toolkit.data import corpus as corpora
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.arrays import Spool, open_columns, seal
+from toolkit.data.audit import format_audit
 from toolkit.data.cache import build
-from toolkit.data.pairs import PairDataset
+from toolkit.data.masked import MaskedText
+from toolkit.data.prepared import Prepared
 from toolkit.data.sentences import split
 from toolkit.data.sources import documents
+from toolkit.data.text import prepare
 from toolkit.errors import DataError
 
 PRETRAIN, VOCABULARY = SHARED / "pretrain", SHARED / "vocab"
@@ -59,18 +62,25 @@ def text_config(folder: Path, **settings: Any) -> RunConfig:
     return RunConfig.model_validate({"tokenizer": tokenizer, "data": base | settings})
 
 
+def members(prepared: Prepared, split: str) -> Any:
+    """The documents of a split."""
+    return open_columns(prepared.path / f"{split}_documents.arrow")["document"]
+
+
 def sum_of_files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.arrow"))}
 
 
 def test_the_arrays_hold_the_corpus_exactly(tmp_path: Path) -> None:
     lengths = random_lengths(7, 9)
-    prepared = data.prepare(toy(tmp_path, lengths))
+    prepared = prepare(toy(tmp_path, lengths))
     flat = [sentence for document in corpus(lengths) for sentence in document]
-    assert prepared.tokens.dtype == np.uint16 and prepared.tokens.tolist() == list(chain(*flat))
-    assert np.diff(prepared.sentences).tolist() == [len(s) for s in flat]
-    assert prepared.documents.tolist() == [9 * i for i in range(8)]
-    assert not prepared.tokens.flags.owndata and not prepared.tokens.flags.writeable  # a view of the file
+    assert corpus_of(prepared).tokens.dtype == np.uint16 and corpus_of(prepared).tokens.tolist() == list(chain(*flat))
+    assert np.diff(corpus_of(prepared).sentences).tolist() == [len(s) for s in flat]
+    assert corpus_of(prepared).documents.tolist() == [9 * i for i in range(8)]
+    assert (
+        not corpus_of(prepared).tokens.flags.owndata and not corpus_of(prepared).tokens.flags.writeable
+    )  # a view of the file
     assert (prepared.vocab_size, prepared.pad_id) == (5 + len(list(chain(*flat))), PAD)
 
 
@@ -88,38 +98,38 @@ def test_documents_that_span_blocks_or_are_empty_keep_their_bounds(
     config = text_config(
         tmp_path, format="jsonl", path=str(tmp_path / "x.jsonl"), tokenizer={"path": str(vocab)}, holdout=0
     )
-    prepared = data.prepare(config)
-    assert prepared.tokens.tolist() == [6, 7, 8] * 9 + [5] + [7] * 5
-    assert prepared.documents.tolist() == [0, 18, 19, 24]
+    prepared = prepare(config)
+    assert corpus_of(prepared).tokens.tolist() == [6, 7, 8] * 9 + [5] + [7] * 5
+    assert corpus_of(prepared).documents.tolist() == [0, 18, 19, 24]
     assert (prepared.audit["documents"], prepared.audit["empty_documents"]) == (3, 3)
 
 
 def test_large_vocabularies_get_wider_tokens(tmp_path: Path) -> None:
     vocab = write_vocab(tmp_path, [f"w{i}" for i in range(70_000)])
     (tmp_path / "x.txt").write_text("w69999 w0\n\nw1\n\nw2\n\nw3\n")
-    prepared = data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)}))
-    assert prepared.tokens.dtype == np.uint32 and prepared.tokens.tolist()[0] == 70_004
+    prepared = prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)}))
+    assert corpus_of(prepared).tokens.dtype == np.uint32 and corpus_of(prepared).tokens.tolist()[0] == 70_004
 
 
 def test_the_cache_is_reused_and_sampling_settings_do_not_tokenise_again(tmp_path: Path) -> None:
     config = toy(tmp_path, random_lengths(6, 9))
-    first = data.prepare(config)
-    assert data.prepare(config) == first and len(built(config)) == 2
+    first = prepare(config)
+    assert prepare(config) == first and len(built(config)) == 2
     for changes in ({"max_length": 64}, {"holdout": 0.4}, {"mask_rate": 0.3}):
-        other = data.prepare(with_data(config, **changes))
-        assert other.corpus == first.corpus and other.path != first.path
-    assert data.prepare(with_data(config, workers=5)).path == first.path  # has no effect on the data
+        other = prepare(with_data(config, **changes))
+        assert corpus_of(other).path == corpus_of(first).path and other.path != first.path
+    assert prepare(with_data(config, workers=5)).path == first.path  # has no effect on the data
     source = tmp_path / "corpus.jsonl"
     source.write_text(source.read_text() + '{"text": ["w1 w2", "w3"]}\n')
-    assert data.prepare(config).corpus != first.corpus
+    assert corpus_of(prepare(config)).path != corpus_of(first).path
     (tmp_path / "vocab.txt").write_text((tmp_path / "vocab.txt").read_text() + "more\n")
-    assert data.prepare(config).vocab_size == first.vocab_size + 1
+    assert prepare(config).vocab_size == first.vocab_size + 1
 
 
 def test_held_out_documents_are_never_in_training_samples(tmp_path: Path) -> None:
     lengths = random_lengths(20, 12)
     config = toy(tmp_path, lengths, holdout=0.3)
-    prepared = data.prepare(config)
+    prepared = prepare(config)
     home = {t: d for d, document in enumerate(corpus(lengths)) for s in document for t in s}
     seen = {}
     for part in ("train", "eval"):
@@ -131,8 +141,8 @@ def test_held_out_documents_are_never_in_training_samples(tmp_path: Path) -> Non
             assert len(here) == len(there) == 1 and (here != there) == (sample.pair_label == 1)
     assert not seen["train"] & seen["eval"]
     held = {d for d, document in enumerate(corpus(lengths)) if set(chain(*document)) & seen["eval"]}
-    assert len(held) == 6 and held == set(prepared.members("eval").tolist())
-    assert held != set(data.prepare(config.model_copy(update={"seed": 2})).members("eval").tolist())
+    assert len(held) == 6 and held == set(members(prepared, "eval").tolist())
+    assert held != set(members(prepare(config.model_copy(update={"seed": 2})), "eval").tolist())
 
 
 @pytest.mark.parametrize(
@@ -141,13 +151,13 @@ def test_held_out_documents_are_never_in_training_samples(tmp_path: Path) -> Non
 )
 def test_each_side_gets_enough_documents(tmp_path: Path, number: int, objective: str, held: int) -> None:
     config = toy(tmp_path, [[5, 5, 5]] * number, objective=objective, holdout=0.05)
-    prepared = data.prepare(config)
-    assert len(prepared.members("eval")) == held and len(prepared.members("train")) == number - held
+    prepared = prepare(config)
+    assert len(members(prepared, "eval")) == held and len(members(prepared, "train")) == number - held
 
 
 def test_too_few_documents_to_hold_pairs_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has 3 document\(s\); .* need 4, two for training and two held out"):
-        data.prepare(toy(tmp_path, [[5, 5]] * 3, holdout=0.05))
+        prepare(toy(tmp_path, [[5, 5]] * 3, holdout=0.05))
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\n"])
@@ -156,20 +166,20 @@ def test_a_corpus_without_a_document_is_refused(tmp_path: Path, content: str) ->
     vocab = write_vocab(tmp_path, ["a"])
     config = text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)})
     with pytest.raises(DataError, match=r"no document with text \(1 empty, 0 skipped\). Check data.path"):
-        data.prepare(config)
+        prepare(config)
     assert built(config) == []  # nothing half-made stays
     with pytest.raises(DataError, match=r"the corpus holds no word to train on"):
-        data.prepare(config.model_copy(update={"tokenizer": RunConfig().tokenizer}))
+        prepare(config.model_copy(update={"tokenizer": RunConfig().tokenizer}))
 
 
 def test_what_was_skipped_is_in_the_audit(tmp_path: Path) -> None:
     config = toy(tmp_path, random_lengths(5, 5), on_error="skip")
     source = tmp_path / "corpus.jsonl"
     source.write_text(source.read_text() + '{"text": \n{"txt": "x"}\n{"text": ""}\n')
-    audit = data.prepare(config).audit
+    audit = prepare(config).audit
     assert (audit["documents"], audit["skipped"], audit["empty_documents"]) == (5, 2, 1)
     with pytest.raises(DataError, match=r"corpus.jsonl:6: no valid JSON"):
-        data.prepare(with_data(config, on_error="raise"))
+        prepare(with_data(config, on_error="raise"))
     assert "corpus.jsonl:6: no valid JSON" in audit["skipped_first"][0]
 
 
@@ -182,26 +192,24 @@ def test_a_trained_vocabulary_is_the_same_each_time_and_loads_with_auto_tokenize
     (tmp_path / "x.txt").write_text(text * 5)
     vocabularies = []
     for name in ("one", "two"):
-        prepared = data.prepare(
-            text_config(tmp_path / name, path=str(tmp_path / "x.txt"), tokenizer={"vocab_size": 70})
-        )
+        prepared = prepare(text_config(tmp_path / name, path=str(tmp_path / "x.txt"), tokenizer={"vocab_size": 70}))
         loaded = AutoTokenizer.from_pretrained(prepared.tokenizer)
         vocabularies.append(loaded.get_vocab())
     assert vocabularies[0] == vocabularies[1] and len(vocabularies[0]) == prepared.vocab_size <= 70
     assert loaded.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     ids = [loaded(line, add_special_tokens=False).input_ids for line in (text * 5).split("\n\n") if line]
-    assert prepared.tokens.tolist() == list(chain(*ids))
+    assert corpus_of(prepared).tokens.tolist() == list(chain(*ids))
     assert loaded("The red", "Walk").input_ids[0] == 2  # [CLS]
     cased = {"lowercase": False, "vocab_size": 70}
-    kept = data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer=cased))
+    kept = prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer=cased))
     assert any(token[:1] == "T" for token in AutoTokenizer.from_pretrained(kept.tokenizer).get_vocab())
 
 
 def test_special_tokens_in_a_text_are_only_text(tmp_path: Path) -> None:
     vocab = write_vocab(tmp_path, ["a", "[", "]", "mask", "sep"])
     (tmp_path / "x.txt").write_text("a [MASK] a [SEP] a\n\na\n\na\n\na\n")
-    prepared = data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)}))
-    assert set(prepared.tokens.tolist()) == {5, 6, 7, 8, 9}
+    prepared = prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)}))
+    assert set(corpus_of(prepared).tokens.tolist()) == {5, 6, 7, 8, 9}
 
 
 def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
@@ -211,11 +219,11 @@ def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "v.txt").write_text("[PAD]\n[UNK]\n[CLS]\na\n")
     (tmp_path / "x.txt").write_text("a\n")
     with pytest.raises(DataError, match=r"tokenizer.path=.*v.txt: has no \[SEP\], \[MASK\]. Use a BERT vocab.txt"):
-        data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(tmp_path / "v.txt")}))
+        prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(tmp_path / "v.txt")}))
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})), pad_token="[PAD]")
     plain.save_pretrained(tmp_path / "plain")
     with pytest.raises(DataError, match=r"tokenizer: has no \[UNK\], \[CLS\], \[SEP\], \[MASK\]. Use a BERT tok"):
-        data.prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(tmp_path / "plain")}))
+        prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(tmp_path / "plain")}))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,11 +232,11 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     for path, message in (("./nowhere", "does not exist"), ("no/model", "no tokenizer could be loaded")):
         config = text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": path})
         with pytest.raises(DataError, match=rf"tokenizer.path={path}: {message}.*train one \(path=null\)"):
-            data.prepare(config)
+            prepare(config)
 
 
-PREPARE = "import sys; from toolkit import data; from toolkit.config.schema import RunConfig; " \
-    "print(data.prepare(RunConfig.model_validate_json(sys.argv[1])).train_samples)"  # fmt: skip
+PREPARE = "import sys; from toolkit.data import text; from toolkit.config.schema import RunConfig; " \
+    "print(text.prepare(RunConfig.model_validate_json(sys.argv[1])).vocab_size)"  # fmt: skip
 
 
 def start(config: RunConfig) -> "subprocess.Popen[str]":
@@ -284,17 +292,17 @@ def test_a_killed_build_is_not_taken_for_done_and_is_cleared_away(tmp_path: Path
     process.wait()
     (leftover,) = built(config)
     assert ".building-" in leftover
-    prepared = data.prepare(config)
+    prepared = prepare(config)
     assert not any(".building-" in name for name in built(config))
-    clean = data.prepare(with_data(config, cache_dir=str(tmp_path / "clean")))
-    assert sum_of_files(prepared.corpus) == sum_of_files(clean.corpus)
+    clean = prepare(with_data(config, cache_dir=str(tmp_path / "clean")))
+    assert sum_of_files(corpus_of(prepared).path) == sum_of_files(corpus_of(clean).path)
     assert sum_of_files(prepared.path) == sum_of_files(clean.path)
 
 
 PEAK = """
 import sys, threading, time
 from toolkit.config.schema import RunConfig
-from toolkit import data
+from toolkit.data import text
 def anonymous():
     return next(int(l.split()[1]) / 1024 for l in open('/proc/self/status') if l.startswith('RssAnon'))
 import transformers.models.bert.tokenization_bert, toolkit.data.audit, toolkit.data.corpus
@@ -306,7 +314,7 @@ def watch():
         peak = max(peak, anonymous() - base)
         time.sleep(0.01)
 threading.Thread(target=watch, daemon=True).start()
-data.prepare(RunConfig.model_validate_json(sys.argv[1]))
+text.prepare(RunConfig.model_validate_json(sys.argv[1]))
 print(peak)
 """
 
@@ -328,7 +336,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 
 def test_importing_and_finding_the_cache_needs_no_torch(tmp_path: Path) -> None:
     config = toy(tmp_path, random_lengths(4, 4))
-    data.prepare(config)
+    prepare(config)
     code = PREPARE + "; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     command = [sys.executable, "-c", code, config.model_dump_json()]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
@@ -347,9 +355,9 @@ def test_sealed_columns_are_views_of_one_file(tmp_path: Path) -> None:
 
 def test_the_audit_reads_as_a_table_and_progress_goes_to_the_given_console(tmp_path: Path) -> None:
     console = Console(record=True, width=120, force_terminal=True, file=io.StringIO())
-    prepared = data.prepare(toy(tmp_path, random_lengths(9, 20), holdout=0.3), progress=True, console=console)
+    prepared = prepare(toy(tmp_path, random_lengths(9, 20), holdout=0.3), progress=True, console=console)
     assert "preparing" in console.export_text()
-    console.print(data.format_audit(prepared.audit))
+    console.print(format_audit(prepared.audit))
     shown = console.export_text()
     for line in (
         "train chunks",
@@ -364,7 +372,7 @@ def test_the_audit_reads_as_a_table_and_progress_goes_to_the_given_console(tmp_p
 
 
 def test_the_audit_counts_what_truncation_cuts(tmp_path: Path) -> None:
-    audit = data.prepare(toy(tmp_path, [[40, 30], [5, 5]], max_length=32)).audit
+    audit = prepare(toy(tmp_path, [[40, 30], [5, 5]], max_length=32)).audit
     assert (audit["train"]["chunks_truncated"], audit["train"]["tokens_cut"]) == (1, 70 - 29)
 
 
@@ -375,16 +383,16 @@ def test_real_text_with_the_real_vocabulary_reads_back(tmp_path: Path) -> None:
     vocab = str(VOCABULARY / "bert-base-uncased-vocab.txt")
     source = str(PRETRAIN / "wikitext2_raw_test.txt.gz")
     config = text_config(tmp_path, path=source, documents="^ = [^=].* = $", max_length=128, tokenizer={"path": vocab})
-    prepared = data.prepare(config)
+    prepared = prepare(config)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer)
-    assert (prepared.vocab_size, prepared.special.mask) == (30522, 103)
+    assert (prepared.vocab_size, corpus_of(prepared).special.mask) == (30522, 103)
     text = [s for d in documents(config.data) for p in d.paragraphs for s in split(p)]
-    assert prepared.tokens.tolist() == list(chain(*tokenizer(text, add_special_tokens=False).input_ids))
+    assert corpus_of(prepared).tokens.tolist() == list(chain(*tokenizer(text, add_special_tokens=False).input_ids))
     audit = prepared.audit
     assert 58 <= audit["documents"] <= 64 and audit["unknown_share"] < 0.01
     assert 0.45 < audit["sample"]["pair_label_1_share"] < 0.55 and 0.14 < audit["sample"]["mask_rate"] < 0.16
     assert 6 < audit["entropy"]["corpus_unigram"] < audit["entropy"]["eval_under_train_unigram"] < 9
-    shown = tokenizer.decode(unmasked(PairDataset(prepared, config.data, "mlm_nsp", 42).sample(0, 0)))
+    shown = tokenizer.decode(unmasked(MaskedText(prepared, config.data, "mlm_nsp", 42).sample(0, 0)))
     assert shown.startswith("[CLS]") and shown.count("[SEP]") == 2
 
 
@@ -393,9 +401,9 @@ def test_a_cased_vocabulary_is_not_lowercased_by_accident(tmp_path: Path) -> Non
     vocab = str(VOCABULARY / "bert-base-cased-vocab.txt")
     source = str(PRETRAIN / "bert_sample_text.txt")
     with pytest.raises(DataError, match=r"tokenizer.lowercase=true with .*cased \(it has '\w'\).*lowercase=false"):
-        data.prepare(text_config(tmp_path, path=source, tokenizer={"path": vocab}, holdout=0))
+        prepare(text_config(tmp_path, path=source, tokenizer={"path": vocab}, holdout=0))
     config = text_config(tmp_path, path=source, tokenizer={"path": vocab, "lowercase": False}, holdout=0)
-    assert data.prepare(config).audit["unknown_share"] < 0.01
+    assert prepare(config).audit["unknown_share"] < 0.01
 
 
 @needs_shared

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
-from toolkit import data
 from toolkit.config.compose import compose
+from toolkit.data import text
 
 
 def test_the_demo_learns(tmp_path: Path) -> None:
     if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("make demo sets up .venv, and these tests run in another environment")
-    entropy = data.prepare(compose(["experiment=demo"])).audit["entropy"]["eval_under_train_unigram"]
+    entropy = text.prepare(compose(["experiment=demo"])).audit["entropy"]["eval_under_train_unigram"]
     start = time.monotonic()
     command = ["make", "demo", f"OVERRIDES=output_dir={tmp_path} name=demo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

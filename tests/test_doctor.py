@@ -224,7 +224,7 @@ def test_the_table_shows_findings_by_host_and_the_verdict_counts_them() -> None:
     ]
     report = Report(2, [*findings, ("beta", Finding("clock", "warn", "+2 s"))])
     console = Console(width=100, file=StringIO())
-    console.print(show.table(report))
+    console.print(show.listing(report))
     text = console.file.getvalue()
     assert text.index("alpha") < text.index("beta") and "[x] refused" in text and "Mend" in text
     assert show.verdict(report) == "Does not fit: 1 failed, 1 warning."

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForPreTraining, AutoTokenizer, BertForPreTraining
 
-from toolkit import data
 from toolkit.checkpoint import export as exporting
 from toolkit.checkpoint.export import export
 from toolkit.config.schema import RunConfig, load
+from toolkit.data import loader, text
+from toolkit.data.masked import MaskedText
+from toolkit.data.order import Split
 from toolkit.errors import CheckpointError
 
 V = ("pipeline.schedule=dualpipev", "pipeline.partition=uniform")
@@ -38,10 +40,10 @@ def config_of(run: Path) -> RunConfig:
 
 def held_out_loss(model: Any, config: RunConfig) -> float:
     """MLM + NSP over the run's held-out samples in plain PyTorch, with Hugging Face's own full-length heads."""
-    prepared = data.prepare(config)
-    dataset = data.PairDataset(prepared, config.data, config.task.objective, config.seed, "eval")
+    prepared = text.prepare(config)
+    dataset = MaskedText(prepared, config.data, config.task.objective, config.seed, "eval")
     sums = {"mlm": [0.0, 0], "nsp": [0.0, 0]}
-    for batch in data.eval_batches(dataset, micro_size=8, rank=0, world=1, limit=config.train.eval_samples):
+    for batch in loader.eval_batches(dataset, Split(8, 8, rank=0, world=1), limit=config.train.eval_samples):
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
         with torch.no_grad():
             output = model.eval()(**inputs)

@@ -25,7 +25,7 @@ from toolkit.checkpoint.export import export
 from toolkit.config.compose import compose
 from toolkit.data import encoded, labelled
 from toolkit.data.encoded import Encoded
-from toolkit.data.grouping import Batches
+from toolkit.data.order import Grouped
 from toolkit.engine.learning_rate import factor
 from toolkit.models.build import decay_groups, initialise
 from toolkit.tasks.classify import Classify
@@ -113,16 +113,16 @@ def test_the_losses_are_those_of_plain_pytorch(layouts: Path) -> None:
     model = BertForSequenceClassification(AutoConfig.from_pretrained(layouts / "1 rank" / "model")).train()
     assert model.config.num_labels == 2
     initialise(model, config.seed)
-    data = Encoded(Classify.prepare(config).path / "train")
+    data = Encoded(Classify.prepare(config).path / "train", pad_id=0)
     params = config.deepspeed["optimizer"]["params"]
     optimizer = torch.optim.AdamW(
         decay_groups(model, params["weight_decay"]), lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(config.schedule, step, 20))
-    stream = Batches(data.lengths, config.seed, size=config.batch.global_size).from_step(0)
+    stream = Grouped(data.lengths, config.seed, size=config.batch.global_size).from_sample(0)
     losses = []
     for _ in range(20):
-        batch = data.collate(next(stream)[1], pad_id=0)
+        batch = data[next(stream)]
         batch.pop("index")
         loss = model(**batch).loss
         loss.backward()
@@ -359,7 +359,7 @@ def test_prepared_data_is_found_again(tmp_path: Path) -> None:
 
     def encode(tokenizer: Any, examples: list[Any]) -> Any:
         calls.append(len(examples))
-        return (encoded.Sample([([1], [0])], [0], i) for i in range(len(examples)))
+        return (encoded.Sample([([1], [0])], [0]) for _ in range(len(examples)))
 
     first = labelled.prepare(config, encode)
     assert labelled.prepare(config, encode).path == first.path and calls == [203, 37]
@@ -371,10 +371,10 @@ def test_without_held_out_data_a_share_of_the_rows_is_held_out_whatever_the_seed
     common = [*given, f"data.cache_dir={tmp_path / 'cache'}", "data.holdout=0.1", "tokenizer.vocab_size=200"]
     rows = []
     for seed in (1, 2):
-        prepared = labelled.prepare(
-            compose([*common, f"seed={seed}"]), lambda t, e: (encoded.Sample([([1], [0])], [0], 0) for _ in e)
-        )
-        train, held = ({e.where for e in prepared.examples(s)} for s in ("train", "eval"))
+        config = compose([*common, f"seed={seed}"])
+        prepared = labelled.prepare(config, lambda t, e: (encoded.Sample([([1], [0])], [0]) for _ in e))
+        labels = prepared.facts["labels"]
+        train, held = ({e.where for e in labelled.read(config, s, labels)} for s in ("train", "eval"))
         assert len(held) == 20 and len(train) == 183 and not train & held
         rows.append(held)
     assert rows[0] == rows[1]

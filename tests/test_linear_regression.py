@@ -120,7 +120,7 @@ def test_synthetic_rows_are_functions_of_seed_and_row() -> None:
 
 
 def test_what_is_held_out_is_every_row_once_and_not_trained_on() -> None:
-    parts = regression.Split(101, 0.1)
+    parts = regression.Parts(101, 0.1)
     held, trained = (parts.rows(n, np.arange(k)) for n, k in (("eval", parts.held_out), ("train", parts.train)))
     assert len(held) == 10 and sorted([*held, *trained]) == list(range(101))
 
@@ -199,7 +199,7 @@ def test_every_loss_reaches_its_optimum(loss: str, trained: Path) -> None:
     assert last["train_loss"] == pytest.approx(last["optimum_loss"], rel=5e-4)
     data = compose(["task=linear"]).data
     rows = regression.read(data, 42)
-    parts = regression.Split(rows.size, data.holdout)
+    parts = regression.Parts(rows.size, data.holdout)
     x, y = rows.take(parts.rows("train", np.arange(parts.train)))
     best = optimum(loss, x, y, 1.35 * float(y.std()))  # on the table as it is, not standardised
     assert last["optimum_loss"] == pytest.approx(best.loss, rel=1e-6)
@@ -215,7 +215,7 @@ def test_features_that_do_not_divide_are_split_all_the_same(trained: Path) -> No
 def test_the_steps_are_those_of_plain_pytorch(trained: Path) -> None:
     config = compose(list(COMMON))
     rows = regression.read(config.data, config.seed)
-    parts = regression.Split(rows.size, config.data.holdout)
+    parts = regression.Parts(rows.size, config.data.holdout)
     x, y = rows.take(parts.rows("train", np.arange(parts.train)))
     x, scale = (x - x.mean(0)) / x.std(0), y.std()
     features, target = (torch.tensor(a, dtype=torch.float32) for a in (x, (y - y.mean()) / scale))

@@ -1,12 +1,17 @@
 """The model: predicted positions only, drawn the same everywhere, counted right."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertForMaskedLM, BertForPreTraining
+from transformers import BertForMaskedLM, BertForPreTraining, DistilBertConfig, DistilBertForMaskedLM
 
 from toolkit.config.schema import Model
+from toolkit.errors import CheckpointError
+from toolkit.models import build
 from toolkit.models.build import bert_config, decay_groups, initialise
 from toolkit.models.pretraining import MaskedBert, PairBert
 from toolkit.plan import flops
@@ -56,6 +61,21 @@ def test_the_head_on_predicted_positions_has_the_loss_and_gradients_of_the_stock
             assert p.grad is None and (q.grad is None or not q.grad.any()), name
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_weights_of_another_architecture_are_refused_in_a_short_line(tmp_path: Path) -> None:
+    other = DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=2, n_heads=2, hidden_dim=64)
+    DistilBertForMaskedLM(other).save_pretrained(tmp_path)
+    task = SimpleNamespace(model_class=PairBert, hf_config=config(), new_head=False)
+    with pytest.raises(CheckpointError) as refused:
+        build._read(task, Model(weights=str(tmp_path)))  # type: ignore[arg-type]
+    text = str(refused.value)
+    assert f"model.weights={tmp_path}: a DistilBertForMaskedLM, which lacks " in text
+    number = int(text.split("which lacks ")[1].split()[0])
+    assert (
+        number > 30 and f"{number} of the {len(PairBert(config()).state_dict())} weights of BertForPreTraining" in text
+    )
+    assert text.count("bert.") == 3 and len(text) < 400 + len(str(tmp_path))
 
 
 def test_weights_are_drawn_as_hugging_face_draws_them() -> None:

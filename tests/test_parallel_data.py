@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,15 @@ from composing import compose
 
 from toolkit.config.schema import RunConfig
 from toolkit.data import aligned, parallel, subwords
-from toolkit.data.pair_batches import IGNORED, PairBatches
+from toolkit.data.batch import IGNORED
+from toolkit.data.loader import eval_batches, train_batches
+from toolkit.data.order import Grouped, Split
+from toolkit.data.prepared import Prepared
+from toolkit.data.translations import Translations
 from toolkit.errors import DataError
-from toolkit.job.ranks import Replica
 
 MULTI30K = Path(__file__).parents[2] / "shared" / "data" / "translation" / "multi30k"
-SPECIAL = SimpleNamespace(pad=0, eos=1, start=0)
+PAD = START = 0
 DE = ["ein Hund läuft", "eine Katze schläft im Haus", "zwei Hunde", "", "die Katze und der Hund", ""]
 EN = ["a dog runs", "a cat sleeps in the house", "two dogs", "an answer to nothing", "", ""]
 
@@ -49,14 +51,18 @@ def config(tmp_path: Path, *overrides: str) -> RunConfig:
     return compose(*(o for o in common if o.split("=")[0] not in given), *overrides)
 
 
+def pairs(prepared: Prepared, split: str) -> Translations:
+    return Translations(prepared.path / split, PAD, START)
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_pairs_without_a_side_are_counted_and_left_out(tmp_path: Path, suffix: str) -> None:
     corpus(tmp_path, suffix=suffix)
     prepared = parallel.prepare(config(tmp_path))
     counts = prepared.audit["splits"]["train"]
-    assert (counts["read"], counts["kept"], len(prepared.splits["train"])) == (6, 3, 3)
+    assert (counts["read"], counts["kept"], len(pairs(prepared, "train"))) == (6, 3, 3)
     assert (counts["empty_source"], counts["empty_target"], counts["empty_both"]) == (1, 1, 1)
-    assert parallel.told(prepared.audit) == [
+    assert prepared.notes == [
         "train: 3 of 6 pairs, 1 with an empty source, 1 with an empty target, 1 empty on both sides"
     ]
 
@@ -68,7 +74,7 @@ def test_ids_decode_to_the_text_and_end_with_eos(tmp_path: Path) -> None:
     for model in ("bpe", "unigram"):
         prepared = parallel.prepare(config(tmp_path, f"tokenizer.model={model}", "tokenizer.vocab_size=60"))
         tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer)
-        split = prepared.splits["train"]
+        split = pairs(prepared, "train")
         assert tokenizer.decode(split.source(1), skip_special_tokens=True) == DE[1]
         assert tokenizer.decode(split.target(1), skip_special_tokens=True) == EN[1]
         assert split.source(1)[-1] == split.target(1)[-1] == tokenizer.eos_token_id == 1
@@ -83,15 +89,15 @@ def test_too_long_is_dropped_in_training_and_cut_in_evaluation(tmp_path: Path) -
     train, held = (prepared.audit["splits"][name] for name in ("train", "eval"))
     assert (train["too_long"], train["kept"]) == (1, 3)
     assert (held["cut_source"], held["empty_source"], held["kept"], held["read"]) == (1, 1, 3, 3)
-    assert len(prepared.splits["eval"].source(1)) == 24 and prepared.splits["eval"].source(1)[-1] == 1
-    assert prepared.splits["eval"].texts[1] == (long, "dog")  # BLEU is of the whole
+    assert len(pairs(prepared, "eval").source(1)) == 24 and pairs(prepared, "eval").source(1)[-1] == 1
+    assert pairs(prepared, "eval").texts[1] == (long, "dog")  # BLEU is of the whole
 
 
 def test_a_share_of_the_pairs_is_held_out_without_data_eval(tmp_path: Path) -> None:
     corpus(tmp_path, DE[:3] * 100, EN[:3] * 100)
     prepared = parallel.prepare(config(tmp_path, "data.holdout=0.2"))
-    assert 30 < len(prepared.splits["eval"]) < 90
-    assert len(prepared.splits["eval"]) + len(prepared.splits["train"]) == 300
+    assert 30 < len(pairs(prepared, "eval")) < 90
+    assert len(pairs(prepared, "eval")) + len(pairs(prepared, "train")) == 300
 
 
 def refused(tmp_path: Path, *overrides: str) -> str:
@@ -127,8 +133,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_line_ends_with_a_newline_only(tmp_path: Path) -> None:
     corpus(tmp_path, ["ein\u2028Hund\x0c da", "zwei"], ["a dog", "two"])
-    pairs = list(aligned.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
-    assert [p.target for p in pairs] == ["a dog", "two"] and pairs[0].source == "ein\u2028Hund\x0c da"
+    read = list(aligned.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
+    assert [p.target for p in read] == ["a dog", "two"] and read[0].source == "ein\u2028Hund\x0c da"
 
 
 def test_pairs_come_from_tables_too(tmp_path: Path) -> None:
@@ -159,19 +165,22 @@ def test_another_seed_finds_the_same_data(tmp_path: Path) -> None:
 # ---- batches
 
 
-def many(tmp_path: Path, *overrides: str) -> tuple[RunConfig, parallel.Split]:
+def many(tmp_path: Path, *overrides: str) -> tuple[RunConfig, Translations]:
     rng = np.random.default_rng(0)
     source = [" ".join(rng.choice(DE[1].split(), rng.integers(1, 12))) for _ in range(300)]
     target = [" ".join(rng.choice(EN[1].split(), rng.integers(1, 12))) for _ in range(300)]
     corpus(tmp_path, source, target)
     built = config(tmp_path, "batch.global_size=32", "batch.micro_size=8", *overrides)
-    return built, parallel.prepare(built).splits["train"]
+    return built, pairs(parallel.prepare(built), "train")
 
 
-def steps(built: RunConfig, split: parallel.Split, world: int, number: int, step: int = 0) -> list[list[Any]]:
+def steps(built: RunConfig, split: Translations, world: int, number: int, step: int = 0) -> list[list[Any]]:
     """The micro-batches of each step, over all ranks."""
     accumulation = built.batch.global_size // built.batch.micro_size // world
-    streams = [PairBatches(built, SPECIAL, Replica(r, world, 1)).train(split, step) for r in range(world)]
+    batch = built.batch
+    order = Grouped(split.lengths, built.seed, size=batch.global_size, tokens=batch.tokens)
+    splits = [Split(batch.global_size, batch.micro_size, rank, world) for rank in range(world)]
+    streams = [train_batches(split, order, of, start_sample=step * batch.global_size) for of in splits]
     return [[next(s) for _ in range(accumulation) for s in streams] for _ in range(number)]
 
 
@@ -194,7 +203,7 @@ def test_every_layout_takes_the_same_global_batches(tmp_path: Path, tokens: str)
 
 def test_batches_by_tokens_hold_as_many_as_fit(tmp_path: Path) -> None:
     built, split = many(tmp_path, "batch.tokens=200")
-    order = PairBatches(built, SPECIAL, Replica(0, 1, 1)).order(split)
+    order = Grouped(split.lengths, built.seed, size=32, tokens=built.batch.tokens)
     sizes = [split.lengths[i].max() * len(i) for i in order.epoch(0)]
     assert max(sizes) <= 200 and np.mean(sizes) > 150
     assert sorted(np.concatenate(order.epoch(0))) == list(range(300))
@@ -206,13 +215,13 @@ def test_decoder_reads_the_labels_shifted_right(tmp_path: Path) -> None:
         for batch in step:
             labels = batch["labels"].masked_fill(batch["labels"] == IGNORED, 0)
             assert torch.equal(batch["decoder_input_ids"][:, 1:], labels[:, :-1])
-            assert (batch["decoder_input_ids"][:, 0] == SPECIAL.start).all()
+            assert (batch["decoder_input_ids"][:, 0] == START).all()
 
 
 def test_held_out_pairs_come_once_and_equally_often_on_each_rank(tmp_path: Path) -> None:
-    built, split = many(tmp_path)
+    _, split = many(tmp_path)
     for world in (1, 2, 3):
-        streams = [list(PairBatches(built, SPECIAL, Replica(r, world, 1)).held_out(split, 45)) for r in range(world)]
+        streams = [list(eval_batches(split, Split(32, 8, r, world), limit=45)) for r in range(world)]
         assert len({len(s) for s in streams}) == 1
         expected = sorted((tuple(split.source(i)), tuple(split.target(i))) for i in range(45))
         assert rows([b for s in streams for b in s]) == expected

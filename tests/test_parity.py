@@ -12,9 +12,11 @@ import torch
 from launching import TINY, data_cache, launch_many, layouts, needs_nvme, read, runnable
 from transformers import BertForPreTraining
 
-from toolkit import data
 from toolkit.config.compose import compose
 from toolkit.config.schema import RunConfig
+from toolkit.data import loader, text
+from toolkit.data.masked import MaskedText
+from toolkit.data.order import Split, Stream
 from toolkit.engine.learning_rate import factor
 from toolkit.models.build import bert_config, decay_groups, initialise
 
@@ -88,7 +90,7 @@ BF16 = {
 
 def plain_pytorch(config: RunConfig) -> list[float]:
     """The losses of a loop without DeepSpeed and without the toolkit's head or normalisation."""
-    prepared = data.prepare(config)
+    prepared = text.prepare(config)
     shape = bert_config(config.model, vocab_size=prepared.vocab_size, pad_id=prepared.pad_id)
     model = BertForPreTraining(shape).train()
     initialise(model, config.seed)
@@ -99,10 +101,9 @@ def plain_pytorch(config: RunConfig) -> list[float]:
     schedule = config.schedule
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(schedule, step, STEPS))
     size = config.batch.global_size
-    batches = data.train_batches(
-        data.PairDataset(prepared, config.data, "mlm_nsp", config.seed, "train"),
-        start_sample=0, global_size=size, micro_size=size, rank=0, world=1, workers=0,
-    )  # fmt: skip
+    dataset = MaskedText(prepared, config.data, "mlm_nsp", config.seed, "train")
+    order = Stream(len(dataset), config.seed, size)
+    batches = loader.train_batches(dataset, order, Split(size, size, rank=0, world=1), start_sample=0)
     losses = []
     for _ in range(STEPS):
         loss = stock_loss(model, next(batches))

@@ -1,6 +1,7 @@
 """BERT as a pipeline: its layers and cuts; what it computes is held by test_parity, test_checkpoint and test_export."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ from transformers import BertConfig
 from transformers.initialization import no_init_weights
 
 from toolkit.checkpoint.export import export
+from toolkit.engine.pipe import PipeEngine
 from toolkit.engine.pipe_events import bubble_share, load
 from toolkit.errors import ConfigError
-from toolkit.models.pipeline import Pipe, parameters, partition, pretraining_layers
+from toolkit.job import ranks
+from toolkit.models.pipeline import Pipe, PipeLayer, parameters, partition, pipe_layers
 from toolkit.models.pretraining import MaskedBert, PairBert
 
 CONFIG = BertConfig(
@@ -23,9 +26,14 @@ CONFIG = BertConfig(
 )
 
 
+def layers_of(model_class: Any) -> list[PipeLayer]:
+    with torch.device("meta"), no_init_weights():
+        return pipe_layers(model_class(CONFIG))
+
+
 def names(pair: bool) -> list[str]:
     """What every parameter of every layer is called at Hugging Face; a tied one once."""
-    layers = pretraining_layers(CONFIG, pair=pair)
+    layers = layers_of(PairBert if pair else MaskedBert)
     pipe = SimpleNamespace(layers=layers)
     found: dict[str, None] = {}
     with torch.device("meta"), no_init_weights():
@@ -33,6 +41,37 @@ def names(pair: bool) -> list[str]:
             prefix = f"tied_modules.{layer.spec.key}" if hasattr(layer.spec, "key") else str(i)
             found |= {Pipe.hf_name(pipe, f"{prefix}.{n}"): None for n, _ in layer.spec.build().named_parameters()}
     return list(found)
+
+
+class TwoMicroBatches:
+    """As much of DeepSpeed's engine as one step of one stage needs."""
+
+    device, stage_id = "cpu", 0
+
+    def __init__(self) -> None:
+        self.module = SimpleNamespace(training=True)
+        self._INSTRUCTION_MAP: dict[Any, Any] = {}
+
+    def gradient_accumulation_steps(self) -> int:
+        return 2
+
+    def get_lr(self) -> list[float]:
+        return [0.1]
+
+    def train_batch(self, batches: Iterator[Any]) -> None:
+        self.minimised = sum(float(self.module.loss_fn(inputs, labels)) for inputs, labels in batches)
+
+
+def test_losses_are_told_in_the_units_of_the_task_and_minimised_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "total", list)
+    task = SimpleNamespace(
+        inputs=("x",), labels=("y",), outputs=("x",), predicted=("loss",), unit=100.0,
+        counts=lambda batch: {"loss": len(batch["y"])}, losses=lambda outputs, batch: {"loss": batch["y"].sum()},
+    )  # fmt: skip
+    engine = PipeEngine(ds := TwoMicroBatches(), task, ranks.Replica(0, 1, 1), "1f1b")  # type: ignore[arg-type]
+    step = engine.train_batch(iter([{"x": torch.zeros(2), "y": torch.tensor([a, 2.0])} for a in (1.0, 5.0)]))
+    assert float(step.losses["loss"]) == pytest.approx(100 * 10 / 4)
+    assert ds.minimised == pytest.approx(2 * 10 / 4), "times the accumulation, by which DeepSpeed divides"
 
 
 @pytest.mark.parametrize("model_class", [PairBert, MaskedBert])
@@ -44,7 +83,7 @@ def test_the_layers_hold_every_weight_of_the_hugging_face_model(model_class: Any
 
 
 def test_a_tied_weight_has_a_layer_without_forward_fn_for_deepspeed_saves_no_other() -> None:
-    specs = [layer.spec for layer in pretraining_layers(CONFIG, pair=True) if hasattr(layer.spec, "key")]
+    specs = [layer.spec for layer in layers_of(PairBert) if hasattr(layer.spec, "key")]
     assert len(specs) == 2 and sum(spec.forward_fn is None for spec in specs) == 1
 
 
@@ -57,13 +96,13 @@ def test_a_tied_weight_has_a_layer_without_forward_fn_for_deepspeed_saves_no_oth
     ],
 )
 def test_stages_begin_where_the_partition_says(how: Any, stages: int, parts: list[int]) -> None:
-    assert partition(pretraining_layers(CONFIG, pair=True), how, stages, None, None) == parts
+    assert partition(layers_of(PairBert), how, stages, None) == parts
 
 
 def test_parts_hold_about_equally_many_parameters() -> None:
-    layers = pretraining_layers(CONFIG, pair=True)
+    layers = layers_of(PairBert)
     counts = parameters(layers)
-    cut = partition(layers, "parameters", 2, None, None)[1]
+    cut = partition(layers, "parameters", 2, None)[1]
     larger = max(sum(counts[:cut]), sum(counts[cut:]))
     assert all(larger <= max(sum(counts[:c]), sum(counts[c:])) for c in range(1, len(layers) - 2))
 
@@ -71,7 +110,7 @@ def test_parts_hold_about_equally_many_parameters() -> None:
 @pytest.mark.parametrize(("how", "stages"), [("uniform", 10), ((3, 9), 3)])
 def test_a_stage_without_layers_is_refused(how: Any, stages: int) -> None:
     with pytest.raises(ConfigError, match=r"pipeline.partition=.* of 9 \(0 and 1 embed, 8 is the heads\)"):
-        partition(pretraining_layers(CONFIG, pair=True), how, stages, None, None)
+        partition(layers_of(PairBert), how, stages, None)
 
 
 def test_a_run_logs_its_bubbles_and_keeps_its_timeline(tmp_path: Path) -> None:

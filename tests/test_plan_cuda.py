@@ -102,15 +102,17 @@ def peak(overrides: list[str]) -> int | None:
     from toolkit.models.build import build_model
     from toolkit.run.directory import Run
     from toolkit.tasks import build_task
+    from toolkit.train.own_plan import begin
 
     run = Run.open(compose(overrides))
     task = build_task(run)
     assert task.vocab_size == run.config.tokenizer.vocab_size, "the plan takes it to be reached"
-    ops.ensure(required_ops(run.deepspeed(task.vocab_size), device=ranks.device(), world=1), Console())
+    ds = begin(run, task).ds
+    ops.ensure(required_ops(ds, device=ranks.device(), world=1), Console())
     gc.collect()
     left = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     try:
-        engine = start_engine(build_model(run, task), task, run)
+        engine = start_engine(build_model(run, task, ds), task, run, ds)
         found = measure(engine, task.train_batches(start_sample=0))
     except torch.OutOfMemoryError:
         return None

@@ -15,7 +15,7 @@ from toolkit.models import seq2seq
 from toolkit.models.build import bert_config
 from toolkit.models.pretraining import MODELS
 from toolkit.plan.shapes import model_shape
-from toolkit.tasks import kind
+from toolkit.tasks import task_class
 
 SMALL = (
     "model.num_hidden_layers=3",
@@ -46,8 +46,8 @@ def real_model(config: Any) -> Any:
         model_class = seq2seq.model_class(hf_config)
     else:
         hf_config = bert_config(shape, vocab_size=vocab, pad_id=0)
-        hf_config.num_labels = len(config.data.labels or kind(config).label_names) if task != "pretrain" else 2
-        classes = MODELS if task == "pretrain" else getattr(transformers, kind(config).models)
+        hf_config.num_labels = len(config.data.labels or task_class(task).label_names) if task != "pretrain" else 2
+        classes = MODELS if task == "pretrain" else getattr(transformers, task_class(task).models)
         model_class = classes[config.task.objective if task == "pretrain" else type(hf_config)]
     with torch.device("meta"), no_init_weights():
         model = model_class(hf_config)

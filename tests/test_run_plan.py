@@ -13,12 +13,13 @@ from rich.console import Console
 from toolkit.cli import main as cli
 from toolkit.config.compose import compose
 from toolkit.config.schema import load
+from toolkit.deepspeed.ds_config import complete
 from toolkit.errors import PlanError
 from toolkit.job import ranks
 from toolkit.plan.plan import Plan, place_of_job, plan, plan_for
 from toolkit.plan.shapes import model_shape
-from toolkit.run import own_plan
 from toolkit.run.directory import Run
+from toolkit.train import own_plan
 
 LARGE = ("model=bert_large", "precision=bf16", "machine=a100_80gb", "batch.global_size=1024", "data.max_length=512")
 SMALL = ("data.workers=0", "train.steps=4", "train.save_every=null", "train.eval_samples=8")
@@ -38,6 +39,14 @@ RUNS = {
     "linear": ("task=linear", "data=synthetic", "data.rows=200", "zero=stage0", "model.hidden_size=32"),
     "second": HEAVY,  # a training after others in one process
 }  # fmt: skip
+
+
+def judged(run: Run, device_gib: float = 0) -> Plan | None:
+    """The verdict on a single rank."""
+    ds = complete(run.config, world=1, device=ranks.device())
+    return own_plan._judge(run, ds, 0, 1, device_gib)
+
+
 ANYWAY = "; `toolkit plan … --search` lists what fits, plan.enforce=false tries it anyway."
 REFUSAL = (
     "machine=this: the plan does not fit: a rank needs 0.00157 GiB at batch.micro_size=4 and length 32 (activations "
@@ -80,7 +89,7 @@ def test_measured_stands_beside_planned(name: str, done: Many, folder: Path) -> 
     assert min(seconds) <= measured["step_seconds"] <= max(seconds)
     assert measured["tokens_per_second"] == pytest.approx(64 * 128 / measured["step_seconds"])
     assert 0 < measured["mfu"] < 1.5
-    assert "│ seconds of a step" in done.stdout
+    assert "seconds of a step" in done.stdout
 
 
 def test_toolkit_plan_of_a_run_shows_both(done: Many, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +138,7 @@ def test_starting_a_finished_run_again_keeps_what_it_measured(done: Many, folder
         (tmp_path / "plan.json").write_text(foreign)
         assert own_plan._measured_before(tmp_path / "plan.json") is None
     (tmp_path / "plan.json").write_text((old / "plan.json").read_text())
-    own_plan._judge(Run(tmp_path, load(OmegaConf.load(old / "config.yaml")), Console(quiet=True)), 1, 0)
+    judged(Run(tmp_path, load(OmegaConf.load(old / "config.yaml")), Console(quiet=True)))
     assert written(tmp_path)["measured"] == written(old)["measured"]
 
 
@@ -140,8 +149,9 @@ def test_batches_that_may_be_short_are_not_refused(done: Many, folder: Path, tmp
     for task, limit, refused in (("pretrain", 0.1, True), ("sst2", 0.1, False), ("sst2", 0.001, True)):
         run = Run(tmp_path, compose([f"task={task}", *shape, f"machine.host_memory_gib={limit}"]), Console(quiet=True))
         with pytest.raises(PlanError) if refused else nullcontext():
-            own_plan._judge(run, 1, 0)
-        assert run.plan and run.plan.fits is False
+            found = judged(run)
+            assert found and found.fits is False
+        assert written(tmp_path)["fits"] is False
 
 
 def test_buffers_that_are_never_written_are_no_reason_to_refuse_on_a_cpu(
@@ -151,8 +161,8 @@ def test_buffers_that_are_never_written_are_no_reason_to_refuse_on_a_cpu(
     bucket = "deepspeed.zero_optimization.reduce_bucket_size=2e9"
     config = compose(["zero=stage2", "data.max_length=128", bucket, "machine.host_memory_gib=4"])
     run = Run(tmp_path, config, Console(quiet=True))
-    own_plan._judge(run, 1, 0)
-    assert run.plan and run.plan.fits is False
+    found = judged(run)
+    assert found and found.fits is False
 
 
 def test_a_gpus_memory_is_what_its_driver_says(
@@ -161,8 +171,8 @@ def test_a_gpus_memory_is_what_its_driver_says(
     monkeypatch.setattr(ranks, "device", lambda: "cuda")
     (tmp_path / "model").symlink_to(folder / "planned" / "model")
     run = Run(tmp_path, compose(["data.max_length=128", "machine=h100"]), Console(quiet=True))
-    own_plan._judge(run, 1, 79.1)
-    assert run.plan and run.plan.device_limit_gib == 79.1
+    found = judged(run, 79.1)
+    assert found and found.device_limit_gib == 79.1
 
 
 def on_gpus(*overrides: str) -> Plan:
@@ -204,7 +214,8 @@ def test_ranks_of_several_hosts_share_each_hosts_memory() -> None:
     config = compose(["model=bert_tiny", "machine.host_memory_gib=8", "machine.devices_per_node=8"])
     machine = place_of_job(config, world=4, per_node=2, device="cpu")
     assert (machine.nodes, machine.devices_per_node) == (2, 2)
-    assert plan_for(machine, config, model_shape(config), ranks=4, device="cpu").device_limit_gib == 4
+    ds = complete(config, world=4, device="cpu")
+    assert plan_for(machine, config, ds, model_shape(config), ranks=4, device="cpu").device_limit_gib == 4
 
 
 def test_a_gpu_named_for_a_run_on_cpus_is_not_its_memory() -> None:

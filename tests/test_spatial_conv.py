@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import launch, python, read
+from studies.denoiser import Denoiser
+from studies.images import Images
+from studies.spatial import Grid, SpatialConv2d, halo_bytes
 from torch import Tensor, nn
 
 from toolkit.checkpoint.export import export
-from toolkit.data.images import Images
 from toolkit.errors import ConfigError, DataError
-from toolkit.models.denoiser import Denoiser
-from toolkit.models.spatial import Grid, SpatialConv2d, halo_bytes
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def test_the_formula_counts_corners_twice_and_borders_once() -> None:
 
 
 def test_dtensor_still_gets_a_split_convolution_wrong(found: dict[Any, list[Any]]) -> None:
-    assert min(found["dtensor"]) > 1, "DTensor can do it now: take the note out of toolkit/models/spatial.py"
+    assert min(found["dtensor"]) > 1, "DTensor can do it now: take the note out of recipes/studies/spatial.py"
 
 
 @pytest.fixture(scope="module")

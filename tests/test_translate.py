@@ -200,7 +200,7 @@ def test_training_starts_from_the_weights_that_are_given(
     """The first loss is Hugging Face's own on the first global batch."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from toolkit.data.grouping import Batches
+    from toolkit.data.order import Grouped
 
     model, tok = (
         AutoModelForSeq2SeqLM.from_pretrained(folders[name]).eval(),
@@ -210,7 +210,7 @@ def test_training_starts_from_the_weights_that_are_given(
     ids = [[tok(x)["input_ids"] for x in side] for side in sides]
     lengths = np.array([max(len(a), len(b)) for a, b in zip(*ids, strict=True)])
     total, count = 0.0, 0
-    for i in Batches(lengths, 42, size=16).epoch(0)[0]:
+    for i in Grouped(lengths, 42, size=16).epoch(0)[0]:
         labels = torch.tensor([ids[1][i]])
         logits = model(input_ids=torch.tensor([ids[0][i]]), labels=labels).logits[0]
         total += cross_entropy(logits, labels[0], label_smoothing=0.1, reduction="sum").item()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from toolkit.config.schema import Batch, RunConfig, Schedule
 from toolkit.deepspeed import ds_config
@@ -27,7 +28,10 @@ from toolkit.job import nvme, ranks
 from toolkit.models.build import build_model
 from toolkit.report import figures
 from toolkit.run.directory import Run
+from toolkit.run.table import table
 from toolkit.tasks import build_task
+from toolkit.tasks.task import Task
+from toolkit.train.own_plan import begin
 
 PERFECT, PLATEAU = 0.4, 0.25
 DIVERGED = 10  # times the loss before training
@@ -120,13 +124,13 @@ class Trials:
 
         return attempt
 
-    def _train(self, task: Any, base: Run, rate: float, limit: int) -> tuple[int | None, str, float]:
+    def _train(self, task: Task, base: Run, rate: float, limit: int) -> tuple[int | None, str, float]:
         """One training from the same weights: steps to the target or None, how it ended, and at what loss."""
         optimizer = base.config.deepspeed["optimizer"]
         ds = base.config.deepspeed | {"optimizer": optimizer | {"params": optimizer["params"] | {"lr": rate}}}
         run = Run(base.dir, base.config.model_copy(update={"deepspeed": ds}), base.console)
-        run.steps = base.steps
-        engine = start_engine(build_model(run, task), task, run)
+        plan = begin(run, task)
+        engine = start_engine(build_model(run, task, plan.ds), task, run, plan.ds)
         try:
             return _steps_to(engine, task, self.target, limit)
         finally:
@@ -257,22 +261,15 @@ def verdict(rows: Sequence[dict[str, Any]], micro: int) -> str:
     )
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Any:
-    """A rich table: a line for each batch size."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
+def listing(rows: Sequence[dict[str, Any]]) -> Table:
+    """A line for each batch size."""
     columns = {
-        "batch_size": "{:,}", "rate": "{:.3g}", "steps": "{:,}", "samples": "{:,}", "speedup": "{:.1f}",
-        "ideal": "{:g}", "saved": "{:.0%}", "regime": "{}",
+        "batch_size": ",", "rate": ".3g", "steps": ",", "samples": ",", "speedup": ".1f", "ideal": "g",
+        "saved": ".0%", "regime": "",
     }  # fmt: skip
-    shown = Table(title="Steps to the target; saved: by a doubling", title_justify="left", box=SIMPLE, padding=0)
-    for name in (*columns, ""):
-        shown.add_column(name.replace("_", " "), justify="left" if name in ("", "regime") else "right", no_wrap=True)
-    for row in rows:
-        cells = ("" if row[name] is None else form.format(row[name]) for name, form in columns.items())
-        shown.add_row(*cells, "" if row["inside"] else "extend rates")
-    return shown
+    cells = [[*(row[name] for name in columns), "" if row["inside"] else "extend rates"] for row in rows]
+    heads = {name.replace("_", " "): form for name, form in columns.items()} | {"": ""}
+    return table(heads, cells, "Steps to the target; saved: by a doubling")
 
 
 def plot(rows: Sequence[dict[str, Any]], trials: Sequence[Trial], stem: Path, title: str) -> None:

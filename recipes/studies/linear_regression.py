@@ -6,9 +6,12 @@ rows = coefficients(run, task)      # of the newest checkpoint, read as anyone w
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from toolkit.checkpoint.export import export
 from toolkit.report import curves, figures
 from toolkit.run.directory import Run
+from toolkit.run.table import table
 
 
 def coefficients(run: Run, task: Any) -> list[dict[str, Any]]:
@@ -28,14 +31,10 @@ def coefficients(run: Run, task: Any) -> list[dict[str, Any]]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
-    """A rich table of ``coefficients``."""
-    from rich.table import Table
-
-    shown = Table(*rows[0], title="Coefficients")
-    for row in rows[:40]:
-        shown.add_row(*(v if isinstance(v, str) else f"{v:,.5g}" for v in row.values()))
-    return shown
+def listing(rows: list[dict[str, Any]]) -> Table:
+    """A table of ``coefficients``."""
+    columns = {name: "" if name == "name" else ",.5g" for name in rows[0]}
+    return table(columns, [list(row.values()) for row in rows[:40]], "Coefficients")
 
 
 def plot(run: Run, rows: list[dict[str, Any]], stem: Path) -> None:

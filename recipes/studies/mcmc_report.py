@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from studies.mcmc import Posterior, Simulated
 from studies.random_numbers import Floats, Kind
 from toolkit.report import figures
 from toolkit.run.directory import Run
+from toolkit.run.table import table
 
 
 def write(
@@ -76,7 +78,7 @@ def _coefficients(rows: list[dict[str, Any]]) -> Any:
         "r_hat": "R-hat .4f", "ess_bulk": "ESS ,.0f",
     }  # fmt: skip
     cells = [[r["coefficient"], *(format(r[n], c.split()[1]) for n, c in columns.items())] for r in rows]
-    return _rich("Posterior by chains, and exact", ["", *(c.split()[0] for c in columns.values())], cells)
+    return _listing("Posterior by chains, and exact", ["", *(c.split()[0] for c in columns.values())], cells)
 
 
 def _choices(rows: list[dict[str, Any]]) -> Any:
@@ -89,19 +91,11 @@ def _choices(rows: list[dict[str, Any]]) -> Any:
          f"{r['steps_per_second']:,.0f}"]
         for r in rows
     ]  # fmt: skip
-    return _rich(f"Numbers: the same chains at {ranks}? Millions of them that a rank draws there", head, cells)
+    return _listing(f"Numbers: the same chains at {ranks}? Millions of them that a rank draws there", head, cells)
 
 
-def _rich(title: str, head: list[str], rows: list[list[str]]) -> Any:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    shown = Table(title=title, title_justify="left", box=SIMPLE)
-    for i, name in enumerate(head):
-        shown.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def _listing(title: str, head: list[str], rows: list[list[str]]) -> Table:
+    return table([(name, ">" if i else "") for i, name in enumerate(head)], rows, title)
 
 
 def _plot(posterior: Posterior, draws: Floats, simulated: dict[tuple[Kind, int], Simulated], stem: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from toolkit.config.units import MIB
 from toolkit.deepspeed.rules import Facts
 from toolkit.report import figures
+from toolkit.run.table import grouped, table
 
 DEVICE = ("weights", "gradients", "optimizer", "activations", "workspace")
 HOST = ("moved", "offloaded")  # activations; optimizer states, weights and the buffers of NVMe
@@ -211,27 +213,16 @@ def label(overrides: list[str]) -> dict[str, str]:
     return {"layout": " + ".join(o for o in layout if o != "none"), "activation": options["activation"]}
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
-    """A rich table of what fits a terminal: a line per combination."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    names = [n for n in ("layout", "activation", "step_seconds", "peak_mib", "saved_mib", "moved_mib") if n in rows[0]]
-    shown = Table(title="MiB of the rank that needs most, and seconds of a step", title_justify="left", box=SIMPLE)
-    for name in names:
-        text = name in ("layout", "activation")
-        shown.add_column(
-            name.removesuffix("_mib").replace("_seconds", " s"), justify="left" if text else "right", no_wrap=True
-        )
-    for before, row in zip([{}, *rows], rows, strict=False):
-        if before and before["layout"] != row["layout"]:
-            shown.add_section()
-        shown.add_row(*(_cell(name, row[name]) for name in names))
-    return shown
-
-
-def _cell(name: str, value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.3f}" if name.endswith("_seconds") else f"{value:,.1f}"
+def listing(rows: list[dict[str, Any]]) -> Table:
+    """What fits a terminal: a line per combination."""
+    forms = {
+        "layout": "", "activation": "", "step_seconds": ".3f", "peak_mib": ",.1f", "saved_mib": ",.1f",
+        "moved_mib": ",.1f",
+    }  # fmt: skip
+    names = [name for name in forms if name in rows[0]]
+    columns = {name.removesuffix("_mib").replace("_seconds", " s"): forms[name] for name in names}
+    cells = grouped([row[name] for name in names] for row in rows)
+    return table(columns, cells, "MiB of the rank that needs most, and seconds of a step")
 
 
 def plot(rows: list[dict[str, Any]], stem: Path, title: str) -> None:

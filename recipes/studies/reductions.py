@@ -30,12 +30,14 @@ from typing import Any
 import psutil
 import torch
 from deepspeed.ops.op_builder.builder import OpBuilder
+from rich.table import Table
 from torch import Tensor
 
 from toolkit.config.units import GIB
 from toolkit.errors import ConfigError
 from toolkit.job import ops
 from toolkit.report import figures
+from toolkit.run.table import grouped, table
 
 SOURCE = Path(__file__).parent / "csrc" / "reductions.cpp"
 METHODS = ("serial", "unprotected", "mutex", "partial")
@@ -77,7 +79,7 @@ def usual_threads() -> list[int]:
 
 
 @dataclass(frozen=True)
-class Data:
+class Problem:
     """fp32: ``x`` [groups, features, 64], ``w`` [features], ``y`` [groups, 64]; the last group filled up with zeros."""
 
     x: Tensor
@@ -97,7 +99,7 @@ class Data:
         return math.fsum(chain.from_iterable(e.abs().flatten().tolist() for e in errors))
 
 
-def draw(*, rows: int, features: int, seed: int) -> Data:
+def draw(*, rows: int, features: int, seed: int) -> Problem:
     """Normal ``x`` and ``w``, and what a linear model misses by normal noise as ``y``.
 
     Raises ConfigError if rows do not fit the memory that is free.
@@ -118,11 +120,11 @@ def draw(*, rows: int, features: int, seed: int) -> Data:
     last = rows - (groups - 1) * GROUP
     x[-1, :, last:] = 0
     y[-1, last:] = 0
-    return Data(x, w, y, rows)
+    return Problem(x, w, y, rows)
 
 
 def measure(
-    data: Data, op: Any, *, threads: Sequence[int], repeats: int, each: Callable[[], None] = lambda: None
+    data: Problem, op: Any, *, threads: Sequence[int], repeats: int, each: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
     """A row per way and number of threads, from ``repeats`` rounds in which all of them take turns.
 
@@ -165,22 +167,15 @@ def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
-    """A rich table, a line per way and number of threads."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    shown = Table(box=SIMPLE)
-    for name in ("method", "threads", "seconds", "speed-up", "error", "GB/s", "copy GB/s"):
-        shown.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for before, r in zip([rows[0], *rows], rows, strict=False):
-        if before["method"] != r["method"]:
-            shown.add_section()
-        shown.add_row(
-            r["method"], str(r["threads"]), f"{r['seconds']:.4f}", f"{r['speedup']:.2f}", f"{r['relative_error']:.1e}",
-            f"{r['gb_per_second']:.1f}", f"{r['copy_gb_per_second']:.1f}",
-        )  # fmt: skip
-    return shown
+def listing(rows: list[dict[str, Any]]) -> Table:
+    """A line per way and number of threads."""
+    columns = {
+        "method": "", "threads": "d", "seconds": ".4f", "speedup": ".2f", "relative_error": ".1e",
+        "gb_per_second": ".1f", "copy_gb_per_second": ".1f",
+    }  # fmt: skip
+    heads = ("method", "threads", "seconds", "speed-up", "error", "GB/s", "copy GB/s")
+    cells = grouped([r[key] for key in columns] for r in rows)
+    return table(list(zip(heads, columns.values(), strict=True)), cells)
 
 
 def plot(rows: list[dict[str, Any]], stem: Path, title: str) -> None:

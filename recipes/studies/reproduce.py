@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from studies import largest, superlinear
 from toolkit.engine.pipe_events import bubble_share, formula
 from toolkit.plan.paper import Row, published, zero_bytes, zero_largest, zero_volume
 from toolkit.report import figures
+from toolkit.run.table import table
 
 Data = dict[str, Any]
 
@@ -126,32 +129,20 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
                      if words[word])  # fmt: skip
 
 
-def listing(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """A rich table: a line for each target."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    shown = Table(box=SIMPLE, padding=(0, 1))
-    for name in ("target", "what", "numbers"):
-        shown.add_column(name, overflow="fold", no_wrap=name == "target")
-    for target, mine in found.items():
-        shown.add_row(target, published(target)["what"], f"{len(mine)}: {summary(mine)}")
-    return shown
+def listing(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """A line for each target."""
+    rows = [(target, published(target)["what"], f"{len(mine)}: {summary(mine)}") for target, mine in found.items()]
+    return table({"target": "", "what": "", "numbers": ""}, rows)
 
 
 COLUMNS = ("what", "published", "ours", "unit", "difference", "verdict")
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> Any:
-    """A rich table: a line for each number, and below it why some differ."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    shown = Table(box=SIMPLE, padding=(0, 1), caption="\n".join(reasons(found)), caption_justify="left")
-    for name in COLUMNS:
-        shown.add_column(name, justify="right" if name in ("published", "ours", "difference") else "left")
-    for cells in _lines(found):
-        shown.add_row(*cells)
+def of_target(found: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each number, and below them why some differ."""
+    numbers = ("published", "ours", "difference")
+    shown = table({name: ">" if name in numbers else "" for name in COLUMNS}, _lines(found))
+    shown.caption, shown.caption_justify = "\n".join(reasons(found)), "left"
     return shown
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from toolkit.config.compose import compose
 from toolkit.config.schema import Batch
@@ -28,6 +29,7 @@ from toolkit.errors import ConfigError, ToolkitError, nearest
 from toolkit.job import ranks
 from toolkit.report import figures
 from toolkit.run.files import read_metrics, replace
+from toolkit.run.table import table
 
 OF_THE_PARENT = ("name", "output_dir", "resume", "scaling")
 OF_A_RANK = (
@@ -184,11 +186,8 @@ def rows(children: Sequence[Child]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Any:
-    """A rich table: a line for each number of ranks."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
+def listing(rows: Sequence[dict[str, Any]]) -> Table:
+    """A line for each number of ranks."""
     columns = {
         "ranks": "{ranks}", "step s": "{step_seconds:.3f}", "samples/s": "{samples_per_second:,.0f}",
         "speed-up": "{speedup:.2f} of {ideal:g}", "effic.": "{efficiency:.0%}", "work": "{work_balance:.0%}",
@@ -196,12 +195,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
         "comm.": "{comm_share:.0%}",
     }  # fmt: skip
     title = "Speed-up, balance of work and memory; memory, bytes sent and time communicating of a rank's step"
-    shown = Table(title=title, title_justify="left", box=SIMPLE, padding=0)
-    for name in ("mode", *columns):
-        shown.add_column(name, justify="left" if name == "mode" else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(row["mode"], *(form.format(**row) for form in columns.values()))
-    return shown
+    cells = [[row["mode"], *(form.format(**row) for form in columns.values())] for row in rows]
+    return table({"mode": ""} | dict.fromkeys(columns, ">"), cells, title)
 
 
 def plot(rows: Sequence[dict[str, Any]], stem: Path, title: str) -> None:

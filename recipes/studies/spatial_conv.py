@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
+from studies.spatial import Grid, SpatialConv2d, halo_bytes
 from toolkit.job import ranks
-from toolkit.models.spatial import Grid, SpatialConv2d, halo_bytes
 from toolkit.report import figures
+from toolkit.run.table import table
 
 REPEATS = 15
 
@@ -86,17 +86,16 @@ def timed(conv: SpatialConv2d, image: Tensor, upstream: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
+def listing(rows: list[dict[str, Any]], title: str) -> Table:
     """A line for each size of image."""
-    shown = Table(title=title, title_justify="left", box=SIMPLE, padding=0, pad_edge=False)
-    for name in ("pixels", "difference", "sent bytes", "formula", "share", "whole ms", "split ms", "tile ms"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        shown.add_row(
-            f"{row['size']}²", f"{row['difference']:.1e}", f"{row['halo_bytes']:,}", f"{row['halo_bytes_formula']:,}",
-            f"{row['halo_share']:.1%}", *(f"{1000 * row[f'{n}_seconds']:.1f}" for n in ("whole", "split", "tile")),
-        )  # fmt: skip
-    return shown
+    columns = {
+        "pixels": ">", "difference": ".1e", "sent bytes": ",", "formula": ",", "share": ".1%",
+        "whole ms": ".1f", "split ms": ".1f", "tile ms": ".1f",
+    }  # fmt: skip
+    keys = ("difference", "halo_bytes", "halo_bytes_formula", "halo_share")
+    milliseconds = [[1000 * row[f"{n}_seconds"] for n in ("whole", "split", "tile")] for row in rows]
+    cells = [[f"{r['size']}²", *(r[k] for k in keys), *ms] for r, ms in zip(rows, milliseconds, strict=True)]
+    return table(columns, cells, title)
 
 
 def plot(rows: list[dict[str, Any]], stem: Path, title: str) -> None:

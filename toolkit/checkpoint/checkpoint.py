@@ -54,7 +54,7 @@ def save(run: Run, engine: Engine, state: State, keep: int | None = None) -> Non
         files = {name: digest for part in ranks.gathered(mine) for name, digest in part.items()}
         with _agreed(final):
             if ranks.rank() == 0:
-                _seal(staging, {**asdict(state), **_layout(engine), "files": files})
+                _seal(staging, {**asdict(state), **_layout(engine), "order": _order(engine), "files": files})
                 _swap(staging, final)
                 _prune(final, run.config.train.keep_checkpoints, keep)
     except CheckpointError:
@@ -71,6 +71,7 @@ def resume(run: Run, engine: Engine) -> State:
         return State()
     manifest = ranks.from_rank0(_manifest(path))
     _compare(path, manifest, _layout(engine))
+    compare_order(path, manifest, _order(engine))
     _refuse_code(path, manifest)
     ds_state.read(engine.ds, path)
     _restore_rng(torch.load(path / f"rng.rank{ranks.rank()}.pt", weights_only=True))
@@ -202,6 +203,20 @@ def _layout(engine: Engine) -> dict[str, Any]:
     return json.loads(json.dumps(layout))  # type: ignore[no-any-return]
 
 
+def _order(engine: Engine) -> dict[str, Any]:
+    """What a place in the training data rests on besides the number of samples taken (toolkit/data/order.py)."""
+    return dict(engine.task.order.rests_on) if hasattr(engine.task, "order") else {}
+
+
+def compare_order(path: Path, manifest: dict[str, Any], order: dict[str, Any]) -> None:
+    """Refuse to go on at a place that would be another one; of a manifest without its order the batch's size is known.
+
+    Raises CheckpointError.
+    """
+    saved = manifest.get("order", {"batch.global_size": manifest["samples"] // manifest["step"]})
+    _compare(path, saved, {key: value for key, value in order.items() if key in saved})
+
+
 def _compare(path: Path, manifest: dict[str, Any], layout: dict[str, Any]) -> None:
     for key, here in layout.items():
         there = manifest.get(key)
@@ -246,11 +261,8 @@ def _own_hash(manifest: dict[str, Any]) -> str:
 
 
 def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _seal(staging: Path, manifest: dict[str, Any]) -> None:

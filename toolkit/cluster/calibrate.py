@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -144,6 +144,7 @@ def main(config: RunConfig) -> None:
     from toolkit.models.build import build_model
     from toolkit.run.directory import Run
     from toolkit.tasks import build_task
+    from toolkit.train.own_plan import begin
 
     here, cuda = machines.here(), ranks.device() == "cuda"
     if cuda != bool(here.device_name):
@@ -154,8 +155,9 @@ def main(config: RunConfig) -> None:
     run = Run.open(config)
     machine = here.model_copy(update=_rates(ranks.device(), _drive(run)) | _source(here, ranks.world()))
     task = build_task(run)
-    engine = start_engine(build_model(run, task), task, run)
-    machine = _stepped(machine, run, engine, task.train_batches(start_sample=0))
+    ds = begin(run, task).ds
+    engine = start_engine(build_model(run, task, ds), task, run, ds)
+    machine = _stepped(machine, run.config, ds, engine, task.train_batches(start_sample=0))
     engine.close()
     nvme.release()
     run.write_yaml("machine.yaml", {"name": "this"} | machine.model_dump(mode="json", exclude_defaults=True))
@@ -247,15 +249,16 @@ def _drive_gbs(folder: Path) -> float | None:
     return sum(every) if all(every) else None
 
 
-def _stepped(machine: Machine, run: Any, engine: Any, batches: Iterator[Any]) -> Machine:
+def _stepped(
+    machine: Machine, config: RunConfig, ds: Mapping[str, Any], engine: Any, batches: Iterator[Any]
+) -> Machine:
     """With the share of the peak that the steps' products reach, and the rest of the time as a plan tells it."""
     from toolkit.job import ranks
     from toolkit.plan.plan import plan_on
     from toolkit.plan.shapes import model_shape
     from toolkit.plan.speed import product_dtype
 
-    shape, config = model_shape(run.config), run.config
-    ds = run.deepspeed(shape.vocab_size)
+    shape = model_shape(config)
     every: dict[Dtype, float] = {"fp32": 1, "tf32": 1, "bf16": 1, "fp16": 1}
     ideal = machine.model_copy(update={"efficiency": every})
     plan = plan_on(ideal, config, ds, shape, ranks=ranks.world(), device=ranks.device())

@@ -53,7 +53,6 @@ _OURS = (
         frozenset({"decoder"}), ("bleu",),
     ),
     Kind("linear", "toolkit.tasks.linear:Linear", frozenset({"features", "loss"})),
-    Kind("denoise", "toolkit.tasks.denoise:Denoise"),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _OURS}
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from toolkit.config.schema import Data, Task
 from toolkit.data import tables
-from toolkit.data.labelled import READING_AS
 from toolkit.errors import DataError
+
+SIDES = ("source", "target")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def pairs(place: str, split: str, data: Data, task: Task) -> Iterator[Pair]:
     if sides:
         yield from _aligned(sides[0], sides[1], split)
         return
-    for where, row in tables.rows(place, data, READING_AS[split]):
+    for where, row in tables.rows(place, data, tables.HUB_SPLIT[split]):
         source, target = (_cell(row, column, where) for column in (data.columns.source, data.columns.target))
         yield Pair(source, target, where)
 
@@ -110,5 +111,5 @@ def identity(place: str, split: str, data: Data, task: Task) -> list[Any]:
     """What stands for the content of ``place`` in the cache: names, sizes and times of its files."""
     files = _sides(place, split, task)
     if files is None:
-        return tables.identity(place, data, READING_AS[split])
+        return tables.identity(place, data, tables.HUB_SPLIT[split])
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -6,7 +6,6 @@
 Entropies are in nats per token; what is under "sample" was counted over some samples of epoch 0.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,11 @@ from numpy.typing import NDArray
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.chunks import SPLITS
+from toolkit.data.corpus import Corpus
 from toolkit.data.draws import Shuffle
-from toolkit.data.pairs import PairDataset, Sample
+from toolkit.data.masked import Masked, MaskedText
 from toolkit.data.prepared import Prepared
+from toolkit.run.table import table
 
 SAMPLES = 2000  # of epoch 0, in training order: what the numbers under "sample" are taken from
 BLOCK_TOKENS = 2**18
@@ -26,11 +27,12 @@ def audit(
     prepared: Prepared, config: RunConfig, held: NDArray[np.bool_], chunk_counts: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
     """Counts of the corpus, its splits and chunks, entropies in nats per token, and sample statistics."""
-    counts = json.loads((prepared.corpus / "corpus.json").read_text())["counts"]
-    unigrams = _unigrams(prepared, held)
+    dataset = {s: MaskedText(prepared, config.data, config.task.objective, config.seed, s) for s in SPLITS}
+    corpus = dataset["train"].corpus
+    counts, unigrams = corpus.counts, _unigrams(corpus, held)
     return {
         **counts,
-        "vocab_size": prepared.vocab_size,
+        "vocab_size": corpus.vocab_size,
         "unknown_share": counts["unknown_tokens"] / counts["tokens"],
         "entropy": {
             "corpus_unigram": cross_entropy(unigrams.sum(0), unigrams.sum(0)),
@@ -38,13 +40,13 @@ def audit(
         },
         **{
             split: {
-                "documents": len(prepared.members(split)),
+                "documents": len(dataset[split].members),
                 "tokens": int(row.sum()),
                 **chunk_counts[split],
             }
             for split, row in zip(SPLITS, unigrams, strict=True)
         },
-        "sample": _sampled(prepared, config),
+        "sample": _sampled(dataset["train"]),
     }
 
 
@@ -57,24 +59,23 @@ def cross_entropy(counts: NDArray[np.int64], model: NDArray[np.int64]) -> float 
     return float(-(counts[seen] * log_p).sum() / counts.sum())
 
 
-def _unigrams(prepared: Prepared, held: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _unigrams(corpus: Corpus, held: NDArray[np.bool_]) -> NDArray[np.int64]:
     """How often each token occurs, int64 [train and eval, vocabulary]."""
-    counts = np.zeros((2, prepared.vocab_size), np.int64)
-    starts = prepared.sentences[prepared.documents]  # token at which each document starts
-    for low in range(0, len(prepared.tokens), BLOCK_TOKENS):
-        tokens = prepared.tokens[low : low + BLOCK_TOKENS]
+    counts = np.zeros((2, corpus.vocab_size), np.int64)
+    starts = corpus.sentences[corpus.documents]  # token at which each document starts
+    for low in range(0, len(corpus.tokens), BLOCK_TOKENS):
+        tokens = corpus.tokens[low : low + BLOCK_TOKENS]
         first, last = np.searchsorted(starts, [low, low + len(tokens) - 1], side="right") - 1
         edges = np.clip(starts[first : last + 2], low, low + len(tokens))
         in_eval = np.repeat(held[first : last + 1], np.diff(edges))
         for row, chosen in enumerate((~in_eval, in_eval)):
-            counts[row] += np.bincount(tokens[chosen], minlength=prepared.vocab_size)
+            counts[row] += np.bincount(tokens[chosen], minlength=corpus.vocab_size)
     return counts
 
 
-def _sampled(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
-    data = config.data
-    dataset = PairDataset(prepared, data, config.task.objective, config.seed, "train")
-    order = Shuffle(len(dataset), config.seed, 0)(np.arange(min(SAMPLES, len(dataset))))
+def _sampled(dataset: MaskedText) -> dict[str, Any]:
+    data = dataset.data
+    order = Shuffle(len(dataset), dataset.seed, 0)(np.arange(min(SAMPLES, len(dataset))))
     samples = [dataset.sample(0, index) for index in order.tolist()]
     lengths = np.array([len(sample.input_ids) for sample in samples])
     tokens = int(sum(len(s.input_ids) - 2 - (s.pair_label >= 0) for s in samples))
@@ -91,21 +92,18 @@ def _sampled(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _pair_share(samples: list[Sample]) -> float | None:
+def _pair_share(samples: list[Masked]) -> float | None:
     labels = [sample.pair_label for sample in samples if sample.pair_label >= 0]
     return float(np.mean(labels)) if labels else None
 
 
 def format_audit(audit: dict[str, Any]) -> Any:
     """A rich Table with one row per number."""
-    from rich.table import Table
-
-    table = Table("what", "value", title="Prepared data")
+    rows = []
     for section, value in audit.items():
-        rows = value.items() if isinstance(value, dict) else [("", value)]
-        for name, number in rows:
-            table.add_row(f"{section} {name}".strip().replace("_", " "), _shown(name or section, number))
-    return table
+        for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+            rows.append((f"{section} {name}".strip().replace("_", " "), _shown(name or section, number)))
+    return table({"what": "", "value": ""}, rows, "Prepared data")
 
 
 def _shown(name: str, value: Any) -> str:

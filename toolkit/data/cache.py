@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # raise it when the meaning of any cached file changes
+FORMAT = 2  # raise it when the meaning of any cached file changes
 
 
 def fingerprint(*parts: Any) -> str:

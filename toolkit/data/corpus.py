@@ -1,6 +1,7 @@
 """The tokenised corpus: one flat array of token ids with the bounds of its sentences and documents.
 
-    write(folder, data, tokenizer_config)   # tokens.arrow, sentences.arrow, documents.arrow, tokenizer/
+    write(folder, data, tokenizer_config)   # sentences.arrow, documents.arrow, tokenizer/ …
+    Corpus(folder).tokens                   # mapped into memory
 
 Reading and splitting run in one thread, encoding (which holds no interpreter lock) in a second, and
 conversion and writing in the caller's, so that the encoder is what the time goes into.
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,13 +23,63 @@ from numpy.typing import NDArray
 
 from toolkit.config.schema import Data, Tokenizer
 from toolkit.data import tokenizer as tokenizers
-from toolkit.data.arrays import Spool, seal
+from toolkit.data.arrays import Mapped, Ragged, RaggedWriter, Spool, open_columns, seal
 from toolkit.data.sentences import split
 from toolkit.data.sources import Document, Problems, documents
+from toolkit.data.tokenizer import Special
 from toolkit.errors import DataError
 
 T = TypeVar("T")
 BLOCK_CHARACTERS = 2**18  # the encoder needs some thousand sentences at a time to keep all cores busy
+
+
+@dataclass(frozen=True)
+class Corpus(Mapped):
+    """What :func:`write` left in a folder; arrays open on first use, in each process."""
+
+    path: Path
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "corpus.json").read_text()))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._facts["vocab_size"])
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """:class:`Counts` of what went into it."""
+        return dict(self._facts["counts"])
+
+    @cached_property
+    def special(self) -> Special:
+        return Special(**self._facts["special"])
+
+    @cached_property
+    def _sentences(self) -> Ragged:
+        return Ragged(self.path / "sentences")
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        """Token ids of the whole corpus, uint16 or uint32 [tokens]."""
+        return self._sentences.columns["id"]
+
+    @property
+    def sentences(self) -> NDArray[np.int64]:
+        """Bounds: sentence i is ``tokens[sentences[i] : sentences[i + 1]]``; int64 [sentences + 1]."""
+        return self._sentences.ends
+
+    @cached_property
+    def documents(self) -> NDArray[np.int64]:
+        """Bounds: document i is the sentences ``documents[i]`` up to ``documents[i + 1]``."""
+        return open_columns(self.path / "documents.arrow")["end"]
+
+    @cached_property
+    def vocabulary(self) -> dict[str, NDArray[np.bool_]]:
+        """Per token id: ``piece`` (it continues a word) and ``regular`` (it exists and is not special)."""
+        columns = open_columns(self.path / "vocabulary.arrow")
+        return {name: column.astype(np.bool_) for name, column in columns.items()}
 
 
 @dataclass
@@ -123,25 +175,22 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 
 def _write_tokens(folder: Path, encoded: Iterator[tuple[Block, list[Any]]], tokenizer: Any, report: Report) -> Counts:
     size = tokenizers.vocab_size(tokenizer)
-    ids = Spool(folder / "tokens", np.uint16 if size <= 2**16 else np.uint32)
-    sentences, ends = Spool(folder / "sentences", np.int64), Spool(folder / "documents", np.int64)
-    sentences.append([0])  # both are bounds: n + 1 numbers for n sentences, for n documents
-    ends.append([0])
+    sentences = RaggedWriter(folder / "sentences", id=np.uint16 if size <= 2**16 else np.uint32)
+    ends = Spool(folder / "documents", np.int64)
+    ends.append([0])  # bounds, too: n + 1 numbers for n documents
     counts, last = Counts(), 0
     with closing(encoded):  # type: ignore[type-var]
         for block, encodings in encoded:
             lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-            flat = np.fromiter(chain.from_iterable(e.ids for e in encodings), ids.dtype, lengths.sum())
+            flat = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.uint32, lengths.sum())
             bounds = _ends(block, lengths, counts.sentences)
             kept = bounds[np.diff(bounds, prepend=last) > 0]
-            ids.append(flat)
-            sentences.append(counts.tokens + np.cumsum(lengths[lengths > 0]))
+            sentences.extend(lengths[lengths > 0], id=flat)
             ends.append(kept)
             last = int(kept[-1]) if len(kept) else last
             _count(counts, block, flat, lengths, len(kept), tokenizer.unk_token_id)
             report(counts)
-    seal(folder / "tokens.arrow", {"id": ids})
-    seal(folder / "sentences.arrow", {"end": sentences})
+    sentences.seal()
     seal(folder / "documents.arrow", {"end": ends})
     return counts
 

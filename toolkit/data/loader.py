@@ -1,83 +1,64 @@
-"""The order of training: an endless stream of samples of which each rank takes its share.
+"""Batches of any data set in any order, drawn ahead by workers and into pinned memory: the same with or without.
 
-    batches = train_batches(
-        dataset, start_sample=0, global_size=256, micro_size=16, rank=0, world=2, workers=1
-    )
-    next(batches)["input_ids"]   # int64 [16, max_length]
-
-Position p of the stream is sample ``Shuffle(n, seed, epoch)(p % n)`` of epoch ``p // n``. Resuming is
-starting at another position; there is no other state.
+batches = train_batches(dataset, order, split, start_sample=0, workers=1)
+next(batches)["input_ids"]                                 # int64 [micro_size, length]
+eval_batches(dataset, split, limit=64)                     # each of the first 64 samples once over all ranks
 """
 
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import count
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from torch import Generator, Tensor, cuda, set_num_threads
+from numpy.typing import NDArray
+from torch import Generator, cuda, set_num_threads
 from torch.utils.data import DataLoader
 
-from toolkit.data.draws import Shuffle
-from toolkit.data.pairs import PairDataset
-from toolkit.data.prepared import require
-from toolkit.errors import DataError
+from toolkit.data.batch import Batch
+from toolkit.data.order import Keys, Order, Split
 from toolkit.job.workers import begin
 
-Batch = dict[str, Tensor]
-Key = tuple[int, int]  # (epoch, index)
 
+class Dataset(Protocol):
+    """Samples of which the loader asks for some at a time; workers get it pickled."""
 
-def keys(dataset: PairDataset, start: int, number: int) -> list[Key]:
-    """The samples at positions ``start`` to ``start + number`` of the stream."""
-    n = len(dataset)
-    epochs, positions = np.divmod(np.arange(start, start + number), n)
-    found: list[Key] = []
-    for epoch in np.unique(epochs).tolist():
-        order = Shuffle(n, dataset.seed, epoch)(positions[epochs == epoch])
-        found += [(epoch, index) for index in order.tolist()]
-    return found
+    @property
+    def full(self) -> bool:
+        """Whether micro-batches have one shape: empty samples fill them up."""
+        ...
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample, int64 [samples]."""
+        ...
 
-class MicroBatches:
-    """The keys of one rank's micro-batches: micro-batch m of a step that starts at position s takes the
-    ``micro_size`` positions from ``s + (m * world + rank) * micro_size``.
-    """
-
-    def __init__(
-        self,
-        dataset: PairDataset,
-        start_sample: int,
-        global_size: int,
-        micro_size: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        assert global_size % (micro_size * world) == 0, (global_size, micro_size, world)
-        self.dataset, self.micro_size = dataset, micro_size
-        self.first, self.stride = start_sample + rank * micro_size, world * micro_size
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for start in count(self.first, self.stride):
-            yield keys(self.dataset, start, self.micro_size)
+    def __getitem__(self, keys: Keys) -> Batch:
+        """A micro-batch of the samples of these keys."""
+        ...
 
 
 def train_batches(
-    dataset: PairDataset,
-    *,
-    start_sample: int,
-    global_size: int,
-    micro_size: int,
-    rank: int,
-    world: int,
-    workers: int,
+    dataset: Dataset, order: Order, split: Split, *, start_sample: int, workers: int = 0
 ) -> Iterator[Batch]:
-    """This rank's micro-batches, for ever. Raises DataError if an epoch is smaller than one step."""
-    require(dataset.prepared, global_size)
+    """This rank's micro-batches, for ever."""
+    least = split.micro_size if dataset.full else 1
+    keys = (micro for step in order.from_sample(start_sample) for micro in split.micro_batches(step, least))
+    return _loaded(dataset, keys, workers)
+
+
+def eval_batches(dataset: Dataset, split: Split, *, limit: int | None = None) -> Iterator[Batch]:
+    """Each of the first ``limit`` samples (None: all) once over all ranks, equally many batches on each.
+
+    The last batches are filled up with empty samples, so sums over ranks count nothing twice.
+    """
+    return _loaded(dataset, split.held_out(dataset.lengths[:limit], split.micro_size if dataset.full else 1), 0)
+
+
+def _loaded(dataset: Dataset, keys: Iterable[Keys], workers: int) -> Iterator[Batch]:
     parallel: dict[str, Any] = {
         "num_workers": workers,
         "persistent_workers": True,
@@ -90,8 +71,8 @@ def train_batches(
     return iter(
         DataLoader(
             dataset,  # type: ignore[arg-type]
-            batch_sampler=MicroBatches(dataset, start_sample, global_size, micro_size, rank, world),
-            collate_fn=dataset.collate,
+            batch_size=None,  # a key of the sampler is one of a whole micro-batch
+            sampler=keys,
             pin_memory=cuda.is_available(),
             generator=Generator(),  # else the loader draws from the global one, which a resume restores
             **parallel if workers else {},
@@ -119,18 +100,3 @@ def _end_with(owner: int) -> None:
         if found and found.si_pid == owner:
             break
     os._exit(0)
-
-
-def eval_batches(dataset: PairDataset, *, micro_size: int, rank: int, world: int, limit: int | None) -> Iterator[Batch]:
-    """Each of the first ``limit`` samples (None: all) once over all ranks, equally many batches on each.
-
-    The last batches are filled up with empty samples, so sums over ranks count nothing twice.
-    """
-    number = len(dataset) if limit is None else min(limit, len(dataset))
-    if not number:
-        raise DataError("data.holdout=0: nothing is held out to evaluate on. Set data.holdout above 0.")
-    for start in range(0, number, micro_size * world):
-        low = start + rank * micro_size
-        indices = range(low, min(low + micro_size, number))
-        samples = [dataset.sample(0, index) for index in indices]
-        yield dataset.collate(samples + [dataset.empty()] * (micro_size - len(samples)))

@@ -1,92 +1,29 @@
 """Sentence pairs for translation: read, counted, tokenised once, then mapped into memory.
 
 prepared = prepare(config)                    # the second time it finds everything in the cache
-prepared.splits["train"].source(7)            # token ids, special tokens included
+Translations(prepared.path / "train", …)      # translations.py
 """
 
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from toolkit.config.schema import Data, RunConfig, cache_dir
+from toolkit.config.schema import Data, RunConfig
 from toolkit.data import aligned, subwords
 from toolkit.data import tokenizer as tokenizers
-from toolkit.data.aligned import Pair
-from toolkit.data.arrays import Spool, open_columns, seal
-from toolkit.data.cache import build, fingerprint
+from toolkit.data.aligned import SIDES, Pair
+from toolkit.data.arrays import RaggedWriter
+from toolkit.data.cache import fingerprint
 from toolkit.data.draws import mix, uniform
-from toolkit.data.labelled import SPLIT_SEED, role, splits, with_weights
+from toolkit.data.prepared import SPLIT_SEED, Prepared, finish, made, role, splits, with_weights
 from toolkit.errors import DataError
 
-Ids = NDArray[Any]
-SIDES = ("source", "target")
 HELD_OUT = 0x7061  # salt of the choice of held-out pairs
-
-
-@dataclass(frozen=True)
-class Split:
-    """The pairs of train, eval or test as token ids on disk."""
-
-    path: Path
-
-    @cached_property
-    def _columns(self) -> dict[str, tuple[Ids, NDArray[np.int64]]]:
-        def column(name: str, of: str) -> Ids:
-            return open_columns(self.path / f"{name}_{of}.arrow")[of]
-
-        return {name: (column(name, "id"), column(name, "end")) for name in SIDES}
-
-    def __len__(self) -> int:
-        return len(self._columns["source"][1]) - 1
-
-    def source(self, index: int) -> Ids:
-        return self._sentence("source", index)
-
-    def target(self, index: int) -> Ids:
-        return self._sentence("target", index)
-
-    def _sentence(self, side: str, index: int) -> Ids:
-        tokens, ends = self._columns[side]
-        return tokens[ends[index] : ends[index + 1]]
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each pair's longer side."""
-        return np.maximum(*(np.diff(self._columns[side][1]) for side in SIDES))
-
-    @cached_property
-    def texts(self) -> list[tuple[str, str]]:
-        """Sources and references as they were read; not kept for training pairs."""
-        return [tuple(pair) for pair in json.loads((self.path / "texts.json").read_text())]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Tokenised pairs: ``splits`` is train, eval and test, or ``eval.<name>`` where data.eval names several."""
-
-    path: Path
-
-    @property
-    def tokenizer(self) -> Path:
-        """A folder for ``AutoTokenizer.from_pretrained``."""
-        return self.path / "tokenizer"
-
-    @cached_property
-    def audit(self) -> dict[str, Any]:
-        """Per split what was read, dropped, cut and kept."""
-        return dict(json.loads((self.path / "audit.json").read_text()))
-
-    @cached_property
-    def splits(self) -> dict[str, Split]:
-        return {name: Split(self.path / name) for name in self.audit["splits"]}
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -94,7 +31,6 @@ def prepare(config: RunConfig) -> Prepared:
     config = config.model_copy(update={"tokenizer": with_weights(config)})
     data = config.data
     places = _places(data)
-    cache = Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir("data")
     key = fingerprint(
         [[name, place, aligned.identity(place, role(name), data, config.task)] for name, place in places.items()],
         data.columns.model_dump(include=set(SIDES)),
@@ -102,7 +38,7 @@ def prepare(config: RunConfig) -> Prepared:
         [config.task.source, config.task.target, config.task.prefix],
         [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
     )
-    return Prepared(build(cache, f"parallel-{key}", lambda folder: _write(folder, config, places)))
+    return Prepared(made(data, f"parallel-{key}", lambda folder: _write(folder, config, places)))
 
 
 def _places(data: Data) -> dict[str, str]:
@@ -143,8 +79,10 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
             raise DataError(
                 f"{name}: no pair is left of {places.get(name, places['train'])}: {_told(counts)}.{way_out}"
             )
-    vocabulary = {"model": config.tokenizer.model, "size": tokenizers.vocab_size(tokenizer)}
-    (folder / "audit.json").write_text(json.dumps({"splits": audit, "vocabulary": vocabulary}, indent=1))
+    size = tokenizers.vocab_size(tokenizer)
+    found = {"splits": audit, "vocabulary": {"model": config.tokenizer.model, "size": size}}
+    notes = [f"{name}: {_told(counts)}" for name, counts in audit.items()]
+    finish(folder, found, vocab_size=size, splits=list(audit), notes=notes)
 
 
 class _Writer:
@@ -155,10 +93,7 @@ class _Writer:
         self.folder, self.tokenizer, self.name = folder, tokenizer, name
         self.training, self.task, self.longest = name == "train", config.task, config.data.max_length
         dtype = np.uint16 if tokenizers.vocab_size(tokenizer) <= 2**16 else np.uint32
-        self.ids = {side: Spool(folder / f"{side}_id", dtype) for side in SIDES}
-        self.ends = {side: Spool(folder / f"{side}_end", np.int64) for side in SIDES}
-        for spool in self.ends.values():
-            spool.append([0])
+        self.sides = {side: RaggedWriter(folder / side, id=dtype) for side in SIDES}
         self.counts: Counter[str] = Counter()
         self.ratios: list[float] = []
         self.texts: list[tuple[str, str]] = []
@@ -199,8 +134,7 @@ class _Writer:
         unknown = self.tokenizer.unk_token_id
         for side, whole in ids.items():
             some = whole if len(whole) <= self.longest else [*whole[: self.longest - 1], whole[-1]]  # the last is </s>
-            self.ids[side].append(some)
-            self.ends[side].append([self.ids[side].length])
+            self.sides[side].append(id=some)
             self.counts[f"{side}_tokens"] += len(some)
             self.counts[f"{side}_unknown"] += some.count(unknown)
         self.ratios.append(len(ids["source"]) / len(ids["target"]))
@@ -210,20 +144,14 @@ class _Writer:
     def close(self) -> dict[str, Any]:
         """Seal the arrays. Returns the split's part of the audit."""
         self._flush()
-        for side in SIDES:
-            seal(self.folder / f"{side}_id.arrow", {"id": self.ids[side]})
-            seal(self.folder / f"{side}_end.arrow", {"end": self.ends[side]})
+        for writer in self.sides.values():
+            writer.seal()
         (self.folder / "texts.json").write_text(json.dumps(self.texts, ensure_ascii=False))
         names = ("read", "kept", "empty_source", "empty_target", "empty_both", "too_long", "cut_source", "cut_target")
         tokens = (f"{side}_{what}" for side in SIDES for what in ("tokens", "unknown"))
         ratios = np.quantile(self.ratios, [0.01, 0.5, 0.99]).tolist() if self.ratios else []
         ratio = dict(zip(("percentile_1", "median", "percentile_99"), ratios, strict=False))
         return {name: self.counts[name] for name in (*names, *tokens)} | {"source_to_target_length": ratio}
-
-
-def told(audit: dict[str, Any]) -> list[str]:
-    """A line for the console about each split."""
-    return [f"{name}: {_told(counts)}" for name, counts in audit["splits"].items()]
 
 
 def _told(counts: dict[str, Any]) -> str:

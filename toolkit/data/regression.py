@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from toolkit.config.schema import Data
 from toolkit.data import tables
+from toolkit.data.batch import Batch, tensors
 from toolkit.data.draws import Shuffle, mix, uniform
+from toolkit.data.order import Keys
 from toolkit.data.sources import Problems
 from toolkit.errors import DataError, nearest
 
@@ -183,7 +185,7 @@ def _target(data: Data, names: tuple[str, ...], kept: list[str], place: str) -> 
     return chosen
 
 
-class Split:
+class Parts:
     """Which rows are trained on and which are held out: two parts of one fixed shuffle."""
 
     def __init__(self, size: int, share: float) -> None:
@@ -194,6 +196,39 @@ class Split:
     def rows(self, part: str, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows at ``positions`` of ``train`` or ``eval``."""
         return self.order(positions + (self.train if part == "eval" else 0))
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """The rows of ``train`` or ``eval`` as batches of standardised numbers, ``columns`` wide: the last are zeros."""
+
+    table: Table | Synthetic
+    parts: Parts
+    part: str
+    mean: Floats  # [features]
+    std: Floats
+    target_mean: float
+    target_std: float
+    columns: int
+
+    full = False
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.ones(self.parts.held_out if self.part == "eval" else self.parts.train, np.int64)
+
+    def take(self, positions: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Features [n, features] and targets [n] at these positions of the part."""
+        x, y = self.table.take(self.parts.rows(self.part, positions))
+        return (x - self.mean) / self.std, (y - self.target_mean) / self.target_std
+
+    def __getitem__(self, keys: Keys) -> Batch:
+        """``features`` [rows, columns], ``target`` [rows], ``real`` [rows]: 0 for one that fills a gap."""
+        positions = keys[:, 1]
+        x, y = self.take(np.maximum(positions, 0))
+        x = np.pad(x, ((0, 0), (0, self.columns - x.shape[1])))
+        arrays = {"features": x, "target": y, "real": positions >= 0}
+        return tensors(**{name: array.astype(np.float32) for name, array in arrays.items()})
 
 
 def chunks(size: int, of: int = 65536) -> Iterator[NDArray[np.int64]]:

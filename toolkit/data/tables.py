@@ -21,7 +21,8 @@ from toolkit.data.sources import Problems, json_lines, matching, parquet_rows, r
 from toolkit.errors import DataError
 
 Row = tuple[str, dict[str, Any]]
-KEYS = {"train": "data.train", "validation": "data.eval", "test": "data.test"}
+HUB_SPLIT = {"train": "train", "eval": "validation", "test": "test"}  # what the hub calls data.train and so on
+KEYS = {name: f"data.{ours}" for ours, name in HUB_SPLIT.items()}
 
 
 def rows(source: str, data: Data, split: str, problems: Problems | None = None, key: str = "") -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """``Engine`` over DeepSpeed's pipeline engines: the same verb, the same losses, and when each stage did what.
 
-engine = start_engine(model, task, run)          # a PipeEngine if pipeline.stages > 1
+engine = start_engine(model, task, run, plan.ds) # a PipeEngine if pipeline.stages > 1
 step = engine.train_batch(batches, trace=True)   # step.events: the timeline of this step
 """
 
@@ -17,10 +17,12 @@ from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from torch import Tensor
 
+from toolkit.data.batch import IGNORED, Batch
 from toolkit.engine.pipe_events import Event, Kind
 from toolkit.engine.pipe_schedule import GPipeSchedule
-from toolkit.engine.plain import Batch, Collect, Engine, Step
+from toolkit.engine.plain import Engine, Step
 from toolkit.job import ranks
+from toolkit.tasks.task import Collect, Task
 
 KEPT = ("attention_mask",)  # of a micro-batch without anything to predict: the model still reads it
 PASSES: dict[Any, Kind] = {instructions.ForwardPass: "forward", instructions.BackwardPass: "backward"}
@@ -29,7 +31,7 @@ PASSES: dict[Any, Kind] = {instructions.ForwardPass: "forward", instructions.Bac
 class PipeEngine(Engine):
     """The loss is computed on the last pipe stage only; all ranks draw the micro-batches of their copy."""
 
-    def __init__(self, ds: Any, task: Any, replica: ranks.Replica, schedule: str) -> None:
+    def __init__(self, ds: Any, task: Task, replica: ranks.Replica, schedule: str) -> None:
         super().__init__(ds, task, replica)
         ds.module.loss_fn = self._loss
         self._counts: dict[str, float] = {}
@@ -80,8 +82,7 @@ class PipeEngine(Engine):
                 self._collect(named, batch)
             return torch.stack(list(self._tally(self._sums, named, batch).values())).sum()
         shares = self._shares(self.task.losses(named, batch), self._counts)
-        for name, share in shares.items():
-            self._sums[name] = self._sums.get(name, 0) + share.detach()
+        self._note(self._sums, shares)
         return torch.stack(list(shares.values())).sum() * self._scale
 
     def _pair(self, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
@@ -90,7 +91,7 @@ class PipeEngine(Engine):
 
     def _blank(self, batch: Batch) -> Batch:
         """``batch`` without anything to predict: -100, or no number where labels are floats."""
-        nothing = {n: math.nan if batch[n].is_floating_point() else -100 for n in self.task.labels if n not in KEPT}
+        nothing = {n: math.nan if batch[n].is_floating_point() else IGNORED for n in self.task.labels if n not in KEPT}
         return batch | {name: torch.full_like(batch[name], value) for name, value in nothing.items()}
 
     def _timed(self, execute: Callable[..., None], kind: Kind) -> Callable[..., None]:

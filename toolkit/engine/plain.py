@@ -1,11 +1,12 @@
 """``Engine`` over DeepSpeed's own engine: ZeRO, offload, tensor parallel.
 
-engine = start_engine(model, task, run)             # start.py
+engine = start_engine(model, task, run, plan.ds)    # start.py
 step = engine.train_batch(batches, stop=False)     # one optimizer step
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,10 @@ import torch
 from torch import Tensor
 
 from toolkit.config.schema import Dtype
+from toolkit.data.batch import Batch
 from toolkit.engine.pipe_events import Event
 from toolkit.job import ranks
-
-Batch = dict[str, Tensor]
-Collect = Callable[[Batch, Batch], None]
+from toolkit.tasks.task import Collect, Task
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,10 @@ class Step:
 class Engine:
     """DeepSpeed's engine (``ds``) with the toolkit's normalisation of losses."""
 
-    def __init__(self, ds: Any, task: Any, replica: ranks.Replica) -> None:
+    def __init__(self, ds: Any, task: Task, replica: ranks.Replica) -> None:
         self.ds = ds
         self.task = task
         self.replica = replica
-        self.unit: float = getattr(task, "unit", 1.0)  # of losses that people see, where others are minimised
         self.device = ds.device
         self.last_learning_rate: float | None = None  # the one the last step used
 
@@ -57,7 +56,7 @@ class Engine:
             shares = self._shares(self.task.losses(self._forward(batch), batch), counts)
             self.ds.backward(sum(shares.values()) * self._scale)
             self.ds.step()
-            losses = {name: losses.get(name, 0) + self.unit * share.detach() for name, share in shares.items()}
+            self._note(losses, shares)
         losses = {name: share / self.replica.split for name, share in losses.items()}
         return Step(losses, counts, waited, stopping)
 
@@ -101,7 +100,7 @@ class Engine:
         for kind, values in (("loss", losses), ("right", self.task.correct(outputs, batch))):
             for name, value in values.items():
                 sums[f"{name}_{kind}"] = sums.get(f"{name}_{kind}", 0) + value.double()
-        return losses  # type: ignore[no-any-return]
+        return losses
 
     def _means(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, float]:
         """Mean losses and accuracies from this rank's ``<name>_loss``, ``<name>_right`` and counts; {} of nothing."""
@@ -115,7 +114,7 @@ class Engine:
         for name in self.task.predicted:
             loss, right, count = next(totals), next(totals), next(totals)
             if count:
-                result[loss_key(name)] = self.unit * loss / count
+                result[loss_key(name)] = self.task.unit * loss / count
                 result |= {f"{name}_accuracy": right / count} if name in self.task.judged else {}
         return {"loss": sum(v for k, v in result.items() if k.endswith("loss")), **result} if result else {}
 
@@ -125,8 +124,20 @@ class Engine:
     def _shares(self, losses: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, Tensor]:
         return {name: loss / max(1.0, counts[name]) for name, loss in losses.items()}
 
+    def _note(self, noted: dict[str, Tensor], shares: Mapping[str, Tensor]) -> None:
+        """Add the shares of one micro-batch to those that people see."""
+        for name, share in shares.items():
+            noted[name] = noted.get(name, 0) + self.task.unit * share.detach()
+
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def report(self, record: Mapping[str, Any]) -> None:
+        """The finite numbers of a record to DeepSpeed's monitors."""
+        monitor = self.ds.monitor
+        if ranks.rank() == 0 and monitor.enabled:
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)}
+            monitor.write_events([(f"toolkit/{k}", v, record["step"]) for k, v in numbers.items() if k != "step"])
 
     def close(self) -> None:
         """Give up what the next engine of this process would find in its way."""
@@ -156,7 +167,7 @@ def loss_key(name: str) -> str:
     return name if name == "loss" else f"{name}_loss"
 
 
-def _added(rows: Any) -> dict[str, float]:
+def _added(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for row in rows:
         total = {name: total.get(name, 0) + value for name, value in row.items()}

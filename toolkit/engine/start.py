@@ -1,10 +1,11 @@
 """The only deepspeed.initialize.
 
-engine = start_engine(model, task, run)            # an Engine, or a PipeEngine if pipeline.stages > 1
+engine = start_engine(model, task, run, plan.ds)     # an Engine, or a PipeEngine if pipeline.stages > 1
 """
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -17,19 +18,19 @@ from toolkit.engine.plain import Engine
 from toolkit.job import ranks
 from toolkit.models.build import decay_groups
 from toolkit.run.directory import Run
+from toolkit.tasks.task import Task
 
 
-def start_engine(model: nn.Module, task: Any, run: Run) -> Engine:
-    """Hand the model to DeepSpeed; what DeepSpeed gets is written to ds_config.json."""
+def start_engine(model: nn.Module, task: Task, run: Run, ds: Mapping[str, Any]) -> Engine:
+    """Hand the model to DeepSpeed; ``ds``, what DeepSpeed gets, is written to ds_config.json."""
     config = run.config
-    ds = run.deepspeed(task.vocab_size)
     run.write_json("ds_config.json", ds)
     torch.manual_seed(config.seed + ranks.rank() // config.tensor_size)  # ranks that share layers share dropout
     if config.train.tf32:
         torch.set_float32_matmul_precision("high")
     schedule = None
     if config.schedule.name != "none":
-        chosen, steps = config.schedule, run.steps
+        chosen, steps = config.schedule, task.steps
         schedule = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(  # noqa: E731
             optimizer, lambda step: factor(chosen, step, steps)
         )
@@ -38,7 +39,7 @@ def start_engine(model: nn.Module, task: Any, run: Run) -> Engine:
         model=model,
         model_parameters=decay_groups(model, decay),
         lr_scheduler=schedule,
-        config=copy.deepcopy(ds),
+        config=copy.deepcopy(dict(ds)),
         mpu=ranks.tensor_groups(config.tensor_size),
     )
     _keep_stage0_norm(engine)
@@ -46,7 +47,6 @@ def start_engine(model: nn.Module, task: Any, run: Run) -> Engine:
         # Ranks that share one of inductor's caches can read each other's half-written files.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("inductor") / f"rank{ranks.local_rank()}"))
         engine.compile()
-    run.monitor = engine.monitor
     if config.pipeline.stages > 1:
         from toolkit.engine.pipe import PipeEngine
 

@@ -193,15 +193,10 @@ def _clear_stale_lock(folder: Path, console: Any) -> None:
         lock.unlink()
 
 
-@contextmanager
-def _locked(path: Path, console: Any) -> Iterator[None]:
-    lock = FileLock(path)
+def _locked(path: Path, console: Any) -> Any:
+    """For a ``with``, which gives the lock back."""
     try:
-        lock.acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout:
         console.print("Waiting for another process that builds DeepSpeed's ops.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return FileLock(path).acquire()

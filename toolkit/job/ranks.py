@@ -186,21 +186,20 @@ def _forget_shared_memory() -> None:
 
 def total(numbers: Sequence[float]) -> list[float]:
     """Element-wise sums over all ranks, as float64."""
-    import torch
-    import torch.distributed as dist
-
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(sums, group=_control)
-    return [float(x) for x in sums]
+    return _reduced(numbers, "SUM")
 
 
 def largest(numbers: Sequence[float]) -> list[float]:
     """Element-wise maxima over all ranks."""
+    return _reduced(numbers, "MAX")
+
+
+def _reduced(numbers: Sequence[float], how: str) -> list[float]:
     import torch
     import torch.distributed as dist
 
     values = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_control)
+    dist.all_reduce(values, op=getattr(dist.ReduceOp, how), group=_control)
     return [float(x) for x in values]
 
 
@@ -213,12 +212,12 @@ def from_rank0(value: Any) -> Any:
     return box[0]
 
 
-def gathered(value: Any) -> list[Any]:
+def gathered(value: Any, group: Any = None) -> list[Any]:
     """Every rank's ``value``, in rank order, on every rank."""
     import torch.distributed as dist
 
     values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value, group=_control)
+    dist.all_gather_object(values, value, group=group or _control)
     return values
 
 
@@ -238,41 +237,29 @@ def wait() -> None:
     dist.barrier(group=_control)
 
 
-def agreed(work: Callable[[], T]) -> T:
-    """``work()`` on every rank; a ToolkitError of any is raised on all, so none waits for one that has left."""
+def agreed(work: Callable[[], T], group: Any = None) -> T:
+    """``work()`` on every rank; a ToolkitError of any is raised on all, so none waits for one that has left.
+
+    One that is left behind in a collective would end with an error of its own that hides the first.
+    """
     result: Any = None
     error: ToolkitError | None = None
     try:
         result = work()
     except ToolkitError as raised:
         error = raised
-    for found in gathered(error):
+    for found in gathered(error, group):
         if found is not None:
             raise found
     return result  # type: ignore[no-any-return]
 
 
 def in_turn(work: Callable[[], T]) -> T:
-    """``work()`` on the first rank of each host, then on the others, which find it done.
-
-    The others wait as long as it takes. A ToolkitError of any rank is raised on all of them: one that
-    is left behind in a collective would end with an error of its own that hides the first.
-    """
+    """``agreed`` on each host's first rank, then on the others, which wait as long as it takes and find it done."""
     import torch.distributed as dist
 
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    result: Any = None
-    for firsts in (True, False):
-        errors: list[ToolkitError | None] = [None] * world()
-        error: ToolkitError | None = None
-        if (local_rank() == 0) == firsts:
-            try:
-                result = work()
-            except ToolkitError as raised:
-                error = raised
-        dist.all_gather_object(errors, error, group=group)
-        for found in errors:
-            if found is not None:
-                raise found
+    first = local_rank() == 0
+    earlier, later = (agreed(work if mine else lambda: None, group) for mine in (first, not first))
     dist.destroy_process_group(group)
-    return result  # type: ignore[no-any-return]
+    return earlier if first else later  # type: ignore[return-value]

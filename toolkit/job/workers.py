@@ -11,10 +11,12 @@ import multiprocessing
 import signal
 from multiprocessing import forkserver, resource_tracker
 
+PRELOADED = ("loader", "masked", "encoded", "translations", "regression")
+
 
 def begin() -> None:
     """Start the server, unless it runs already. It ends with this process; signals to all of a job leave it alone."""
-    multiprocessing.set_forkserver_preload(["toolkit.data.loader"])
+    multiprocessing.set_forkserver_preload([f"toolkit.data.{name}" for name in PRELOADED])
     resource_tracker.ensure_running()  # else the server starts it, and that unblocks SIGTERM
     # Blocked in the server, in its workers and in all their threads; SIGINT it ignores itself.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,6 +1,6 @@
 """Builds a Hugging Face model for the engine: the same initial weights in every layout.
 
-    model = build_model(run, task)
+    model = build_model(run, task, plan.ds)
 
 Under ZeRO 3 every parameter is partitioned as it is made, so no rank ever holds the whole model;
 values are then drawn, or copied from a checkpoint that rank 0 alone reads, one module at a time.
@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig
+from transformers import AutoConfig, BertConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from toolkit.config.schema import Model, RunConfig
+from toolkit.config.schema import Model
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.job import nvme, ranks
-from toolkit.models import activation
-from toolkit.run import own_plan
-from toolkit.run.directory import weights_folder
+from toolkit.job import ranks
+from toolkit.models import Described, activation
+from toolkit.run.directory import Run, weights_folder
 
 
 def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
@@ -58,54 +57,37 @@ def read_config(weights: str, kind: Any, **changes: Any) -> Any:
         ) from error
 
 
-def build_model(run: Any, task: Any) -> nn.Module:
-    """The task's model in this run's layout, on the CPU or partitioned; its activations where asked for.
-
-    Raises PlanError on every rank, before any memory is taken, where the run cannot fit.
-    """
-    own_plan.begin(run)
-    config = run.config
-    hf_config = task.hf_config
+def build_model(run: Run, task: Described, ds: Mapping[str, Any]) -> nn.Module:
+    """The task's model in the layout of ``ds``, on the CPU or partitioned; its activations where asked for."""
+    config, hf_config, staged = run.config, task.hf_config, run.config.pipeline.stages > 1
     if hasattr(hf_config, "num_attention_heads"):
         hf_config._attn_implementation = config.model.attention
-    if config.pipeline.stages > 1:
-        return _build_stage(run, task)
-    ds = run.deepspeed(task.vocab_size)
-    nvme.claim(ds, lambda: _parameters(task))
-    with no_init_weights(), _partitioned(ds, config.tensor_size):
-        model: Any = task.model_class(hf_config)
-    model.tie_weights()
+    model: nn.Module = _stage(run, task) if staged else _dense(task, ds, config.tensor_size)
     if not config.model.weights or task.new_head:
         initialise(model, config.seed)
     if config.model.weights:
-        _copy(model, ranks.agreed(lambda: _read(task, config.model) if run.replica.rank == 0 else None))
-    _apply_activation(model, config)
-    return model  # type: ignore[no-any-return]
-
-
-def _build_stage(run: Any, task: Any) -> nn.Module:
-    """This rank's pipe stage; every rank reads the weights that are given and takes its own."""
-    from toolkit.models.pipeline import build_pipeline
-
-    config, model = run.config, build_pipeline(run, task)
-    if not config.model.weights or task.new_head:
-        initialise(model, config.seed)
-    if config.model.weights:
-        state = ranks.agreed(lambda: _read(task, config.model))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if (found := state.get(model.hf_name(name))) is not None:
-                    parameter.copy_(found)
-    _apply_activation(model, config)
+        # Every pipe stage takes its own of all weights; else the ranks of the first copy read for the others
+        state = ranks.agreed(lambda: _read(task, config.model) if staged or run.replica.rank == 0 else {})
+        (_fill if staged else _copy)(model, state)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    activation.apply(layers, **config.activation.model_dump())
     return model
 
 
-def _apply_activation(model: nn.Module, config: RunConfig) -> None:
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    activation.apply(layers, **config.activation.model_dump())
+def _stage(run: Run, task: Described) -> Any:
+    from toolkit.models.pipeline import build_pipeline
+
+    return build_pipeline(run, task)
 
 
-def _parameters(task: Any) -> int:
+def _dense(task: Described, ds: Mapping[str, Any], tensor_size: int) -> Any:
+    with no_init_weights(), _partitioned(ds, tensor_size):
+        model = task.model_class(task.hf_config)
+    model.tie_weights()
+    return model
+
+
+def parameters(task: Described) -> int:
     """How many the task's model has, without memory for one."""
     with torch.device("meta"), no_init_weights():
         return int(task.model_class(task.hf_config).num_parameters())
@@ -152,7 +134,7 @@ def _draw(model: Any, module: nn.Module, parameters: list[nn.Parameter]) -> None
             p.data = place
 
 
-def _read(task: Any, options: Model) -> dict[str, torch.Tensor]:
+def _read(task: Described, options: Model) -> dict[str, torch.Tensor]:
     """The state of ``model.weights``, without what a new head is drawn for."""
     weights = str(options.weights)
     # safetensors, or torch.load with weights_only: nothing in the file is executed
@@ -162,7 +144,11 @@ def _read(task: Any, options: Model) -> dict[str, torch.Tensor]:
     body = f"{model.base_model_prefix}."
     may_be_new = {n for n in model.state_dict() if task.new_head and (not n.startswith(body) or ".pooler." in n)}
     if missing := sorted(set(info["missing_keys"]) - may_be_new):
-        raise CheckpointError(f"model.weights={weights}: lacks {', '.join(missing)}.")
+        lacks = f"{len(missing)} of the {len(model.state_dict())} weights of {class_name(task.model_class)}"
+        raise CheckpointError(
+            f"model.weights={weights}: a {_architecture(weights)}, which lacks {lacks}, such as "
+            f"{', '.join(missing[:3])}. Use weights of that architecture."
+        )
     for name, there, here in sorted(info["mismatched_keys"]):  # a set: the same one first in every run
         if not (options.new_head and name in may_be_new):
             way = "model.new_head=true leaves it out" if name in may_be_new else "Use weights of this shape"
@@ -175,18 +161,37 @@ def _read(task: Any, options: Model) -> dict[str, torch.Tensor]:
     return {n: tensor for n, tensor in model.state_dict().items() if n not in drawn}
 
 
-def _copy(model: nn.Module, state: dict[str, torch.Tensor] | None) -> None:
+def class_name(model_class: Any) -> str:
+    """What Hugging Face calls it."""
+    return str(getattr(model_class, "saved_as", model_class.__name__))
+
+
+def _architecture(weights: str) -> str:
+    """What its config.json says that it is."""
+    config = read_config(weights, AutoConfig)
+    return str((config.architectures or [config.model_type])[0])
+
+
+def _fill(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """What of ``state`` this pipe stage has."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (found := state.get(model.hf_name(name))) is not None:
+                parameter.copy_(found)
+
+
+def _copy(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """The first copy's ``state`` into the model of every rank, one parameter at a time."""
     for name, parameter in model.named_parameters():
         with _whole([parameter]), torch.no_grad():
-            if state is not None and name in state:
+            if name in state:
                 parameter.copy_(state[name])
             if not hasattr(parameter, "ds_id"):
                 torch.distributed.broadcast(parameter.data, src=0, group=ranks._control)
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():  # such as the bias that Marian and BART add to their logits
         if name in saved:
-            if state is not None and name in state:
+            if name in state:
                 buffer.copy_(state[name])
             torch.distributed.broadcast(buffer, src=0, group=ranks._control)
 

@@ -32,7 +32,9 @@ from transformers.models.bert.modeling_bert import (
 
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
+from toolkit.models import Described
 from toolkit.models.pretraining import at_positions
+from toolkit.run.directory import Run
 
 Tensors = tuple[Tensor, ...]
 
@@ -136,48 +138,37 @@ class TaskHead(nn.Module):
 
 
 @dataclass(frozen=True)
-class Layer:
+class PipeLayer:
     """A layer of the pipeline and what Hugging Face puts before the names of its parameters."""
 
     spec: LayerSpec
     prefix: str
 
 
-def pretraining_layers(config: BertConfig, *, pair: bool) -> list[Layer]:
-    """``BertForPreTraining`` (``pair``) or ``BertForMaskedLM``."""
-    # DeepSpeed saves a tied weight only for a layer without forward_fn (PipelineModule.save_state_dict).
+def pipe_layers(skeleton: Any, choices: int = 1) -> list[PipeLayer]:
+    """BERT with the heads of ``skeleton``, Hugging Face's model of it: for pretraining, or for a task."""
+    config, name = skeleton.config, "bert.embeddings.word_embeddings."
     table = (config.vocab_size, config.hidden_size, config.pad_token_id)
-    words = TiedLayerSpec("words", Words, *table)
-    decoder = TiedLayerSpec("words", Words, *table, forward_fn=decode)
-    encoder = [
-        Layer(LayerSpec(Encoder, config, i), f"bert.encoder.layer.{i}.") for i in range(config.num_hidden_layers)
-    ]
-    return [
-        Layer(words, "bert.embeddings.word_embeddings."),
-        Layer(LayerSpec(Embeddings, config), "bert.embeddings."),
-        *encoder,
-        Layer(LayerSpec(Heads, config, pair), ""),
-        Layer(decoder, "bert.embeddings.word_embeddings."),
-        Layer(LayerSpec(Bias, config), ""),
-    ]
-
-
-def task_layers(skeleton: Any, *, choices: int) -> list[Layer]:
-    """BERT with the head of a task: ``skeleton`` is Hugging Face's model of it."""
-    config = skeleton.config
-    table = (config.vocab_size, config.hidden_size, config.pad_token_id)
-    return [
-        Layer(LayerSpec(Words, *table), "bert.embeddings.word_embeddings."),
-        Layer(LayerSpec(Embeddings, config), "bert.embeddings."),
-        *(Layer(LayerSpec(Encoder, config, i), f"bert.encoder.layer.{i}.") for i in range(config.num_hidden_layers)),
-        Layer(LayerSpec(TaskHead, skeleton, choices), ""),
-    ]
+    if hasattr(skeleton, "cls"):
+        # DeepSpeed saves a tied weight only for a layer without forward_fn (PipelineModule.save_state_dict).
+        words = TiedLayerSpec("words", Words, *table)
+        heads = [
+            PipeLayer(LayerSpec(Heads, config, hasattr(skeleton.cls, "seq_relationship")), ""),
+            PipeLayer(TiedLayerSpec("words", Words, *table, forward_fn=decode), name),
+            PipeLayer(LayerSpec(Bias, config), ""),
+        ]
+    else:
+        words, heads = LayerSpec(Words, *table), [PipeLayer(LayerSpec(TaskHead, skeleton, choices), "")]
+    encoder = (
+        PipeLayer(LayerSpec(Encoder, config, i), f"bert.encoder.layer.{i}.") for i in range(config.num_hidden_layers)
+    )
+    return [PipeLayer(words, name), PipeLayer(LayerSpec(Embeddings, config), "bert.embeddings."), *encoder, *heads]
 
 
 class Pipe(PipelineModule):  # type: ignore[misc]
     """DeepSpeed's module, cut where it is told to, that knows its parameters' names at Hugging Face."""
 
-    def __init__(self, layers: Sequence[Layer], parts: list[int], skeleton: Any, stages: int) -> None:
+    def __init__(self, layers: Sequence[PipeLayer], parts: list[int], skeleton: Any, stages: int) -> None:
         self.layers = layers
         self.chosen_parts = parts
         super().__init__([layer.spec for layer in layers], num_stages=stages)
@@ -206,7 +197,7 @@ class DualPipe(DualPipeVModule, Pipe):  # type: ignore[misc]
     """The same for DualPipeV, where each rank holds two of twice as many stages."""
 
 
-def build_pipeline(run: Any, task: Any) -> Pipe:
+def build_pipeline(run: Run, task: Described) -> Pipe:
     """This rank's stage of the task's model, on the device; its weights are still to be filled in."""
     config = run.config.pipeline
     with torch.device("meta"), no_init_weights():
@@ -216,19 +207,16 @@ def build_pipeline(run: Any, task: Any) -> Pipe:
             f"pipeline.stages={config.stages}: only a BERT is cut into stages, and model.weights="
             f"{run.config.model.weights} is another model. Use pipeline=none."
         )
-    if hasattr(skeleton, "cls"):
-        layers = pretraining_layers(task.hf_config, pair=hasattr(skeleton.cls, "seq_relationship"))
-    else:
-        layers = task_layers(skeleton, choices=task.choices)
+    layers = pipe_layers(skeleton, task.choices)
     chunks = config.stages * (2 if config.schedule == "dualpipev" else 1)
-    parts = partition(layers, config.partition, chunks, run, task)
+    parts = partition(layers, config.partition, chunks, task)
     with no_init_weights():
         model = (DualPipe if config.schedule == "dualpipev" else Pipe)(layers, parts, skeleton, config.stages)
     run.console.print(f"Pipe stages begin at layers {', '.join(map(str, parts[:-1]))} of {len(layers)}.")
     return model
 
 
-def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: Any) -> list[int]:
+def partition(layers: Sequence[PipeLayer], how: str | tuple[int, ...], stages: int, task: Described) -> list[int]:
     """The first layer of each stage, and the number of layers. Raises ConfigError for a stage without any."""
     blocks = len(layers) - heads(layers) + 1
     if how == "uniform":
@@ -236,7 +224,8 @@ def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: An
     elif how == "parameters":
         parts = partition_balanced(_merged(parameters(layers), blocks), num_parts=stages)
     elif how == "time":
-        parts = partition_balanced(_merged(times(layers, run, task), blocks), num_parts=stages)
+        found = ranks.from_rank0(times(layers, task) if ranks.rank() == 0 else None)
+        parts = partition_balanced(_merged(found, blocks), num_parts=stages)
     else:
         parts = [0, *how, blocks]
     if len(parts) != stages + 1 or any(a >= b for a, b in pairwise(parts)):
@@ -248,7 +237,7 @@ def partition(layers: Sequence[Layer], how: Any, stages: int, run: Any, task: An
     return [*map(int, parts[:-1]), len(layers)]  # some are numpy's
 
 
-def heads(layers: Sequence[Layer]) -> int:
+def heads(layers: Sequence[PipeLayer]) -> int:
     """How many of the last layers are never cut apart: two float tensors between them would need two backwards."""
     return next(i for i, layer in enumerate(reversed(layers)) if layer.spec.typename is Encoder)
 
@@ -257,18 +246,14 @@ def _merged(weights: Sequence[int], blocks: int) -> list[int]:
     return [*weights[: blocks - 1], sum(weights[blocks - 1 :])]
 
 
-def parameters(layers: Sequence[Layer]) -> list[int]:
+def parameters(layers: Sequence[PipeLayer]) -> list[int]:
     """Parameters per layer, the tied ones in both places, as DeepSpeed counts them."""
     with torch.device("meta"), no_init_weights():
         return [sum(p.numel() for p in layer.spec.build().parameters()) for layer in layers]
 
 
-def times(layers: Sequence[Layer], run: Any, task: Any) -> list[int]:
-    """Microseconds that forward and backward of each layer take on one micro-batch: rank 0's, the best of three."""
-    return ranks.from_rank0(_times(layers, run, task) if ranks.rank() == 0 else None)  # type: ignore[no-any-return]
-
-
-def _times(layers: Sequence[Layer], run: Any, task: Any) -> list[int]:
+def times(layers: Sequence[PipeLayer], task: Described) -> list[int]:
+    """Microseconds that forward and backward of each layer take on one micro-batch, the best of three."""
     batch = next(task.train_batches(start_sample=0))
     device = torch.device(ranks.device())
     inputs = tuple(batch[name].to(device) for name in task.inputs)

@@ -67,12 +67,15 @@ class Plan:
 def plan(config: RunConfig, *, world: int | None = None) -> Plan:
     """``world`` ranks, or all devices of the machine. Raises ConfigError and PlanError, a line for each problem."""
     machine, ranks, device = place(config, world)
-    return plan_for(machine, config, model_shape(config), ranks=ranks, device=device)
-
-
-def plan_for(machine: Machine, config: RunConfig, shape: ModelShape, *, ranks: int, device: str) -> Plan:
-    """The same of a known shape on known devices. Raises ConfigError and PlanError."""
+    shape = model_shape(config)
     ds = ds_config.complete(config, world=ranks, device=device, vocab_size=shape.vocab_size)
+    return plan_for(machine, config, ds, shape, ranks=ranks, device=device)
+
+
+def plan_for(
+    machine: Machine, config: RunConfig, ds: Mapping[str, Any], shape: ModelShape, *, ranks: int, device: str
+) -> Plan:
+    """The same of a completed ``ds`` and a known shape, on known devices. Raises PlanError."""
     found = plan_on(machine, config, ds, shape, ranks=ranks, device=device)
     return replace(found, largest_micro=_largest_micro(machine, config, ds, shape, ranks=ranks, device=device))
 

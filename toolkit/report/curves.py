@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.report.figures import COLOURS, save
+from toolkit.report.figures import COLOURS, new, save
 from toolkit.run.files import read_metrics
 
 
@@ -48,15 +48,8 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 def plot(runs: Mapping[str, Path], keys: Sequence[str], stem: Path, title: str = "") -> None:
     """``stem``.png and .svg: a panel for each key, a line for each run."""
-    from matplotlib.figure import Figure
-
-    across = min(len(keys), 3)
-    down = -(-len(keys) // across)
-    figure = Figure(figsize=(4.2 * across, 3.4 * down), layout="constrained")
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for panel in panels[len(keys) :]:
-        panel.set_axis_off()
-    for panel, key in zip(panels, keys, strict=False):
+    figure, panels = new(len(keys), title, across=3, width=4.2, height=3.4)
+    for panel, key in zip(panels, keys, strict=True):
         for colour, (name, run_dir) in zip(COLOURS * len(runs), runs.items(), strict=False):
             steps = curve(run_dir, key)
             panel.plot([s for s, _ in steps], [v for _, v in steps], marker=".", color=colour, label=name)
@@ -64,5 +57,4 @@ def plot(runs: Mapping[str, Path], keys: Sequence[str], stem: Path, title: str =
         panel.set_title(key.replace("_", " ").replace("eval", "held-out"), loc="left", fontsize=10)
     if len(runs) > 1:
         figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     save(figure, stem)

@@ -11,13 +11,20 @@ from typing import Any
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
 
-def new(panels: int, title: str, *, width: float = 4.4, height: float = 3.6) -> tuple[Any, list[Any]]:
-    """A figure of ``panels`` side by side, each ``width`` by ``height`` inches."""
+def new(
+    panels: int, title: str, *, across: int | None = None, width: float = 4.4, height: float = 3.6
+) -> tuple[Any, list[Any]]:
+    """A figure of ``panels``, each ``width`` by ``height`` inches: all side by side, or ``across`` in a row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    across = min(panels, across or panels)
+    down = -(-panels // across)
+    figure = Figure(figsize=(width * across, height * down), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure, list(figure.subplots(1, panels, squeeze=False).flat)
+    places = list(figure.subplots(down, across, squeeze=False).flat)
+    for empty in places[panels:]:
+        empty.set_axis_off()
+    return figure, places[:panels]
 
 
 def save(figure: Any, stem: Path) -> list[Path]:

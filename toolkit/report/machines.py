@@ -1,31 +1,27 @@
 """The devices of conf/machine as a table.
 
-Console().print(table(toolkit.plan.machines.table(), "bf16"))
+Console().print(listing(toolkit.plan.machines.table(), "bf16"))
 """
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
+
+from rich.table import Table
 
 from toolkit.config.schema import Dtype, Machine
 from toolkit.plan.machines import balance
+from toolkit.run.table import table
 
 
-def table(machines: Sequence[Machine], dtype: Dtype) -> Any:
-    """A rich table of 80 columns, a line per machine; what is unknown is blank, FLOP per byte are of ``dtype``."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    shown = Table(
-        title="Of one device; TFLOP/s by input type, dense", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0)
-    )
-    shown.add_column("machine", no_wrap=True)
-    for name in ("year", "GiB", "GB/s", *get_args(Dtype), "FLOP/B"):
-        shown.add_column(name, justify="right", no_wrap=True)
+def listing(machines: Sequence[Machine], dtype: Dtype) -> Table:
+    """80 columns, a line per machine; what is unknown is blank, FLOP per byte are of ``dtype``."""
+    dtypes = get_args(Dtype)
+    columns = {"machine": ""} | dict.fromkeys(("year", "GiB", "GB/s", *dtypes, "FLOP/B"), ">")
+    rows = []
     for m in machines:
-        peaks = (m.peak_tflops.get(d) for d in get_args(Dtype))
-        numbers = (_cell(n) for n in (m.memory_gib, m.bandwidth_gbs, *peaks, balance(m, dtype)))
-        shown.add_row(m.name, str(m.year or ""), *numbers)
-    return shown
+        numbers = (m.memory_gib, m.bandwidth_gbs, *map(m.peak_tflops.get, dtypes), balance(m, dtype))
+        rows.append((m.name, str(m.year or ""), *map(_cell, numbers)))
+    return table(columns, rows, "Of one device; TFLOP/s by input type, dense")
 
 
 def _cell(number: float | None) -> str:

@@ -10,6 +10,7 @@ from toolkit.plan.machines import way_out
 from toolkit.plan.memory import MOMENTS
 from toolkit.plan.paper import zero_bytes, zero_volume
 from toolkit.plan.plan import Plan
+from toolkit.run.table import table
 
 
 def show(plan: Plan, console: Any, *, explain: bool) -> None:
@@ -60,17 +61,8 @@ def _time(plan: Plan, explain: bool) -> Any:
 
 
 def _table(title: str, rows: list[tuple[str, float, str]], explain: bool) -> Any:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=SIMPLE, show_header=False, padding=(0, 1, 0, 0))
-    table.add_column("part", no_wrap=True)
-    table.add_column("number", justify="right", no_wrap=True)
-    if explain:
-        table.add_column("formula", overflow="fold")
-    for name, number, formula in rows:
-        table.add_row(name, f"{number:,.4f}", *([formula] if explain else []))
-    return table
+    columns = {"part": "", "number": ",.4f", **({"formula": ""} if explain else {})}
+    return table(columns, [row[: len(columns)] for row in rows], title, heads=False)
 
 
 def _verdict(plan: Plan) -> list[str]:

@@ -4,8 +4,6 @@ show(search(["model=bert_large", "machine=h100"]), Console(), top=20)
 plot(search(["model=bert_large", "machine=h100"]), Path("layouts"), top=20)     # layouts.png and .svg
 """
 
-import csv
-import io
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +12,8 @@ from typing import Any
 
 from toolkit.plan.machines import way_out
 from toolkit.plan.search import GROUPS, MICRO, Candidate, Search
+from toolkit.run.files import as_csv, replace
+from toolkit.run.table import table
 
 FITTING = {"samples/s": ("samples_per_second", ",.0f"), "MFU": ("mfu", ".0%"), "GiB": ("device_gib", ",.2f"),
            "left": ("left_gib", ",.2f"), "to type": ("overrides", "")}  # fmt: skip
@@ -33,15 +33,8 @@ def as_json(found: Search) -> dict[str, Any]:
 
 def write_csv(found: Search, path: Path) -> Path:
     """A line for each candidate: those that fit, fastest first, then the others."""
-    from toolkit.run.files import replace
-
-    rows = [c.as_row() for c in (*found.fitting, *found.too_large)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, text.getvalue())
+    replace(path, as_csv([c.as_row() for c in (*found.fitting, *found.too_large)]))
     return path
 
 
@@ -87,17 +80,9 @@ def _unknown(found: Search) -> Iterator[str]:
 
 
 def _table(what: str, columns: Mapping[str, tuple[str, str]], rows: Sequence[Mapping[str, Any]], top: int) -> Any:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
+    cells = [[one[key] for key, _ in columns.values()] for one in rows[:top]]
     title = f"{min(top, len(rows))} of {len(rows)} {what}"
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    for name, (_, form) in columns.items():
-        table.add_column(name, justify="right" if form else "left", no_wrap=True)
-    for one in rows[:top]:
-        table.add_row(*(Text(_cell(one[key], form)) for key, form in columns.values()))
-    return table
+    return table({name: form for name, (_, form) in columns.items()}, cells, title, missing="unknown")
 
 
 def _cell(value: Any, form: str) -> str:

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from toolkit.config.schema import RunConfig
-from toolkit.deepspeed import ds_config
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.job import ranks
-from toolkit.plan.plan import Plan
 from toolkit.run.environment import environment
 from toolkit.run.files import as_csv, as_json, as_yaml, read_metrics, replace
 from toolkit.run.terminal import Terminal
@@ -49,42 +47,7 @@ class Run:
         self.config = config
         self.console = console
         self.replica = ranks.replica(stages=config.pipeline.stages, tensor=config.tensor_size)
-        self.monitor: Any = None  # DeepSpeed's MonitorMaster, once the engine has one
-        self.notes: dict[str, float] = {}  # numbers to show beside the held-out results
-        self.plan: Plan | None = None  # on rank 0, where there can be one
-        self.resident_gib: float | None = None  # of this process before the model, where its peak was then forgotten
         self.metrics = directory / "metrics.jsonl"
-        self.steps = config.train.steps or 0  # optimizer steps of the whole run, once lasts() is called
-        self.epoch_steps: int | None = None
-
-    def lasts(self, steps_of: Callable[[float], int]) -> None:
-        """Settle how many steps the run has: a task says how many optimizer steps so many epochs are."""
-        train = self.config.train
-        self.epoch_steps = steps_of(1)
-        by_epochs = train.epochs and steps_of(train.epochs)
-        self.steps = min(n for n in (train.steps, by_epochs) if n)
-        if self.config.schedule.name != "none" and self.config.schedule.warmup > self.steps:
-            raise ConfigError(
-                f"schedule.warmup={self.config.schedule.warmup:g} steps is above the {self.steps} steps of this "
-                "run: the rate would never be reached. Lower it; below 1 it is a share of the steps."
-            )
-        reason = f"train.epochs={train.epochs:g}" if self.steps == by_epochs else f"train.steps={train.steps}"
-        self.console.print(f"{self.steps:,} steps ({reason}), {self.epoch_steps:,} an epoch.", highlight=False)
-
-    @property
-    def eval_every(self) -> int | None:
-        every = self.config.train.eval_every
-        return self.epoch_steps if every == "epoch" else every  # with batch.tokens later epochs differ by a step or so
-
-    def deepspeed(self, vocab_size: int) -> dict[str, Any]:
-        """Exactly what DeepSpeed gets."""
-        return ds_config.complete(
-            self.config,
-            world=ranks.world(),
-            device=ranks.device(),
-            vocab_size=vocab_size,
-            run_dir=self.dir,
-        )
 
     @classmethod
     def open(cls, config: RunConfig) -> "Run":
@@ -130,16 +93,11 @@ class Run:
             replace(folder / "config.json", as_json(described))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one flat record to metrics.jsonl and to DeepSpeed's monitors."""
-        if ranks.rank() != 0:
-            return
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
-        if self.monitor is not None and self.monitor.enabled:
-            step = record["step"]
-            numbers = {k: v for k, v in finite.items() if isinstance(v, int | float) and k != "step"}
-            self.monitor.write_events([(f"toolkit/{key}", value, step) for key, value in numbers.items()])
+        """Append one flat record to metrics.jsonl."""
+        if ranks.rank() == 0:
+            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(finite) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds; a last line cut off by a kill is left out."""

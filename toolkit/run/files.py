@@ -31,7 +31,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> st
     """A header and a line for each row: all of the first row's keys, which the others share, or only ``columns``."""
     text = io.StringIO()
     keys = columns or list(rows[0] if rows else ())
-    writer = csv.DictWriter(text, keys, extrasaction="ignore" if columns else "raise")
+    writer = csv.DictWriter(text, keys, extrasaction="ignore" if columns else "raise", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

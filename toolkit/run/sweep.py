@@ -9,9 +9,7 @@ A job is named by its overrides, so that started again it resumes its checkpoint
 ``<output_dir>/sweep`` (or hydra.sweep.dir) holds a file for each job, and the table of them all, sweep.csv.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import platform
@@ -25,7 +23,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from toolkit.errors import LOST, OutOfMemory, Stopped, ToolkitError
-from toolkit.run.files import replace
+from toolkit.run.files import as_csv, replace
 
 KILLED = "killed (out of memory?)"
 STATES = {
@@ -116,12 +114,8 @@ def finish(wait: bool = True) -> int:
     common = set.intersection(*(set(r["overrides"]) for r in records)) if len(records) > 1 else set()
     for record in records:
         record["overrides"] = " ".join(o for o in record["overrides"] if o not in common)
-    text = io.StringIO()
     columns = ("number", "state", "code", "seconds", "host", "run", "overrides")
-    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(records)
-    replace(Begin.folder / "sweep.csv", text.getvalue())
+    replace(Begin.folder / "sweep.csv", as_csv(records, columns))
     wrong = [r for r in records if r["state"] != "done"]
     print(f"{len(records) - len(wrong)} of {len(records)} jobs done: {Begin.folder / 'sweep.csv'}")
     for record in wrong:

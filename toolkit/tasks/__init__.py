@@ -1,18 +1,19 @@
 """What a model learns: its data, its model, its losses and metrics; one file per kind of task."""
 
 from importlib import import_module
-from typing import Any
 
 from toolkit.config.kinds import KINDS
-from toolkit.config.schema import RunConfig
+from toolkit.run.directory import Run
+from toolkit.tasks.task import Task
 
 
-def kind(config: RunConfig) -> Any:
-    """The class that ``task.kind`` names."""
-    module, name = KINDS[config.task.kind].task.split(":")
-    return getattr(import_module(module), name)
+def task_class(kind: str) -> type[Task]:
+    """The class of a kind of task."""
+    module, name = KINDS[kind].task.split(":")
+    found: type[Task] = getattr(import_module(module), name)
+    return found
 
 
-def build_task(run: Any) -> Any:
+def build_task(run: Run) -> Task:
     """The run's task, its data prepared."""
-    return kind(run.config)(run)
+    return task_class(run.config.task.kind)(run)

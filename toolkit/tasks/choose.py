@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from torch.nn.functional import cross_entropy
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.encoded import IGNORED, Sample
+from toolkit.data.batch import IGNORED
+from toolkit.data.encoded import Sample
+from toolkit.run.directory import Run
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
+from toolkit.tasks.finetune import Finetune, Rows, softmax, tsv
 
 
 class Choose(Finetune):
@@ -18,13 +19,13 @@ class Choose(Finetune):
     models = "MODEL_FOR_MULTIPLE_CHOICE_MAPPING"
     label_names = ("choice",)
 
-    @property
-    def choices(self) -> int:  # type: ignore[override]
-        return len(self.config.data.columns.endings)
+    def __init__(self, run: Run) -> None:
+        self.choices = len(run.config.data.columns.endings)
+        super().__init__(run)
 
     @classmethod
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
-        for number, example in enumerate(examples):
+        for example in examples:
             found = tokenizer(
                 [example.prompt] * len(example.endings),
                 list(example.endings),
@@ -33,12 +34,7 @@ class Choose(Finetune):
                 return_token_type_ids=True,
             )
             sequences = list(zip(found["input_ids"], found["token_type_ids"], strict=True))
-            yield Sample(sequences, [IGNORED if example.label is None else example.label], number)
-
-    def losses(self, outputs: Batch, batch: Batch) -> Batch:
-        return {
-            "loss": cross_entropy(outputs["logits"].float(), batch["labels"], ignore_index=IGNORED, reduction="sum")
-        }
+            yield Sample(sequences, [IGNORED if example.label is None else example.label])
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
         gold = np.array([self.examples(split)[i].label for i in said])

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import mse_loss
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.encoded import IGNORED, Sample
+from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Batch, Finetune, Rows, softmax, tsv
+from toolkit.tasks.finetune import Finetune, Rows, softmax, tsv
 
 
 class Sentences(Finetune):
@@ -25,12 +26,10 @@ class Sentences(Finetune):
         pairs = bool(examples) and examples[0].text_pair is not None
         texts = ([e.text for e in examples], [e.text_pair for e in examples] if pairs else None)
         found = tokenizer(*texts, truncation=True, max_length=config.data.max_length, return_token_type_ids=True)
-        for number, (example, ids, types) in enumerate(
-            zip(examples, found["input_ids"], found["token_type_ids"], strict=True)
-        ):
+        for example, ids, types in zip(examples, found["input_ids"], found["token_type_ids"], strict=True):
             nothing = math.nan if cls.float_labels else IGNORED
             label = nothing if example.label is None else example.label
-            yield Sample([(ids, types)], [label], number)
+            yield Sample([(ids, types)], [label])
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
         gold = np.array([self.examples(split)[i].label for i in said])
@@ -60,11 +59,6 @@ class Sentences(Finetune):
 
 class Classify(Sentences):
     """One of several classes."""
-
-    def losses(self, outputs: Batch, batch: Batch) -> Batch:
-        return {
-            "loss": cross_entropy(outputs["logits"].float(), batch["labels"], ignore_index=IGNORED, reduction="sum")
-        }
 
     def decide(self, logits: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(logits.argmax(-1))

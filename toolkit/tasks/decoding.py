@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from toolkit.data.pair_batches import dealt
+from toolkit.data.order import Split
 from toolkit.job import ranks
 
 
@@ -44,8 +44,8 @@ def translate(
     config = _generation_config(model, special, decoding)
     found: dict[int, list[int]] = {}
     lengths = np.array([len(source) for source in sources])
-    for batches in watch(dealt(lengths, size, replica.world)):
-        indices = batches[replica.rank]
+    for keys in watch(Split(size, size, replica.rank, replica.world).held_out(lengths)):
+        indices = [index for index in keys[:, 1].tolist() if index >= 0]
         if not indices and not synced:
             continue
         ids, mask = _inputs([sources[i] for i in indices or [0]], special.pad, model.device)

@@ -5,74 +5,70 @@ and how the model's outputs become predictions.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import AutoConfig
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer
 
 from toolkit.config.schema import RunConfig
-from toolkit.data import encoded, labelled
-from toolkit.data.encoded import IGNORED, Encoded, Sample
-from toolkit.data.grouping import Batches
+from toolkit.data import labelled, loader
+from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.encoded import Encoded, Sample
+from toolkit.data.order import Grouped
+from toolkit.data.prepared import Prepared
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
 from toolkit.models.build import bert_config, read_config
 from toolkit.plan import flops
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
+from toolkit.tasks.task import Evaluates, Task, Watch, summed_loss
 
-Batch = dict[str, Tensor]
-Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
 Rows = dict[int, Any]  # sample -> what the model said of it
 
 
-class Finetune:
-    """The loss is a sum over what was predicted; the engine divides by the global batch's count."""
+class Finetune(Task):
+    """The body may be of any weights; the head is drawn."""
 
-    labels: tuple[str, ...] = ("labels", "index", "attention_mask")
+    labels = ("labels", "index", "attention_mask")
     outputs: tuple[str, ...] = ("logits",)
-    predicted, judged = ("loss",), ()
     new_head = True
+    prepares = "rows"
     models: str  # transformers' table of model classes
     label_names: tuple[str, ...] = ()  # of the head's outputs, where the data has none
-    choices = 1
     float_labels = per_token = False
 
     def __init__(self, run: Run) -> None:
-        config = self.config = run.config
-        self.run = run
+        super().__init__(run)
+        config = self.config
         metrics.check(config.task)
         self.best = config.task.best or config.task.metrics[0]
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
-        self.prepared = ranks.in_turn(lambda: self.prepare(config))
-        self.tokenizer = self.prepared.tokenizer
+        self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
+        self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         self.vocab_size = self.prepared.vocab_size
-        self.names = self.prepared.labels or self.label_names
+        self.names = tuple(self.prepared.facts["labels"]) or self.label_names
         self.hf_config = self._hf_config()
         self.model_class = self._model_class()
         takes = ("input_ids", "attention_mask", "token_type_ids")
         self.inputs = takes if "token_type_ids" in self.tokenizer.model_input_names else takes[:2]
-        run.write_model(self.hf_config, self.model_class.__name__, self.prepared.tokenizer_folder)
+        run.write_model(self.hf_config, self.model_class.__name__, self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
-        self.train = self._split("train")
-        size = config.batch.global_size
-        self.order = Batches(self.train.lengths, config.seed, size=size, grouped=config.data.group_by_length)
-        run.lasts(self.order.steps)
         fixed = config.data.padding == "max_length" or config.pipeline.stages > 1  # a pipeline needs one shape
         self.width = config.data.max_length if fixed else None
-        self.split = encoded.Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
+        train, grouped = self._split("train"), config.data.group_by_length
+        self.learns(train, Grouped(train.lengths, config.seed, size=config.batch.global_size, grouped=grouped))
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
         for line in self.prepared.notes:
             run.console.print(line)
 
     @classmethod
-    def prepare(cls, config: RunConfig) -> labelled.Prepared:
-        """The data of all splits, read, checked and tokenised; found in the cache the next time."""
+    def prepare(cls, config: RunConfig, console: Console) -> Prepared:
         return labelled.prepare(config, functools.partial(cls.encode, config), float_labels=cls.float_labels)
 
     # What a kind of task says of itself ------------------------------------------------------------------------------
@@ -83,8 +79,8 @@ class Finetune:
         raise NotImplementedError
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
-        """``loss``, summed over what was predicted."""
-        raise NotImplementedError
+        """``loss``: the cross-entropy of classes."""
+        return {"loss": summed_loss(outputs["logits"], batch["labels"])}
 
     def rows(self, outputs: Batch, batch: Batch) -> Iterable[NDArray[Any]]:
         """What the model says of each sample, in the order of the batch: float32."""
@@ -100,18 +96,8 @@ class Finetune:
 
     # What they share -------------------------------------------------------------------------------------------------
 
-    def train_batches(self, start_sample: int) -> Iterator[Batch]:
-        """This rank's micro-batches from the step that ``start_sample`` begins."""
-        step = start_sample // self.split.global_size
-        pad = self.prepared.pad_id
-        return encoded.train_batches(self.train, self.order, self.split, start_step=step, pad_id=pad, width=self.width)
-
-    def correct(self, outputs: Batch, batch: Batch) -> Batch:
-        """Nothing: metrics come from :meth:`evaluate`."""
-        return {}
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """What this micro-batch holds: labels, samples, tokens without and with padding, squares of the lengths."""
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Labels, samples, tokens without and with padding, squares of the lengths."""
         lengths = batch["attention_mask"][batch["index"] >= 0].sum(-1)
         return {
             "loss": self.count(batch),
@@ -128,7 +114,7 @@ class Finetune:
         """Forward and backward of real tokens; the head on top is too small to count."""
         return flops.encoder(self.hf_config, tokens=counts["tokens"], squares=counts["squares"])
 
-    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
+    def evaluate(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """Losses and metrics of each held-out split; the first one's have plain names."""
         results: dict[str, float] = {}
         for number, name in enumerate(self.prepared.names("eval")):
@@ -138,7 +124,7 @@ class Finetune:
             results |= {f"{prefix}{key}": value for key, value in {**means, **scores}.items()}
         return results
 
-    def predict(self, engine: Any, watch: Watch) -> None:
+    def predict(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """Write what the model says of the held-out splits, and of the test splits."""
         for name in self.prepared.names("test"):
             self._run(engine, watch, name)
@@ -148,8 +134,9 @@ class Finetune:
             stem = "predictions" if [name] == held_out[:1] else f"predictions.{name}"
             for suffix, text in files.items():
                 self.run.write_text(f"{stem}.{suffix}", text)
+        return {}
 
-    def _run(self, engine: Any, watch: Watch, name: str) -> dict[str, float]:
+    def _run(self, engine: Evaluates, watch: Watch, name: str) -> dict[str, float]:
         """Mean losses of a split; on rank 0, ``_said`` then holds what the model says of every sample."""
         said: Rows = {}
 
@@ -158,22 +145,22 @@ class Finetune:
                 said[index] = row
 
         limit = self.config.train.eval_samples if name.startswith("eval") else None
-        batches = encoded.eval_batches(
-            self._split(name), self.split, limit=limit, pad_id=self.prepared.pad_id, width=self.width
-        )
+        batches = loader.eval_batches(self._split(name), self.split, limit=limit)
         means = engine.evaluate(watch(batches), collect)
         said = {index: row for index, row in said.items() if index >= 0}
         parts = ranks.gathered_on_rank0(said)
         if ranks.rank() == 0:
             self._said[name] = {index: row for part in parts for index, row in sorted(part.items())}
-        return dict(means)
+        return means
 
+    @functools.cache  # noqa: B019 - one task a run
     def examples(self, split: str) -> list[Any]:
-        """The examples of a split as read, on the ranks that ask."""
-        return self.prepared.examples(split)
+        """The examples of a split, read again from where they come: once, on the ranks that ask."""
+        return labelled.read(self.config, split, self.prepared.facts["labels"])
 
     def _split(self, name: str) -> Encoded:
-        return Encoded(self.prepared.path / name, choices=self.choices, per_token=self.per_token)
+        pad_id = self.prepared.pad_id
+        return Encoded(self.prepared.path / name, pad_id, self.choices, self.per_token, self.width)
 
     def _hf_config(self) -> Any:
         config, vocab_size, pad_id = self.config, self.vocab_size, self.prepared.pad_id

@@ -1,70 +1,58 @@
 """A linear regression by mean absolute, squared or Huber's error, whose optimum is known: what training must reach."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from toolkit.data import regression
-from toolkit.data.draws import Shuffle
-from toolkit.data.encoded import Split
+from toolkit.data.batch import Batch
+from toolkit.data.order import Rounds, filled, keyed
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
 from toolkit.models.linear import LinearConfig, LinearRegression, Optimum, optimum
 from toolkit.run.directory import Run
+from toolkit.tasks.task import Evaluates, Task, Watch
 
-Batch = dict[str, Tensor]
-Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
 # Numbers that the optimum is computed from, at most: 1 GiB of least squares, half a minute of linear programme.
 MOST = {"mse": 2**27, "huber": 2**25, "mae": 2**22}
 SOME = 2**20  # training rows that means and deviations are of, and train_loss where the optimum is unknown
 
 
-class Linear:
+class Linear(Task):
     """Features and target are standardised, so that one learning rate suits every table; records have its units."""
 
     inputs, labels, outputs = ("features",), ("target", "real"), ("predicted",)
-    predicted, judged = ("loss",), ()
-    new_head = False
-    best = None
-    vocab_size = 1  # of no vocabulary
     model_class = LinearRegression
 
     def __init__(self, run: Run) -> None:
-        config = self.config = run.config
-        self.run, self.kind = run, config.task.loss
+        super().__init__(run)
+        config = self.config
+        self.kind = config.task.loss
         self.table = ranks.agreed(lambda: regression.read(config.data, config.seed))
-        self.parts = regression.Split(self.table.size, config.data.holdout)
-        self.moments = _moments(self.table, *self._rows("train", np.arange(min(self.parts.train, SOME))))
+        self.parts = regression.Parts(self.table.size, config.data.holdout)
+        self.moments = _moments(
+            self.table, *self.table.take(self.parts.rows("train", np.arange(min(self.parts.train, SOME))))
+        )
         self.width = len(self.table.names)
         self.padded = -(-self.width // config.tensor_size) * config.tensor_size  # columns of zeros learn nothing
         mean, std, target_mean, target_std = self.moments
+        self.unit = target_std if self.kind == "mae" else target_std**2  # records are in the target's
         units = {"mean": mean.tolist(), "std": std.tolist(), "target_mean": target_mean, "target_std": target_std}
         # Kept with the checkpoints, so that none is gone on with by another loss
         loss = {"loss": self.kind, "huber_delta": config.task.huber_delta if self.kind == "huber" else None}
         table = {"names": list(self.table.names), "target": self.table.target, **units, **loss}
         self.hf_config = LinearConfig(self.padded, table)
         run.write_model(self.hf_config, LinearRegression.__name__)
-        size = config.batch.global_size
-        self.per_epoch = -(-self.parts.train // size)
-        run.lasts(lambda epochs: max(1, round(epochs * self.per_epoch)))
-        self.split = Split(size, config.batch.micro_size, run.replica.rank, run.replica.world)
+        self.learns(self._rows("train"), Rounds(self.parts.train, config.seed, config.batch.global_size))
         skipped = getattr(self.table, "skipped", 0)
         run.console.print(
             f"{self.parts.train:,} rows of {self.width} features to train on, {self.parts.held_out:,} held out"
             + f", {skipped:,} skipped" * bool(skipped),
             highlight=False,
         )
-
-    @property
-    def unit(self) -> float:
-        """What losses of the standardised target are multiplied by in records, to be in the target's units."""
-        std = self.moments[3]
-        return std if self.kind == "mae" else std**2
 
     @cached_property
     def optimum(self) -> Optimum | None:
@@ -78,48 +66,21 @@ class Linear:
         return found
 
     def _optimum(self) -> Optimum:
-        x, y = self._standardised("train", np.arange(self.parts.train))
+        x, y = self._rows("train").take(np.arange(self.parts.train))
         return optimum(self.kind, x, y, self.config.task.huber_delta)
 
     # Rows to batches -------------------------------------------------------------------------------------------------
 
-    def _rows(self, part: str, positions: NDArray[np.int64]) -> tuple[Any, Any]:
-        return self.table.take(self.parts.rows(part, positions))
-
-    def _standardised(self, part: str, positions: NDArray[np.int64]) -> tuple[Any, Any]:
-        x, y = self._rows(part, positions)
-        mean, std, target_mean, target_std = self.moments
-        return (x - mean) / std, (y - target_mean) / target_std
-
-    def _batch(self, part: str, positions: NDArray[np.int64]) -> Batch:
-        """``features`` [rows, features], ``target`` [rows], ``real`` [rows]: 0 for one that fills a gap."""
-        x, y = self._standardised(part, np.maximum(positions, 0))
-        x = np.pad(x, ((0, 0), (0, self.padded - self.width)))
-        return {
-            "features": torch.from_numpy(np.ascontiguousarray(x, np.float32)),
-            "target": torch.from_numpy(y.astype(np.float32)),
-            "real": torch.from_numpy((positions >= 0).astype(np.float32)),
-        }
-
-    def train_batches(self, start_sample: int) -> Iterator[Batch]:
-        """This rank's micro-batches from the step that ``start_sample`` begins; an epoch's last step may be smaller."""
-        step = start_sample // self.split.global_size
-        while True:
-            epoch, number = divmod(step, self.per_epoch)
-            order = Shuffle(self.parts.train, self.config.seed, epoch)
-            first = number * self.split.global_size
-            chosen = order(np.arange(first, min(first + self.split.global_size, self.parts.train)))
-            for mine in self.split.micro_batches(chosen):
-                yield self._batch("train", mine)
-            step += 1
+    def _rows(self, part: str) -> regression.Standardised:
+        return regression.Standardised(self.table, self.parts, part, *self.moments, self.padded)
 
     def _eval_batches(self, part: str) -> Iterator[Batch]:
-        size, limit = self.parts.held_out, self.config.train.eval_samples
+        rows, size, limit = self._rows(part), self.parts.held_out, self.config.train.eval_samples
         if part == "train":
             size, limit = self.parts.train, None if self.optimum else SOME
         for positions in regression.chunks(min(size, limit or size), of=1024 * self.split.world):
             mine = np.array_split(positions, self.split.world)[self.split.rank]
-            yield self._batch(part, mine if len(mine) else np.array([-1]))
+            yield rows[filled(keyed(0, mine), 1)]
 
     # What the engine asks --------------------------------------------------------------------------------------------
 
@@ -133,9 +94,6 @@ class Linear:
         delta = self.config.task.huber_delta
         return {"loss": torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="sum", delta=delta)}
 
-    def correct(self, outputs: Batch, batch: Batch) -> Batch:
-        return {}
-
     def counts(self, batch: Batch) -> dict[str, float]:
         """Rows and their bytes in fp32 with the target, of all ranks that share the columns."""
         rows = int(batch["real"].sum())
@@ -145,15 +103,12 @@ class Linear:
         """Multiply and add once for the prediction, once for the weights' gradient."""
         return 4 * counts["sequences"] * self.width
 
-    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
+    def evaluate(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """``loss`` on what is held out, ``train_loss`` on the training rows, and ``optimum_loss``, the least there."""
         found = {"loss": engine.evaluate(watch(self._eval_batches("eval")))} if self.parts.held_out else {}
         found["train_loss"] = engine.evaluate(watch(self._eval_batches("train")))
         result = {name: means["loss"] for name, means in found.items()}
         return result | ({"optimum_loss": self.unit * self.optimum.loss} if self.optimum else {})
-
-    def predict(self, engine: Any, watch: Watch) -> None:
-        """Nothing: the coefficients are all there is."""
 
     def coefficients(self, weights: Any, intercept: float) -> dict[str, float]:
         """Weights [features] and intercept of the standardised model in the table's units, by name."""

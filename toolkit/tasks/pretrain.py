@@ -1,40 +1,41 @@
 """Masked LM with next sentence prediction (or sentence order, or neither) on prepared text."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from rich.console import Console
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from toolkit import data
+from toolkit.config.schema import RunConfig
+from toolkit.data import loader, text
+from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.masked import MaskedText
+from toolkit.data.order import Stream
+from toolkit.data.prepared import Prepared
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
-from toolkit.models.build import model_config
+from toolkit.models.build import class_name, model_config
 from toolkit.models.pretraining import MODELS
 from toolkit.plan import flops
 from toolkit.run.directory import Run
-
-Batch = dict[str, Tensor]
-Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
-IGNORED = -100
+from toolkit.tasks.task import Task, summed_loss
 
 
-class Pretrain:
-    """Each loss is a sum over what was predicted; the engine divides by the global batch's count."""
+class Pretrain(Task):
+    """Of weights all heads are used, and no metric chooses between checkpoints: the last is the one."""
 
     inputs = ("input_ids", "attention_mask", "token_type_ids", "mlm_positions")
     labels = ("mlm_labels", "nsp_labels")
-    outputs = ("mlm", "pair")  # the model's, in the order of a pipeline's
-    new_head = False  # weights without its heads are refused
-    best = None  # no metric chooses between checkpoints: the last is the one
+    outputs = ("mlm", "pair")
+    prepares = "corpus"
 
     def __init__(self, run: Run) -> None:
-        config = self.config = run.config
-        self.replica = run.replica
+        super().__init__(run)
+        config = self.config
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
-        self.prepared = ranks.in_turn(lambda: data.prepare(config, console=run.console, progress=ranks.rank() == 0))
-        data.require(self.prepared, config.batch.global_size)
+        self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
+        train, size = self._dataset("train"), config.batch.global_size
+        text.require(len(train), size)
         self.vocab_size = self.prepared.vocab_size
         if config.model.vocab_size not in (None, self.vocab_size):
             raise ConfigError(
@@ -53,56 +54,30 @@ class Pretrain:
                 f"{self.hf_config.num_attention_heads} heads of model.weights={config.model.weights}. Lower it."
             )
         self.model_class = MODELS[config.task.objective]
-        run.write_model(self.hf_config, self.model_class.saved_as, self.prepared.tokenizer)
+        run.write_model(self.hf_config, class_name(self.model_class), self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
-        if self.prepared.eval_samples:
-            run.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
+        if len(self._dataset("eval")):
+            self.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
-        self.predicted = ("mlm", self.pair) if self.pair else ("mlm",)  # the names of losses and of their counts
-        self.judged = self.predicted  # those with an accuracy
-        samples, size = self.prepared.train_samples, config.batch.global_size
-        run.lasts(lambda epochs: max(1, round(epochs * samples / size)))
+        self.predicted = self.judged = ("mlm", self.pair) if self.pair else ("mlm",)
+        self.learns(train, Stream(len(train), config.seed, size))
         self.flops = flops.bert(self.hf_config, vocab_size=self.vocab_size, length=config.data.max_length)
 
-    def train_batches(self, start_sample: int) -> Iterator[Batch]:
-        """This rank's micro-batches from the sample at ``start_sample`` of the endless stream."""
-        batch = self.config.batch
-        return data.train_batches(
-            self._dataset("train"),
-            start_sample=start_sample,
-            global_size=batch.global_size,
-            micro_size=batch.micro_size,
-            rank=self.replica.rank,
-            world=self.replica.world,
-            workers=self.config.data.workers,
-        )
+    @classmethod
+    def prepare(cls, config: RunConfig, console: Console) -> Prepared:
+        return text.prepare(config, console=console, progress=ranks.rank() == 0)
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out samples, the same ones and the same masks each time."""
-        if not self.prepared.eval_samples:
-            return iter(())
-        return data.eval_batches(
-            self._dataset("eval"),
-            micro_size=self.config.batch.micro_size,
-            rank=self.replica.rank,
-            world=self.replica.world,
-            limit=self.config.train.eval_samples,
-        )
+        return loader.eval_batches(self._dataset("eval"), self.split, limit=self.config.train.eval_samples)
 
-    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
-        """Mean losses and accuracies on what is held out."""
-        return engine.evaluate(watch(self.eval_batches()))  # type: ignore[no-any-return]
-
-    def predict(self, engine: Any, watch: Watch) -> None:
-        """Nothing of a pretrained model is worth a file."""
-
-    def _dataset(self, split: str) -> Any:
+    def _dataset(self, split: str) -> MaskedText:
         config = self.config
-        return data.PairDataset(self.prepared, config.data, config.task.objective, config.seed, split)
+        return MaskedText(self.prepared, config.data, config.task.objective, config.seed, split)
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """What this micro-batch holds: predicted tokens, labelled pairs, sequences, tokens without and with padding."""
-        counts = {
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Predicted tokens, labelled pairs, sequences, tokens without and with padding."""
+        counts: dict[str, float] = {
             "mlm": int((batch["mlm_labels"] != IGNORED).sum()),
             "sequences": len(batch["input_ids"]),
             "tokens": int(batch["attention_mask"].sum()),
@@ -112,8 +87,8 @@ class Pretrain:
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         """Summed cross-entropies in nats: ``mlm`` over predicted tokens, ``nsp`` or ``sop`` over pairs."""
-        losses = {"mlm": _sum(outputs["mlm"], batch["mlm_labels"])}
-        return losses | ({self.pair: _sum(outputs["pair"], batch["nsp_labels"])} if self.pair else {})
+        losses = {"mlm": summed_loss(outputs["mlm"], batch["mlm_labels"])}
+        return losses | ({self.pair: summed_loss(outputs["pair"], batch["nsp_labels"])} if self.pair else {})
 
     def correct(self, outputs: Batch, batch: Batch) -> Batch:
         """How many of the predictions are right, under the same names as the losses."""
@@ -125,10 +100,6 @@ class Pretrain:
         sequences = counts["tokens"] / self.config.data.max_length
         pairs = counts.get(self.pair, 0) if self.pair else 0
         return self.flops.step(sequences=sequences, predictions=counts["mlm"], pairs=pairs)
-
-
-def _sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from toolkit.config.schema import RunConfig
 from toolkit.data import windows
+from toolkit.data.batch import Batch
 from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Batch, Finetune, Rows
+from toolkit.tasks.finetune import Finetune, Rows
+from toolkit.tasks.task import summed_loss
 
 
 class SpanQA(Finetune):
@@ -29,10 +30,10 @@ class SpanQA(Finetune):
     @classmethod
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         """A window a sample; its label is the first and the last token of the answer, or twice [CLS]."""
-        for number, (example, cuts) in enumerate(zip(examples, _windows(config, tokenizer, examples), strict=True)):
+        for example, cuts in zip(examples, _windows(config, tokenizer, examples), strict=True):
             answers = [(start, text) for text, start in example.answers]
             for cut in cuts:
-                yield Sample([(cut.input_ids, cut.token_type_ids)], windows.answer_span(cut, answers), number)
+                yield Sample([(cut.input_ids, cut.token_type_ids)], windows.answer_span(cut, answers))
 
     def count(self, batch: Batch) -> int:
         return int((batch["index"] >= 0).sum())
@@ -40,9 +41,7 @@ class SpanQA(Finetune):
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         """The mean of the two cross-entropies, of the first and of the last token."""
         both = [
-            cross_entropy(
-                _without_padding(outputs[name], batch), batch["labels"][:, i], ignore_index=-100, reduction="sum"
-            )
+            summed_loss(_without_padding(outputs[name], batch), batch["labels"][:, i])
             for i, name in enumerate(self.outputs)
         ]
         return {"loss": torch.stack(both).sum() / 2}
@@ -72,8 +71,7 @@ class SpanQA(Finetune):
         """The answer to each question all windows of which were read."""
         examples, task = self.examples(split), self.config.task
         cuts = self._cuts(split)
-        of = self._split(split)["example"]
-        first = np.searchsorted(of, np.arange(len(examples)))
+        first = np.cumsum([0, *map(len, cuts)])  # a window is a sample
         decoded = {}
         for number, example in enumerate(examples):
             mine = range(first[number], first[number] + len(cuts[number]))

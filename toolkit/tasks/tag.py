@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.nn.functional import cross_entropy
-
 from toolkit.config.schema import RunConfig
-from toolkit.data.encoded import IGNORED, Sample
+from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.encoded import Sample
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Batch, Finetune, Rows
+from toolkit.tasks.finetune import Finetune, Rows
 
 
 class Tag(Finetune):
@@ -19,7 +18,7 @@ class Tag(Finetune):
 
     @classmethod
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
-        for number, example in enumerate(examples):
+        for example in examples:
             found = tokenizer(
                 example.words,
                 is_split_into_words=True,
@@ -32,12 +31,7 @@ class Tag(Finetune):
             for word in found.word_ids():
                 labels.append(IGNORED if word is None or word == before else tags[word])
                 before = word
-            yield Sample([(found["input_ids"], found["token_type_ids"])], labels, number)
-
-    def losses(self, outputs: Batch, batch: Batch) -> Batch:
-        logits = outputs["logits"].float()
-        labels = batch["labels"].flatten()
-        return {"loss": cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")}
+            yield Sample([(found["input_ids"], found["token_type_ids"])], labels)
 
     def rows(self, outputs: Batch, batch: Batch) -> list[Any]:
         """The tags that are asked for, of each sentence."""

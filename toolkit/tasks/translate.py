@@ -1,45 +1,44 @@
 """Translation by an encoder-decoder: cross-entropy with label smoothing, beam search, BLEU."""
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from rich.console import Console
 
-from toolkit.data import parallel, subwords
-from toolkit.data.pair_batches import IGNORED, PairBatches
-from toolkit.data.parallel import Split
+from toolkit.config.schema import RunConfig
+from toolkit.data import loader, parallel, subwords
+from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.order import Grouped
+from toolkit.data.prepared import Prepared
 from toolkit.data.tokenizer import vocab_size
+from toolkit.data.translations import Translations
 from toolkit.errors import ConfigError, DataError
 from toolkit.job import ranks
 from toolkit.models import seq2seq
+from toolkit.models.build import class_name
 from toolkit.plan import flops
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
 from toolkit.tasks.decoding import Decoding, translate
-
-Batch = dict[str, Tensor]
-Watch = Callable[[Iterator[Any]], Iterator[Any]]
+from toolkit.tasks.task import Evaluates, Task, Watch, summed_loss
 
 
-class Translate:
+class Translate(Task):
     """The loss is a sum over target tokens; the engine divides by their number in the global batch."""
 
     inputs = ("input_ids", "attention_mask", "decoder_input_ids")
     labels = ("labels",)
     outputs = ("logits",)
-    predicted = ("loss",)
-    judged = ()
+    prepares = "pairs"
 
     def __init__(self, run: Run) -> None:
         from transformers import AutoTokenizer
 
-        config = self.config = run.config
+        super().__init__(run)
+        config = self.config
         metrics.check(config.task)
-        self.run, self.replica = run, run.replica
-        self.prepared = ranks.in_turn(lambda: parallel.prepare(config))
+        self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         _refuse_two_vocabularies(subwords.digest(self.tokenizer))
         self.hf_config = seq2seq.seq2seq_config(config.model, self.tokenizer, vocab_size(self.tokenizer))
@@ -48,18 +47,26 @@ class Translate:
         self.special = seq2seq.special(self.hf_config, self.tokenizer)
         self.vocab_size = seq2seq.shape(self.hf_config).vocab_size
         self._refuse_long()
-        self.splits = self.prepared.splits
+        fixed = config.data.max_length if config.data.padding == "max_length" else 0
+        self.splits = {
+            name: Translations(self.prepared.path / name, self.special.pad, self.special.start, fixed)
+            for name in self.prepared.facts["splits"]
+        }
         self.held_out = {name: split for name, split in self.splits.items() if name.startswith("eval")}
         self.best = f"{_prefix(next(iter(self.held_out)))}{config.task.best or 'bleu'}" if self.held_out else None
-        saved_as = getattr(self.model_class, "saved_as", self.model_class.__name__)
-        run.write_model(self.hf_config, saved_as, self.prepared.tokenizer)
+        run.write_model(self.hf_config, class_name(self.model_class), self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
-        for line in parallel.told(self.prepared.audit):
+        for line in self.prepared.notes:
             run.console.print(line, highlight=False)
         seq2seq.without_cache(self.hf_config)
-        self.batches = PairBatches(config, self.special, run.replica)
-        run.lasts(self.batches.order(self.splits["train"]).steps)
+        batch, train, grouped = config.batch, self.splits["train"], config.data.group_by_length
+        size, tokens = batch.global_size, batch.tokens
+        self.learns(train, Grouped(train.lengths, config.seed, size=size, tokens=tokens, grouped=grouped))
         self.flops = flops.seq2seq(seq2seq.shape(self.hf_config))
+
+    @classmethod
+    def prepare(cls, config: RunConfig, console: Console) -> Prepared:
+        return parallel.prepare(config)
 
     def _refuse_long(self) -> None:
         longest = seq2seq.positions(self.hf_config)
@@ -68,11 +75,7 @@ class Translate:
             if longest is not None and value > longest:
                 raise ConfigError(f"{key}={value}: the model has only {longest} positions. Lower it.")
 
-    def train_batches(self, start_sample: int) -> Iterator[Batch]:
-        """This rank's micro-batches after ``start_sample`` samples, that is whole optimizer steps."""
-        return self.batches.train(self.splits["train"], start_sample // self.config.batch.global_size)
-
-    def counts(self, batch: Batch) -> dict[str, int]:
+    def counts(self, batch: Batch) -> dict[str, float]:
         """Predicted tokens, pairs, tokens of both sides with and without padding, and what FLOPs depend on."""
         source, target = batch["attention_mask"].sum(1), (batch["labels"] != IGNORED).sum(1)
         real = target > 0  # a batch without pairs holds one that counts nothing
@@ -93,28 +96,25 @@ class Translate:
         smoothing = self.config.task.label_smoothing if torch.is_grad_enabled() else 0.0
         return {"loss": summed_loss(outputs["logits"], batch["labels"], smoothing)}
 
-    def correct(self, outputs: Batch, batch: Batch) -> Batch:
-        return {}
-
     def useful_flops(self, counts: dict[str, float]) -> float:
-        """Forward and backward of real tokens; padding is no use to anyone."""
+        """Forward and backward of real tokens."""
         return self.flops.step(counts | {"target": counts["loss"]})
 
-    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
+    def evaluate(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """Loss in nats a target token, perplexity and BLEU of ``task.eval_beams`` on the held-out pairs."""
         result: dict[str, float] = {}
         limit, task = self.config.train.eval_samples, self.config.task
         for name, split in self.held_out.items():
             prefix = _prefix(name)
-            loss = engine.evaluate(watch(self.batches.held_out(split, limit)))["loss"]
+            loss = engine.evaluate(watch(loader.eval_batches(split, self.split, limit=limit)))["loss"]
             texts = self._translated(engine, split, limit, task.eval_beams, watch)
             bleu = metrics.bleu(texts, [target for _, target in split.texts[:limit]])
             found = {"loss": loss, "perplexity": math.exp(min(loss, 100)), "bleu": bleu.score}
             result |= {f"{prefix}{key}": value for key, value in found.items()}
         return result
 
-    def predict(self, engine: Any, watch: Watch) -> None:
-        """Translate every held-out and test pair with ``task.beams``: predictions.*, samples.md, BLEU."""
+    def predict(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
+        """Translate every held-out and test pair with ``task.beams``: predictions.*, samples.md. Returns BLEU."""
         run, task = self.run, self.config.task
         facts: dict[str, Any] = {}
         samples: list[str] = []
@@ -130,24 +130,21 @@ class Translate:
                 "beams": task.beams, "length_penalty": task.length_penalty,
             }  # fmt: skip
             samples += _samples(name, split.texts, texts)
-            run.notes[f"{name} BLEU, {task.beams} beams"] = bleu.score
+            self.notes[f"{name} BLEU, {task.beams} beams"] = bleu.score
             run.console.print(f"{name}: BLEU {bleu.score:.2f}  {bleu.signature}", highlight=False)
         if facts:
-            run.log({"step": self._evaluated_step()} | {self._key(name): f["bleu"] for name, f in facts.items()})
             run.write_json("predictions.json", facts)
             run.write_text("samples.md", "\n".join(samples))
-
-    def _evaluated_step(self) -> int:
-        """That of the weights in use: the best step's evaluation is the last record with one."""
-        steps = [r["step"] for r in self.run.records() if f"eval_{self.best}" in r]
-        return int(steps[-1]) if steps else self.run.steps
+        return {self._key(name): found["bleu"] for name, found in facts.items()}
 
     def _key(self, split: str) -> str:
         """``test_bleu``; a held-out set has a BLEU of ``task.eval_beams`` already: ``eval_bleu_4_beams``."""
         split = split.replace(".", "_")
         return f"{split}_bleu" if split.startswith("test") else f"{split}_bleu_{self.config.task.beams}_beams"
 
-    def _translated(self, engine: Any, split: Split, limit: int | None, beams: int, watch: Watch) -> list[str]:
+    def _translated(
+        self, engine: Evaluates, split: Translations, limit: int | None, beams: int, watch: Watch
+    ) -> list[str]:
         task = self.config.task
         number = len(split) if limit is None else min(limit, len(split))
         engine.ds.eval()
@@ -162,16 +159,6 @@ class Translate:
             watch=watch,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def summed_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy against ``1 - smoothing`` for the label plus ``smoothing`` spread evenly over the vocabulary.
-
-    logits [pairs, target, vocabulary], labels [pairs, target] with -100 where there is nothing to predict
-    (Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4).
-    """
-    flat, wanted = logits.float().flatten(0, 1), labels.flatten()
-    return cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
 
 
 def _prefix(split: str) -> str:

@@ -1,34 +1,34 @@
 """The loop: train, log, evaluate, save, and stop cleanly when asked to.
 
-fit(engine, task, run)
+fit(engine, task, run, plan)
 """
 
 import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
 from toolkit.checkpoint import checkpoint
 from toolkit.engine.pipe_events import Timeline, bubble_share, formula
-from toolkit.engine.plain import Batch, Engine, Step, loss_key
+from toolkit.engine.plain import Engine, Step, loss_key
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.job import ranks, watchdog
-from toolkit.run import own_plan
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
+from toolkit.tasks.task import Task, Watch
+from toolkit.train import console, own_plan
 from toolkit.train.meter import Meter
 
 
-def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
+def fit(engine: Engine, task: Task, run: Run, plan: own_plan.OwnPlan) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint if there is one. Returns the evaluation of the best weights."""
-    config, total = run.config, run.steps
+    config, total = run.config, task.steps
+    # with batch.tokens later epochs differ by a step or so
+    eval_every = task.epoch_steps if config.train.eval_every == "epoch" else config.train.eval_every
     watchdog.expect(config.train.hang_minutes)
     state = checkpoint.resume(run, engine)
     step, samples = state.step, state.samples
@@ -42,7 +42,7 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     watch = functools.partial(watched, minutes=config.train.hang_minutes)
     batches = watch(task.train_batches(start_sample=samples))
     result: dict[str, Any] = {}
-    with stop_signals() as stopping, progress(run, step, total) as bar:
+    with stop_signals() as stopping, console.progress(run.console, step, total) as bar:
         while step < total and not best.ended:
             logged = due(step + 1, config.train.log_every, total) or step == 0
             done = engine.train_batch(batches, stop=stopping(), trace=logged)
@@ -51,10 +51,10 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
             meter.add(done)
             bar(step)
             if logged:
-                log(run, engine, meter, step, done)
+                log(run, engine, meter, total, step, done)
             with meter.paused():
                 result = {}
-                wanted = (run.eval_every and step % run.eval_every == 0) or (step == total and task.best)
+                wanted = (eval_every and step % eval_every == 0) or (step == total and task.best)
                 if wanted and not done.stop:  # launchers give the ranks 30 s to save
                     result = evaluate(engine, task, run, step, watch)
                     best = find_best(run, task, step)
@@ -66,11 +66,14 @@ def fit(engine: Engine, task: Any, run: Run) -> dict[str, Any]:
     if best.step not in (None, step):
         checkpoint.load_best(run, engine, best.step)
         result = {}
-    result = result or evaluate(engine, task, run, step if best.step is None else best.step, watch)
-    task.predict(engine, watch)
+    step = step if best.step is None else best.step
+    result = result or evaluate(engine, task, run, step, watch)
+    if predicted := task.predict(engine, watch):
+        record(run, engine, {"step": step, **predicted})
     watchdog.expect(None)
-    own_plan.finish(run, meter.peak_gib, meter.overall())
-    summarise(run, meter, result)
+    own_plan.finish(run, plan, meter.peak_gib, meter.overall())
+    if (summary := console.summary(run, task.notes, meter, result)) is not None:
+        run.console.print(summary, f"Run directory: {run.dir}", sep="\n")
     return result
 
 
@@ -82,7 +85,7 @@ class Best:
     ended: bool = False
 
 
-def find_best(run: Run, task: Any, now: int) -> Best:
+def find_best(run: Run, task: Task, now: int) -> Best:
     """The first of the best evaluations whose weights are kept, or are those of step ``now``; and whether
     ``train.patience`` evaluations have come since."""
     if task.best is None:
@@ -104,7 +107,7 @@ def find_best(run: Run, task: Any, now: int) -> Best:
     return found
 
 
-def watched(batches: Iterator[Batch], minutes: float | None) -> Iterator[Batch]:
+def watched(batches: Iterable[Any], minutes: float | None) -> Iterator[Any]:
     """``batches``; if the next is not asked for in time, the job ends and every rank's log tells where it stood."""
     for batch in batches:
         watchdog.expect(minutes)
@@ -116,19 +119,25 @@ def due(step: int, every: int | None, total: int) -> bool:
     return step == total or (every is not None and step % every == 0)
 
 
-def log(run: Run, engine: Engine, meter: Meter, step: int, done: Step) -> None:
+def record(run: Run, engine: Engine, found: dict[str, Any]) -> None:
+    """One line of metrics.jsonl, and DeepSpeed's monitors."""
+    run.log(found)
+    engine.report(found)
+
+
+def log(run: Run, engine: Engine, meter: Meter, total: int, step: int, done: Step) -> None:
     """One training record: losses of this very step over the global batch, rates since the last record."""
     losses = global_losses(done)
-    record: dict[str, Any] = {"step": step, "loss": sum(losses.values()), **losses}
-    record |= {"lr": engine.last_learning_rate, "grad_norm": engine.grad_norm}
+    found: dict[str, Any] = {"step": step, "loss": sum(losses.values()), **losses}
+    found |= {"lr": engine.last_learning_rate, "grad_norm": engine.grad_norm}
     if engine.loss_scale is not None:
-        record["loss_scale"] = engine.loss_scale
-    record |= meter.read() | bubbles(run, step, done)
-    if "step_seconds" in record:
-        record["eta_seconds"] = record["step_seconds"] * (run.steps - step)
-    run.log(record)
-    run.console.print(line(record, run.steps), highlight=False)
-    refuse_nan(run, step, record["loss"])
+        found["loss_scale"] = engine.loss_scale
+    found |= meter.read() | bubbles(run, step, done)
+    if "step_seconds" in found:
+        found["eta_seconds"] = found["step_seconds"] * (total - step)
+    record(run, engine, found)
+    run.console.print(console.line(found, total), highlight=False)
+    refuse_nan(run, step, found["loss"])
 
 
 def bubbles(run: Run, step: int, done: Step) -> dict[str, float]:
@@ -162,29 +171,7 @@ def refuse_nan(run: Run, step: int, loss: float) -> None:
         )
 
 
-def line(record: dict[str, Any], total: int) -> str:
-    """A record as one line for the console."""
-    losses = "  ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in record.items() if k.endswith("_loss"))
-    text = f"step {record['step']}/{total}  loss {record['loss']:.3f}  {losses}  lr {record['lr']:.2e}"
-    if "samples_per_second" in record:
-        unit = "tokens" if "tokens_per_second" in record else "samples"
-        text += f"  {record[f'{unit}_per_second']:,.0f} {unit}/s"
-        if "gb_per_second" in record:
-            text += f"  {record['gb_per_second']:.3g} GB/s"
-        elif record["mfu"] is not None:
-            text += f"  MFU {record['mfu']:.1%}"
-        text += f"  ETA {clock(record['eta_seconds'])}"
-    return text
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def evaluate(engine: Engine, task: Any, run: Run, step: int, watch: Any) -> dict[str, Any]:
+def evaluate(engine: Engine, task: Task, run: Run, step: int, watch: Watch) -> dict[str, Any]:
     """One evaluation record: means over the held-out samples, each counted once."""
     start = time.perf_counter()
     # What says itself of which rows it is keeps its name: train_loss, optimum_loss.
@@ -192,55 +179,10 @@ def evaluate(engine: Engine, task: Any, run: Run, step: int, watch: Any) -> dict
     result = {k if k.startswith(("train_", "optimum_")) else f"eval_{k}": v for k, v in found.items()}
     if not result:
         return {}  # nothing is held out
-    record = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
-    run.log(record)
-    text = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.3f}" for k, v in result.items())
-    run.console.print(f"step {step}  held out: {text}", highlight=False)
-    return record
-
-
-def summarise(run: Run, meter: Meter, result: dict[str, Any]) -> None:
-    """The table at the end of a run."""
-    steps = [r for r in run.records() if "loss" in r]
-    if not steps:
-        return
-    first, last = steps[0], steps[-1]
-    table = Table(title=f"{run.dir.name}: {last['step']} steps", show_header=True, title_justify="left")
-    for column in ("", f"step {first['step']}", f"step {last['step']}", "held out"):
-        table.add_column(column, justify="right" if column else "left")
-    losses = [k for k in first if k.endswith("_loss")] or ["loss"]
-    for key in losses:
-        table.add_row(
-            key.replace("_", " "), *(_number(x) for x in (first[key], last.get(key), result.get(f"eval_{key}")))
-        )
-    for key, value in result.items():
-        name = key.removeprefix("eval_")
-        if key.startswith("eval_") and name not in ("loss", "seconds", *losses):
-            table.add_row(
-                name.replace("_", " "), "", "", f"{value:.1%}" if name.endswith("accuracy") else _number(value)
-            )
-    for name, value in run.notes.items():
-        table.add_row(name, "", "", _number(value))
-    if meter.active_seconds:
-        unit, key = ("tokens", "positions") if "positions" in meter.active_counts else ("samples", "sequences")
-        rate = meter.active_counts[key] / meter.active_seconds
-        table.add_row(f"{unit}/s (all ranks)", "", f"{rate:,.0f}", "")
-    run.console.print(table)
-    run.console.print(f"Run directory: {run.dir}")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-@contextmanager
-def progress(run: Run, step: int, total: int) -> Iterator[Any]:
-    """A bar on a terminal, nothing elsewhere: the log lines say it there."""
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=run.console, disable=not run.console.is_terminal, transient=True)
-    with bar:
-        task = bar.add_task("train", total=total, completed=step)
-        yield lambda done: bar.update(task, completed=done)
+    told = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
+    record(run, engine, told)
+    run.console.print(console.held_out(step, result), highlight=False)
+    return told
 
 
 @contextmanager

@@ -12,15 +12,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 
 from toolkit.config.schema import Dtype, RunConfig
 from toolkit.config.units import GIB, MIB
 from toolkit.engine.collectives import Traffic
+from toolkit.engine.plain import Step
 from toolkit.job import ranks
 from toolkit.plan.machines import peak_tflops
+from toolkit.tasks.task import Task
 
 WARMUP_STEPS = 2  # first calls allocate, compile and fill caches
 
@@ -28,7 +29,7 @@ WARMUP_STEPS = 2  # first calls allocate, compile and fill caches
 class Meter:
     """Counts steps between two readings. Reading is the only place where the device is waited for."""
 
-    def __init__(self, config: RunConfig, task: Any, dtype: Dtype) -> None:
+    def __init__(self, config: RunConfig, task: Task, dtype: Dtype) -> None:
         self.config = config
         self.task = task
         cuda = torch.cuda.is_available() and ranks.device() == "cuda"
@@ -59,8 +60,8 @@ class Meter:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def add(self, step: Any) -> None:
-        """Count one :class:`toolkit.engine.Step`."""
+    def add(self, step: Step) -> None:
+        """Count one."""
         self.seen += 1
         self.steps += 1
         self.waited += step.data_seconds

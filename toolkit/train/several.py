@@ -23,6 +23,7 @@ from toolkit.models.build import build_model
 from toolkit.run.directory import Run
 from toolkit.tasks import build_task
 from toolkit.train.loop import fit
+from toolkit.train.own_plan import begin
 
 # The columns of table 1 of Devlin et al. 2018, and WNLI, which the paper leaves out of the average.
 GLUE = {
@@ -69,8 +70,10 @@ def train(config: RunConfig) -> Outcome:
     run = Run.open(config)
     _export(config.model.weights)
     task = build_task(run)
-    engine = start_engine(build_model(run, task), task, run)
-    result = fit(engine, task, run)
+    plan = begin(run, task)
+    model = build_model(run, task, plan.ds)
+    engine = start_engine(model, task, run, plan.ds)
+    result = fit(engine, task, run, plan)
     engine.close()
     nvme.release()
     del engine

@@ -5,9 +5,12 @@ print(as_json(report))
 
 import json
 from dataclasses import asdict
-from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from toolkit.cluster.doctor.job import Report
+from toolkit.run.table import table
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -18,27 +21,19 @@ def as_json(report: Report) -> str:
     return json.dumps({"fits": report.fits, "world": report.world, "findings": findings}, indent=2)
 
 
-def table(report: Report) -> Any:
+def listing(report: Report) -> Table:
     """The hosts one after the other, a row for each check; what mends it stands below what was found."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    drawn = Table(box=SIMPLE_HEAD, highlight=False)
-    for column in ("host", "check", "state"):
-        drawn.add_column(column, no_wrap=True)
-    drawn.add_column("found", overflow="fold", ratio=3)
-    drawn.add_column("against", overflow="fold", ratio=2)
+    rows: list[tuple[str | Text, ...]] = []
     for host in dict.fromkeys(host for host, _ in report.findings):
         findings, label = [f for name, f in report.findings if name == host], host
+        rows += [()] if rows else []
         for f in (f for f in findings if f.state != "skipped"):
-            found = escape(f.value) + (f"\n[bold]{escape(f.way_out)}[/]" if f.way_out else "")
-            drawn.add_row(label, f.name, f"[{STYLES[f.state]}]{f.state}[/]", found, escape(f.rule))
+            found = Text.assemble(f.value, (f"\n{f.way_out}" if f.way_out else "", "bold"))
+            rows.append((label, f.name, Text(f.state, STYLES[f.state]), found, f.rule))
             label = ""
         if skipped := ", ".join(f.name for f in findings if f.state == "skipped"):
-            drawn.add_row(label, "[dim]skipped[/]", "", f"[dim]{skipped}[/]")
-        drawn.add_section()
-    return drawn
+            rows.append((label, Text("skipped", "dim"), "", Text(skipped, "dim"), ""))
+    return table(dict.fromkeys(("host", "check", "state", "found", "against"), ""), rows)
 
 
 def verdict(report: Report) -> str:

@@ -1,14 +1,14 @@
 """A run's own plan: told and judged before the model takes memory, and set beside what was measured; plan.json.
 
-begin(run)                                             # in build_model: PlanError on every rank if it cannot fit
-finish(run, meter.peak_gib, meter.overall())           # at the end of fit
+plan = begin(run, task)                                # PlanError on every rank if it cannot fit
+finish(run, plan, meter.peak_gib, meter.overall())     # at the end of fit
 """
 
 import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,14 +16,19 @@ from typing import Any
 
 from rich.table import Table
 
+from toolkit.config.kinds import KINDS
 from toolkit.config.units import GIB
+from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError, PlanError
-from toolkit.job import ranks
+from toolkit.job import nvme, ranks
+from toolkit.models.build import parameters
 from toolkit.plan.machines import way_out
 from toolkit.plan.memory import MOMENTS
 from toolkit.plan.plan import Plan, place_of_job, plan_for
 from toolkit.plan.shapes import model_shape
 from toolkit.run.directory import Run
+from toolkit.run.table import table
+from toolkit.tasks.task import Task
 
 SHORTEST = 8  # tokens of a sequence
 RATES = ("step_seconds", "samples_per_second", "tokens_per_second", "mfu")
@@ -31,28 +36,42 @@ Numbers = Mapping[str, float | None]
 _TRAININGS = count()  # of this process, before
 
 
-def begin(run: Run) -> None:
-    """Tell the plan in one line and write plan.json. Raises PlanError on every rank where the run cannot fit.
+@dataclass(frozen=True)
+class OwnPlan:
+    """What a run begins from."""
 
-    What has no plan yet (other models, DualPipeV) runs without one; the log says why.
+    ds: dict[str, Any]  # exactly what DeepSpeed gets
+    plan: Plan | None  # on rank 0, where there can be one
+    resident_gib: float | None  # of this process before the model, where its peak was then forgotten
+
+
+def begin(run: Run, task: Task) -> OwnPlan:
+    """Complete the DeepSpeed config, tell the plan in one line, write plan.json, take the folders on NVMe.
+
+    What has no plan yet (other models, DualPipeV) runs without one; the log says why. Raises ConfigError and, before
+    any memory is taken, PlanError where the run cannot fit: on every rank.
     """
+    device, world = ranks.device(), ranks.world()
+    ds = ds_config.complete(run.config, world=world, device=device, vocab_size=task.vocab_size, run_dir=run.dir)
     per_node, less = ranks.largest([ranks.local_size(), -_device_gib()])
-    ranks.agreed(lambda: _judge(run, int(per_node), -less) if ranks.rank() == 0 else None)
-    run.resident_gib = _forget_peak()
+    judge = partial(_judge, run, ds, task.steps, int(per_node), -less)
+    plan = ranks.agreed(lambda: judge() if ranks.rank() == 0 else None)
+    nvme.claim(ds, lambda: parameters(task))
+    return OwnPlan(ds, plan, _forget_peak())
 
 
-def finish(run: Run, peak_gib: float, rates: Numbers) -> None:
+def finish(run: Run, own: OwnPlan, peak_gib: float, rates: Numbers) -> None:
     """Show planned and measured numbers and write both to plan.json. All ranks must call it.
 
     ``peak_gib`` is that of this rank's device, or of its process on a CPU, and 0 where no step was made.
     """
-    grown = peak_gib - (run.resident_gib or 0) if peak_gib and run.resident_gib is not None else -1.0
+    grown = peak_gib - own.resident_gib if peak_gib and own.resident_gib is not None else -1.0
     (peak,) = ranks.largest([grown])
-    if run.plan is None or not peak_gib:
+    if own.plan is None or not peak_gib:
         return
     measured = {"peak_gib": peak if peak > 0 else None} | {name: rates.get(name) for name in RATES}
-    _write(run, run.plan, measured)
-    run.console.print(_table(run.plan.layout.device, planned(run.plan), measured))
+    _write(run, own.plan, measured)
+    run.console.print(_table(own.plan.layout.device, planned(own.plan), measured))
 
 
 def beside(run: Path) -> Table:
@@ -64,20 +83,22 @@ def beside(run: Path) -> Table:
         raise ConfigError(f"{run}/plan.json: no plan of a run ({error}). Name one that has.") from error
 
 
-def _judge(run: Run, per_node: int, device_gib: float) -> None:
-    plan = partial(_plan, run, per_node, device_gib)
+def _judge(run: Run, ds: Mapping[str, Any], steps: int, per_node: int, device_gib: float) -> Plan | None:
+    plan = partial(_plan, run, ds, per_node, device_gib)
     try:
         found = plan()
+        seconds = found.speed.step_seconds
+        found = replace(found, hours=seconds * steps / 3600 if seconds and steps else None)
     except (ConfigError, PlanError) as error:
         logging.getLogger(__name__).warning("There is no plan of this run: %s", error)
-        return
-    run.plan = found
+        return None
     _write(run, found, _measured_before(run.dir / "plan.json"))
-    # Only pretraining fills every sequence; the other tasks pad a batch to its longest, which may be short.
-    filled = found.fits is not False or run.config.task.kind == "pretrain"
+    # Other tasks pad a batch to its longest sequence, which may be short.
+    filled = found.fits is not False or "full" in KINDS[run.config.task.kind].can
     if run.config.plan.enforce and not _may_fit(found if filled else plan(length=SHORTEST)):
         raise PlanError(refusal(found))
     run.console.print(line(found), highlight=False)
+    return found
 
 
 def _may_fit(plan: Plan) -> bool:
@@ -97,7 +118,7 @@ def _device_gib() -> float:
     return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB)
 
 
-def _plan(run: Run, per_node: int, device_gib: float, length: int | None = None) -> Plan:
+def _plan(run: Run, ds: Mapping[str, Any], per_node: int, device_gib: float, length: int | None = None) -> Plan:
     """Of the very model, as model/ describes it: the vocabulary and the labels are known by now."""
     device, world = ranks.device(), ranks.world()
     model = run.config.model.model_copy(update={"weights": str(run.dir / "model")})
@@ -107,9 +128,7 @@ def _plan(run: Run, per_node: int, device_gib: float, length: int | None = None)
     machine = place_of_job(config, world=world, per_node=per_node, device=device)
     if device_gib and (config.machine.name != "this" or not config.machine.memory_gib):
         machine = machine.model_copy(update={"memory_gib": device_gib})
-    found = plan_for(machine, config, shape, ranks=world, device=device)
-    seconds = found.speed.step_seconds
-    return replace(found, hours=seconds * run.steps / 3600 if seconds and run.steps else None)
+    return plan_for(machine, config, ds, shape, ranks=world, device=device)
 
 
 def _write(run: Run, plan: Plan, measured: Numbers | None) -> None:
@@ -241,12 +260,10 @@ def _table(device: str, planned: Numbers, measured: Numbers) -> Table:
         "tokens_per_second": "tokens/s (all ranks)",
         "mfu": "MFU",
     }
-    form = {"tokens_per_second": "{:,.0f}".format, "mfu": "{:.1%}".format}
-    table = Table("", title="Plan", title_justify="left")
-    for column in ("planned", "measured"):
-        table.add_column(column, justify="right")
+    form = {"tokens_per_second": ",.0f", "mfu": ".1%"}
+    rows = []
     for key, name in names.items():
-        row = [numbers.get(key) for numbers in (planned, measured)]
-        if any(number is not None for number in row):
-            table.add_row(name, *("" if n is None else form.get(key, "{:.3g}".format)(n) for n in row))
-    return table
+        numbers = [known.get(key) for known in (planned, measured)]
+        if any(n is not None for n in numbers):
+            rows.append((name, *(None if n is None else format(n, form.get(key, ".3g")) for n in numbers)))
+    return table({"": "", "planned": ">", "measured": ">"}, rows, "Plan")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from toolkit.models.spatial import Grid, SpatialConv2d
+from studies.spatial import Grid, SpatialConv2d
 
 
 class DenoiserConfig(PretrainedConfig):  # type: ignore[misc]

@@ -1,27 +1,23 @@
 """Noisy images made clean again, each in tiles on a grid of ranks; see recipes/spatial_conv.py."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from toolkit.data.images import Images, Pair
+from studies.denoiser import Denoiser, DenoiserConfig
+from studies.images import Images, Pair
+from studies.spatial import Grid
+from toolkit.data.batch import Batch
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
-from toolkit.models.denoiser import Denoiser, DenoiserConfig
-from toolkit.models.spatial import Grid
 from toolkit.run.directory import Run
-from toolkit.tasks import metrics
-
-Batch = dict[str, Tensor]
-Watch = Callable[[Iterator[Batch]], Iterator[Batch]]
+from toolkit.tasks.task import Evaluates, Task, Watch
 
 
-class Denoise:
+class Denoise(Task):
     """The loss is the mean squared error over the noise's variance: 1 for images left as they are.
 
     All ranks see tiles of the same images. For DeepSpeed they are data-parallel ones, and a tile is a sample:
@@ -31,19 +27,11 @@ class Denoise:
     inputs = ("noisy",)
     labels = ("clean",)
     outputs = ("clean",)
-    predicted = ("loss",)
-    judged = ()
-    new_head = False
-    best = None
-    vocab_size = 1  # no words
     model_class = Denoiser
 
     def __init__(self, run: Run) -> None:
-        config = self.config = run.config
-        metrics.check(config.task)
-        node = getattr(config, "spatial_conv", None)
-        if node is None:
-            raise ConfigError("task.kind=denoise: only recipes/spatial_conv.py knows its grid. Use that one.")
+        super().__init__(run)
+        config, node = self.config, run.config.spatial_conv  # type: ignore[attr-defined]  # the recipe's own
         self.grid = grid(node.rows, node.columns)
         self.grid.refuse_small(node.size, node.size, node.kernel // 2)
         self.hf_config = DenoiserConfig(layers=node.layers, channels=node.channels, kernel=node.kernel)
@@ -53,7 +41,7 @@ class Denoise:
             )
         )
         self.step_images = config.batch.global_size // self.grid.size
-        run.lasts(lambda epochs: max(1, round(epochs * self.images.crops / self.step_images)))
+        self.lasts(lambda epochs: max(1, round(epochs * self.images.crops / self.step_images)))
         run.write_model(self.hf_config, Denoiser.__name__)
 
     def train_batches(self, start_sample: int) -> Iterator[Batch]:
@@ -88,23 +76,17 @@ class Denoise:
         """Summed over the tile; the engine divides by the number of values in the whole batch."""
         return {"loss": ((outputs["clean"].float() - batch["clean"]) / self.images.noise).square().sum()}
 
-    def correct(self, outputs: Batch, batch: Batch) -> Batch:
-        return {}
-
     def useful_flops(self, counts: dict[str, float]) -> float:
         """Two operations for each weight and pixel, three times; the image itself needs no gradient."""
-        c = self.hf_config
+        c: DenoiserConfig = self.hf_config
         outer = c.kernel**2 * c.colours * c.channels  # weights of the first layer, and of the last
         inner = c.kernel**2 * c.channels**2 * (c.layers - 2)
         return counts["positions"] * (6 * (2 * outer + inner) - 2 * outer)
 
-    def evaluate(self, engine: Any, watch: Watch) -> dict[str, float]:
+    def evaluate(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """The loss on the held-out crops, and the peak signal-to-noise ratio in dB that it is."""
-        found: dict[str, float] = engine.evaluate(watch(self.eval_batches()))
+        found = super().evaluate(engine, watch)
         return found | {"psnr": -10 * math.log10(found["loss"] * self.images.noise**2)} if found else {}
-
-    def predict(self, engine: Any, watch: Watch) -> None:
-        """The recipe draws a picture."""
 
 
 def grid(rows: int, columns: int | None) -> Grid:
