@@ -1,5 +1,6 @@
 """Training sees one endless stream of samples, whatever the world size, the workers or the first step."""
 
+import pickle
 from itertools import islice
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from data_helpers import dataset, random_lengths, toy
 from torch import Tensor
 
 from toolkit.config.schema import RunConfig
+from toolkit.data import encoded
+from toolkit.data.arrays import RaggedWriter
 from toolkit.data.draws import Shuffle
+from toolkit.data.encoded import Encoded
 from toolkit.data.loader import eval_batches, train_batches
 from toolkit.data.masked import MaskedText
-from toolkit.data.order import Split, Stream
+from toolkit.data.order import Grouped, Split, Stream
 from toolkit.data.text import require
+from toolkit.data.translations import Translations
 from toolkit.errors import DataError
 
 Step = dict[str, Tensor]
@@ -137,6 +142,40 @@ def test_loading_leaves_the_global_random_state_alone(pairs: MaskedText) -> None
     before = torch.random.get_rng_state()
     steps(pairs, 1, workers=1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled samples and sentence pairs of many lengths."""
+    folder, rng = tmp_path_factory.mktemp("others"), np.random.default_rng(0)
+    rows = [rng.integers(5, 99, rng.integers(1, 30)).tolist() for _ in range(101)]
+    encoded.write(folder / "labelled", (encoded.Sample([(row, [0] * len(row))], [i]) for i, row in enumerate(rows)))
+    (folder / "pairs").mkdir()
+    for side in ("source", "target"):
+        writer = RaggedWriter(folder / "pairs" / side, id=np.uint16)
+        for row in rng.permutation(101):
+            writer.append(id=rows[row])
+        writer.seal()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["labelled", "pairs"])
+def test_workers_hand_over_what_the_rank_itself_would_make(folder: Path, kind: str) -> None:
+    data = Translations(folder / "pairs", 0, 1) if kind == "pairs" else Encoded(folder / "labelled", 0)
+    order = Grouped(data.lengths, 3, size=GLOBAL, tokens=120 if kind == "pairs" else None)
+    for workers in (1, 2):
+        split, start = Split(GLOBAL, MICRO, rank=workers - 1, world=2), 3 * GLOBAL  # in the middle of an epoch
+        alone, drawn = (
+            list(islice(train_batches(data, order, split, start_sample=start, workers=w), 40)) for w in (0, workers)
+        )
+        assert_same(alone, drawn)
+        assert [list(batch) for batch in alone] == [list(batch) for batch in drawn]
+
+
+def test_a_worker_gets_no_arrays(folder: Path) -> None:
+    for data in (Translations(folder / "pairs", 0, 1), Encoded(folder / "labelled", 0)):
+        data[np.array([[0, 5]])]
+        assert data.lengths.nbytes > 100 and len(pickle.dumps(data)) < 800
 
 
 def test_workers_end_when_the_stream_is_dropped(pairs: MaskedText) -> None:
