@@ -11,6 +11,7 @@ from composing import compose
 
 from toolkit.deepspeed import rules
 from toolkit.deepspeed.ds_config import complete, examine, problems, required_ops
+from toolkit.deepspeed.facts import Facts
 from toolkit.errors import ConfigError
 
 ZERO = "deepspeed.zero_optimization"
@@ -253,7 +254,7 @@ def test_a_wrong_config_is_refused_saying_why(
 
 @pytest.mark.parametrize(("rule", "ds", "message"), FOREIGN)
 def test_a_file_from_elsewhere_is_refused_saying_why(rule: str, ds: dict[str, Any], message: str) -> None:
-    found = problems(rules.Facts(ds, 2, "cpu"), prefix="")
+    found = problems(Facts(ds, 2, "cpu"), prefix="")
     assert [p.rule for p in found if message in p.text] == [rule]
 
 

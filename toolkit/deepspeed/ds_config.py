@@ -19,7 +19,8 @@ from typing import Any
 
 from toolkit.config.schema import RunConfig, cache_dir, dotted
 from toolkit.config.units import MIB
-from toolkit.deepspeed.rules import AUTO, BATCH_KEYS, FILLED, IN_A_FILE, RULES, RUN_RULES, UNUSED, Facts, Rule, Unknown
+from toolkit.deepspeed.facts import AUTO, BATCH_KEYS, Facts, Unknown
+from toolkit.deepspeed.rules import FILLED, IN_A_FILE, RULES, RUN_RULES, UNUSED, Rule
 from toolkit.errors import ConfigError, nearest
 
 ADAM_KEYS = {"adam_w_mode": "bool", "torch_adam": "bool", "fp32_optimizer_states": "bool"}

@@ -57,7 +57,7 @@ def here() -> Machine:
         chosen = [word.strip() for word in visible.split(",") if word.strip() not in ("", "-1")]
         names = [names[int(c)] if c.isdigit() and int(c) < len(names) else names[0] for c in chosen if names]
     if not names:
-        return Machine(host_memory_gib=total)
+        return Machine(device="cpu", host_memory_gib=total)
     found = known(names[0]) or Machine(device_name=names[0])
     return found.model_copy(update={"name": "this", "devices_per_node": len(names), "host_memory_gib": total})
 
@@ -72,7 +72,7 @@ def way_out(machine: Machine, unknown: Collection[str]) -> str:
 def stored(machine: Machine) -> Path:
     """Where `toolkit plan --calibrate` keeps what this host does; CPU ranks share its cores, so their number counts."""
     host = re.sub(r"[^\w.-]", "_", platform.node())
-    return cache_dir("machines") / f"{host}{'' if machine.device_name else f'-cpu{machine.devices_per_node}'}.yaml"
+    return cache_dir("machines") / f"{host}{f'-cpu{machine.devices_per_node}' if machine.device == 'cpu' else ''}.yaml"
 
 
 def calibrated(machine: Machine, given: Collection[str]) -> Machine:
