@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.config.kinds import KINDS, Kind
 from toolkit.config.schema import RunConfig
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -60,6 +61,17 @@ class Facts:
             if node == "auto" and not path.startswith(AUTO):
                 raise Unknown(path)
         return node
+
+    @property
+    def run(self) -> RunConfig:
+        """The whole configuration, where there is one."""
+        assert self.config is not None
+        return self.config
+
+    @property
+    def kind(self) -> Kind:
+        """Of the run's task."""
+        return KINDS[self.run.task.kind]
 
     @property
     def world(self) -> int:
