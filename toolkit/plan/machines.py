@@ -124,8 +124,8 @@ def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> floa
 
 
 @lru_cache
-def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: str = "cpu") -> float:
-    """The best of ``repeats`` products of two square matrices, in TFLOP/s, with this process's threads.
+def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: str = "cpu", at_once: int = 1) -> float:
+    """Of products of two square matrices, the best of ``repeats`` times ``at_once``, with this process's threads.
 
     tf32 is the caller's to set, by torch.set_float32_matmul_precision.
     """
@@ -138,7 +138,8 @@ def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: s
     for _ in range(repeats + 1):  # the first one warms up
         wait()
         start = time.perf_counter()
-        torch.mm(a, b)
+        for _ in range(at_once):
+            torch.mm(a, b)
         wait()
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
+    return 2 * size**3 * at_once / best / 1e12
