@@ -76,10 +76,6 @@ class Memory:
         """Bytes of all parts of that name, wherever they are."""
         return sum(p.bytes for p in self.parts if p.name == name)
 
-    def most(self, group: str) -> int:
-        """The most bytes that a group has on the device at any moment."""
-        return max(sum(p.bytes for p in self.at(m) if p.group == group) for m in MOMENTS)
-
 
 def memory_of(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> Memory:
     """Of a rank of this pipe stage. What the CUDA context and the allocator take is not in it: see assumptions."""
