@@ -63,7 +63,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def file() -> Path:
-    return stored(Machine(devices_per_node=2))
+    return stored(Machine(device="cpu", devices_per_node=2))
 
 
 def test_it_stores_a_machine_and_plans_with_it(calibration: Any, file: Path) -> None:
@@ -77,7 +77,7 @@ def test_it_stores_a_machine_and_plans_with_it(calibration: Any, file: Path) -> 
     assert f"reach {machine.efficiency['fp32']:.0%} of their rate in fp32" in found["assumptions"][0]
     assert "measured by toolkit plan --calibrate" in found["assumptions"][0] and str(file) in done.stderr
     assert set(machine.measured) == {
-        "peak_tflops", "efficiency", "bandwidth_gbs", "link_gbs", "pcie_gbs", "nvme_gbs"
+        "peak_tflops", "launch_us", "efficiency", "bandwidth_gbs", "link_gbs", "pcie_gbs", "nvme_gbs"
     }  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def test_its_rates_are_those_that_one_process_measures(file: Path) -> None:
     torch.set_num_threads(1)
     assert 0.5 < machine.peak_tflops["fp32"] / measured_tflops("fp32", 1024) < 2
     assert machine.pcie_gbs and machine.bandwidth_gbs and machine.link_gbs and machine.nvme_gbs
+    assert machine.device == "cpu" and machine.launch_us and 0.1 < machine.launch_us < 1000
     assert machine.pcie_gbs == pytest.approx(machine.bandwidth_gbs / 2)
     assert copied / 4 < machine.pcie_gbs < 2 * copied, "both ranks copy at once, and may share one memory's rate"
     assert machine.link_gbs < machine.bandwidth_gbs

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from composing import compose
 
-from toolkit.deepspeed import rules
+from toolkit.deepspeed import rules, run_rules
 from toolkit.deepspeed.ds_config import complete, examine, problems, required_ops
+from toolkit.deepspeed.facts import Facts
 from toolkit.errors import ConfigError
 
 ZERO = "deepspeed.zero_optimization"
@@ -252,13 +253,13 @@ def test_a_wrong_config_is_refused_saying_why(
 
 @pytest.mark.parametrize(("rule", "ds", "message"), FOREIGN)
 def test_a_file_from_elsewhere_is_refused_saying_why(rule: str, ds: dict[str, Any], message: str) -> None:
-    found = problems(rules.Facts(ds, 2, "cpu"), prefix="")
+    found = problems(Facts(ds, 2, "cpu"), prefix="")
     assert [p.rule for p in found if message in p.text] == [rule]
 
 
 def test_every_rule_has_a_row() -> None:
     rows = {row[0] for row in ROWS} | {row[0] for row in FOREIGN}
-    assert rows == {*rules.RULES, *rules.RUN_RULES, *SHAPE_RULES}
+    assert rows == {*rules.RULES, *run_rules.RUN_RULES, *SHAPE_RULES}
 
 
 def test_a_wrong_type_does_not_hide_other_problems() -> None:

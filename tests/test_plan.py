@@ -11,18 +11,24 @@ from pathlib import Path
 import pytest
 from deepspeed.runtime.utils import partition_balanced
 from launching import ROOT
+from rich.console import Console
 
 from toolkit.cli.main import main
 from toolkit.config.compose import compose
 from toolkit.config.units import GIB
 from toolkit.errors import ConfigError, PlanError
+from toolkit.plan import flops
 from toolkit.plan.activations import block_bytes
+from toolkit.plan.assumptions import LAUNCH_US
 from toolkit.plan.machines import table
 from toolkit.plan.memory import memory_of
 from toolkit.plan.paper import zero_bytes
-from toolkit.plan.plan import Plan, plan
+from toolkit.plan.plan import Plan, place_of_job, plan
+from toolkit.plan.products import products, seconds_of
 from toolkit.plan.shapes import model_shape
 from toolkit.plan.stages import balanced
+from toolkit.report.plan import show
+from toolkit.run.own_plan import line
 
 LARGE = ("model=bert_large", "precision=bf16", "machine=a100_80gb", "batch.global_size=1024", "data.max_length=512")
 
@@ -122,7 +128,7 @@ def test_a_pipeline_has_its_bubble() -> None:
     found = planned("zero=stage1", "pipeline.stages=4", "batch.micro_size=16", world=8)
     shares = {s.name: s.seconds for s in found.speed.shares}
     assert found.layout.accumulation == 32
-    assert shares["pipeline bubble"] == pytest.approx(shares["computing"] * 3 / 32)
+    assert shares["pipeline bubble"] == pytest.approx((shares["computing"] + shares["small products"]) * 3 / 32)
 
 
 def test_hours_follow_from_steps() -> None:
@@ -136,7 +142,98 @@ def test_what_a_sheet_lacks_is_named_and_nothing_made_up() -> None:
     found = planned("machine=v100_32gb", "machine.devices_per_node=8")
     assert found.speed.unknown == ("machine.peak_tflops.bf16",) and found.speed.step_seconds is None
     assert found.fits and found.hours is None
-    assert planned("machine=l4", "machine.memory_gib=null").fits is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fits", "unknown"),
+    [
+        ("machine=l4 machine.memory_gib=null", None, ["memory_gib"]),
+        ("machine=a10", True, []),  # nothing is on the host: its size does not matter
+        ("machine=a10 zero=stage2 offload=cpu", None, ["host_memory_gib"]),
+        ("machine=a10 zero=stage3 offload=nvme", None, ["host_memory_gib", "nvme_gib"]),
+        ("machine=a10 zero=stage3 offload=nvme machine.host_memory_gib=512", None, ["nvme_gib"]),
+        ("machine=a10 zero=stage3 offload=nvme machine.host_memory_gib=512 machine.nvme_gib=1000", True, []),
+        (
+            "machine=a10 zero=stage3 offload=nvme machine.host_memory_gib=1",
+            False,
+            ["nvme_gib"],
+        ),  # a known one is broken
+        ("machine=a10 zero=stage3 offload=nvme machine.memory_gib=1", False, ["host_memory_gib", "nvme_gib"]),
+    ],
+)
+def test_an_unknown_limit_is_no_yes(overrides: str, fits: bool | None, unknown: list[str]) -> None:
+    found = planned(*overrides.split(), "batch.micro_size=1", "batch.global_size=8")
+    keys = tuple(f"machine.{key}" for key in unknown)
+    assert (found.fits, found.unknown_limits) == (fits, keys)
+    told = found.as_json()
+    assert told["fits"] is fits and told["unknown_limits"] == keys
+    assert ("whether it fits is unknown without" in line(found)) == (fits is None)
+    console = Console(record=True, width=250)
+    show(found, console, explain=False)
+    said = console.export_text()
+    assert all(key in said for key in keys) or fits is False
+    assert ("It fits" in said, "It does not fit" in said, "Whether it fits is unknown" in said) == (
+        fits is True, fits is False, fits is None
+    )  # fmt: skip
+
+
+def test_the_largest_micro_batch_is_held_to_the_limits_that_are_known() -> None:
+    moved = ("machine=a10", "activation=offload_cpu", "batch.micro_size=1", "batch.global_size=64")
+    free = planned(*moved)
+    assert free.fits is None and free.largest_micro == planned(*moved, "machine.host_memory_gib=10000").largest_micro
+    assert planned(*moved, "machine.memory_gib=null").largest_micro is None, "nothing is known"
+
+
+def test_a_product_takes_its_launch_and_what_it_computes_or_moves() -> None:
+    machine, peak, bandwidth, size = planned().machine, 312e12 * 0.45, 2039e9, 2
+    for overrides in ((), ("batch.micro_size=1",), ("model.attention=eager",), ("batch.micro_size=64",)):
+        layout = planned(*overrides).layout
+        for one in products(model_shape(compose(list(LARGE))), layout):
+            took = seconds_of(one, rate=peak, bandwidth=bandwidth, size=size, launch=LAUNCH_US / 1e6)
+            assert took == LAUNCH_US / 1e6 + max(one.flops / peak, one.elements * size / bandwidth)
+            assert took >= LAUNCH_US / 1e6 + max(one.flops / 312e12, one.elements * size / bandwidth)
+    assert machine.peak_tflops["bf16"] == 312 and machine.bandwidth_gbs == 2039
+
+
+def test_a_projection_by_hand_on_one_device() -> None:
+    """512 x 1024 by 1024 x 1024 in bf16: 1.07 GFLOP and 4 MiB; attention, fused, reads q, k, v and writes as much."""
+    shape, layout = model_shape(compose(list(LARGE))), planned("batch.micro_size=1", world=1).layout
+    found = list(products(shape, layout))
+    assert (found[0].flops, found[0].elements, found[0].times) == (2 * 512 * 1024**2, 2 * 512 * 1024 + 1024**2, 3 * 24)
+    assert (found[4].flops, found[4].elements, found[4].times) == (4 * 512**2 * 1024, 4 * 512 * 1024, 24)
+    count = 3 * (24 * 7 + 2)  # a layer's six and attention, and the head's two: forward, and two of each backward
+    (small,) = (s for s in planned("batch.micro_size=1", world=1).speed.shares if s.name == "small products")
+    assert small.formula.startswith(f"{1024 * count:,} products: 5 us each") and small.seconds >= 1024 * count * 5e-6
+
+
+@pytest.mark.parametrize("overrides", [(), ("activation=recompute",), ("zero=stage1", "parallel=tensor")])
+def test_products_add_up_to_the_flops_that_are_counted_otherwise(overrides: tuple[str, ...]) -> None:
+    found = planned(*overrides)
+    counted = flops.bert(compose(list(LARGE)).model, vocab_size=30522, length=512)
+    assert found.speed.flops == counted.step(sequences=1024, predictions=1024 * 20)
+    marian = plan(compose(["task=translate", "model=transformer_base", "machine=h100"]))
+    shape, tokens = marian.layout, marian.layout.samples * marian.layout.length
+    own = flops.Seq2SeqShape(
+        512, 512, 2048, 6, 6, model_shape(compose(["task=translate", "model=transformer_base"])).vocab_size
+    )
+    squares = dict.fromkeys(("source_source", "target_target", "target_source"), tokens * shape.length)
+    assert marian.speed.flops == flops.seq2seq(own).step({"source": tokens, "target": tokens, **squares})
+
+
+def test_a_measured_launch_takes_the_place_of_the_assumed_one() -> None:
+    one = ("batch.micro_size=1", "batch.global_size=8")
+    slow, fast = (planned(f"machine.launch_us={us}", *one, world=1).speed.step_seconds for us in (50, 0))
+    assert slow and fast and slow - fast == pytest.approx(8 * 3 * (24 * 7 + 2) * 50e-6)
+
+
+def test_a_cpu_is_known_by_its_kind_not_its_name() -> None:
+    named = plan(compose(["machine=xeon_8180", "machine.name=another"]))
+    assert named.layout.device == "cpu" and named.device_gib == named.memory.peak / GIB, "no CUDA context"
+    assert plan(compose(["machine=xeon_8180", "machine.device=cuda"])).layout.device == "cuda"
+    kinds = {m.name: m.device for m in table()}
+    assert {name for name, kind in kinds.items() if kind != "cuda"} == {"xeon_8180", "ipu_gc2", "ipu_gc200"}
+    job = place_of_job(compose(["machine=dgx2"]), world=2, per_node=2, device="cpu")
+    assert job.device == "cpu" and not job.peak_tflops, "a CPU job has not the peaks of the GPUs that are named"
 
 
 def test_offload_moves_states_to_the_host_and_its_time_to_pcie_and_cpu() -> None:

@@ -12,11 +12,11 @@ import pytest
 from launching import launch
 from rich.console import Console
 from studies import reproduce
+from studies.published import Row, as_printed, published
 from studies.superlinear import Study, curve, implied
 
 from toolkit.config.schema import conf_dir
 from toolkit.errors import ConfigError
-from toolkit.plan.paper import Row, as_printed, published
 
 Found = dict[str, list[dict[str, Any]]]
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from studies.published import Row
 from studies.superlinear import gpt2
 from toolkit.config.compose import compose
 from toolkit.deepspeed import ds_config
-from toolkit.plan.paper import Row
 from toolkit.plan.plan import place, plan_on
 from toolkit.plan.shapes import ModelShape, model_shape
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from toolkit.config.units import MIB
-from toolkit.deepspeed.rules import Facts
+from toolkit.deepspeed.facts import Facts
 from toolkit.report import figures
 from toolkit.run.table import grouped, table
 

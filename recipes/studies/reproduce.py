@@ -12,8 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from studies import largest, superlinear
+from studies.published import Row, published
 from toolkit.engine.pipe_events import bubble_share, formula
-from toolkit.plan.paper import Row, published, zero_bytes, zero_largest, zero_volume
+from toolkit.plan.paper import zero_bytes, zero_largest, zero_volume
 from toolkit.report import figures
 from toolkit.run.table import table
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from studies.published import Row
 from toolkit.config.compose import compose
 from toolkit.config.schema import Machine
 from toolkit.config.units import GIB
@@ -24,7 +25,7 @@ from toolkit.plan.activations import activations
 from toolkit.plan.assumptions import CONTEXT_GIB, LINK_EFFICIENCY, SLACK
 from toolkit.plan.layout import Layout
 from toolkit.plan.memory import memory_of
-from toolkit.plan.paper import Row, zero_bytes, zero_volume
+from toolkit.plan.paper import zero_bytes, zero_volume
 from toolkit.plan.shapes import ModelShape, model_shape
 from toolkit.plan.speed import speed_of, step_flops
 from toolkit.report import figures

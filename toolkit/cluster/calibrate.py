@@ -29,6 +29,7 @@ from toolkit.run.recipe import recipe
 STEPS = 3
 COPY_BYTES = 256 * MIB  # beyond any cache
 REPEATS = 5
+TINY = 8  # rows of a product that is all launch
 
 
 def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
@@ -192,6 +193,8 @@ def _rates(device: str, drive: Path) -> dict[str, Any]:
     here, there = (torch.ones(COPY_BYTES, dtype=torch.uint8, device=device) for _ in "ab")
     copied = _slowest(partial(_copy_gbs, there, here))
     rates: dict[str, Any] = {"peak_tflops": peaks, "bandwidth_gbs": 2 * copied, "pcie_gbs": copied}
+    tiny = _slowest(partial(machines.measured_tflops, "fp32", TINY, device=device, at_once=100))
+    rates["launch_us"] = 2 * TINY**3 / tiny / 1e6  # there is next to nothing to compute
     if device == "cuda":
         host = torch.ones(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
         rates["pcie_gbs"] = min(_slowest(partial(_copy_gbs, *way)) for way in ((host, here), (here, host)))

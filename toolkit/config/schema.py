@@ -20,7 +20,7 @@ from toolkit.errors import ConfigError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal["fp32", "tf32", "bf16", "fp16"]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
@@ -129,12 +129,12 @@ class Data(Strict):
     documents: str = "blank_line"  # text only: blank_line, file, or a regex of a document's first line
     language: str = "en"  # ISO code; its rules split paragraphs into sentences
     on_error: Literal["raise", "skip"] = "raise"  # a bad line or file: stop, or count it and go on
-    holdout: Share = 0.05  # share of the documents (of the rows without data.eval) kept out of training
+    holdout: Fraction = 0.05  # share of the documents (of the rows without data.eval) kept out of training
     max_length: Positive = 128
     max_predictions: Positive = 20
     mask_rate: float = Field(0.15, gt=0, lt=1)
     whole_word: bool = False
-    short_rate: Share = 0.1
+    short_rate: Fraction = 0.1
     dynamic: bool = True  # draw pairs and masks anew each epoch
     workers: Annotated[int, Field(ge=0)] = 1
     cache_dir: str | None = None  # None: <the user's cache>/deepspeed-toolkit/data
@@ -224,12 +224,14 @@ class Machine(Strict):
     """What one device can do, for MFU and plans; None is unknown, peaks are then looked up by its name, or measured."""
 
     name: str = "this"
+    device: Literal["cuda", "cpu", "ipu"] = "cuda"  # AMD's GPUs are cuda to PyTorch, too
     device_name: str | None = None  # words of torch.cuda.get_device_name()
     year: Positive | None = None  # of its first delivery
     memory_gib: float | None = Field(None, gt=0)  # what sheets call GB
     bandwidth_gbs: float | None = Field(None, gt=0)  # GB/s of its memory
     link_gbs: float | None = Field(None, gt=0)  # GB/s to the other devices of the host, one way; sheets add both ways
     peak_tflops: dict[Dtype, float] = {}  # dense, by input type
+    launch_us: float | None = Field(None, ge=0)  # that a matrix product takes before it begins
     source: str | None = None
     # The node that it is part of, and how many of these a plan is for
     nodes: Positive = 1
@@ -243,7 +245,9 @@ class Machine(Strict):
     # What `toolkit plan --calibrate` adds: the share of peak_tflops that steps reach (else assumptions.py's), and which
     # keys were measured: links among them need no allowance
     efficiency: dict[Dtype, Annotated[float, Field(gt=0, le=1)]] = {}
-    measured: tuple[Literal["peak_tflops", "efficiency", "bandwidth_gbs", "link_gbs", "pcie_gbs", "nvme_gbs"], ...] = ()
+    measured: tuple[
+        Literal["peak_tflops", "launch_us", "efficiency", "bandwidth_gbs", "link_gbs", "pcie_gbs", "nvme_gbs"], ...
+    ] = ()
 
 
 class Planning(Strict):

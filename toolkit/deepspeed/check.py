@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from toolkit.deepspeed import ds_config
 from toolkit.deepspeed.ds_config import Problem
-from toolkit.deepspeed.rules import BATCH_KEYS, FILLED, Facts, Rule, Unknown
+from toolkit.deepspeed.facts import BATCH_KEYS, Facts, Unknown
+from toolkit.deepspeed.rules import FILLED, Rule
 from toolkit.errors import ConfigError
 
 # What DeepSpeed gets along with; all else it refuses, or does not do as the file says.

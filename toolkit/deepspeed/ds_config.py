@@ -19,7 +19,9 @@ from typing import Any
 
 from toolkit.config.schema import RunConfig, cache_dir, dotted
 from toolkit.config.units import MIB
-from toolkit.deepspeed.rules import AUTO, BATCH_KEYS, FILLED, IN_A_FILE, RULES, RUN_RULES, UNUSED, Facts, Rule, Unknown
+from toolkit.deepspeed.facts import AUTO, BATCH_KEYS, Facts, Unknown
+from toolkit.deepspeed.rules import FILLED, IN_A_FILE, RULES, Rule
+from toolkit.deepspeed.run_rules import RUN_RULES
 from toolkit.errors import ConfigError, nearest
 
 ADAM_KEYS = {"adam_w_mode": "bool", "torch_adam": "bool", "fp32_optimizer_states": "bool"}
@@ -84,7 +86,7 @@ def examine(
             ds["pipeline"].setdefault("use_reentrant", False)
     facts = Facts(ds, world, device, largest, config)
     rest = [p for p in problems(facts) if not (batch and p.rule.startswith("batch_"))]
-    return Completed(ds, layout + batch + rest + run_problems(usable(facts) if rest else facts))
+    return Completed(ds, layout + batch + rest + broken(RUN_RULES, usable(facts) if rest else facts, "deepspeed."))
 
 
 def problems(facts: Facts, prefix: str = "deepspeed.") -> list[Problem]:
@@ -124,24 +126,22 @@ def broken(rules: Mapping[str, Rule], facts: Facts, prefix: str) -> list[Problem
     for name, (when, say) in rules.items():
         with suppress(Unknown):
             if got := when(facts):
-                text = _format(say, p=prefix, f=facts, got=got)
+                text = say.format(p=prefix, v=_Shown(facts, prefix), f=facts, c=facts.config, got=got)
                 for preset, key in IN_A_FILE.items() if facts.config is None else ():
                     text = text.replace(preset, key)
                 found.append(Problem(name, text))
     return found
 
 
-def run_problems(facts: Facts) -> list[Problem]:
-    """What is wrong between the parts of a RunConfig."""
-    config = facts.config
-    assert config is not None
-    found = []
-    for name, (when, say) in RUN_RULES.items():
-        with suppress(Unknown):
-            if got := when(config, facts):
-                unused = UNUSED.get(got[0]) if isinstance(got, list) else None
-                found.append(Problem(name, _format(say, c=config, f=facts, got=got, unused=unused)))
-    return found
+@dataclass(frozen=True)
+class _Shown:
+    """``shown["fp16.loss_scale"]`` is deepspeed.fp16.loss_scale=128."""
+
+    facts: Facts
+    prefix: str
+
+    def __getitem__(self, key: str) -> str:
+        return f"{self.prefix}{key}={self.facts[key]}"
 
 
 def required_ops(ds: Mapping[str, Any], *, device: str, world: int) -> list[str]:
@@ -384,10 +384,6 @@ def _params(f: Facts, prefix: str, block: str, accepted: dict[str, str], ignore:
         elif not _fits(accepted[key].rstrip("!"), value):
             kind = _named(accepted[key].rstrip("!"))
             yield Problem("param_type", f"{shown}={value!r}: must be {kind}. Change it.")
-
-
-def _format(text: str, **values: Any) -> str:
-    return text.format(**values)
 
 
 def _raise(found: list[Problem]) -> None:

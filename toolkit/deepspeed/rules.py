@@ -6,21 +6,12 @@ Sources in comments are files of DeepSpeed 0.19.8; "seen" means tried on two CPU
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from toolkit.config.kinds import KINDS, Asked
-from toolkit.config.schema import RunConfig
+from toolkit.deepspeed.facts import BATCH_KEYS, Facts, canonical
 
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-DTYPES = {
-    "fp32": ("fp32", "float32", "float", "torch.float32"),
-    "fp16": ("fp16", "float16", "half", "torch.float16"),
-    "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
-}
 # runtime/zero/utils.py, ZERO_SUPPORTED_OPTIMIZERS
 TESTED = {
     "torch.Adam", "torch.AdamW", "torch.Adagrad", "FusedAdam", "FusedLion",
@@ -28,17 +19,17 @@ TESTED = {
 }  # fmt: skip
 # They look at a whole matrix, but ZeRO hands every optimizer flat pieces of all parameters together.
 NEED_MATRICES = {"FusedLamb", "torch.Adafactor", "torch.LBFGS", "torch.SparseAdam"}
+# Keys of zero_optimization by the stages that read them
 STAGE3_ONLY = (
-    "allgather_sequential", "gather_16bit_weights_on_model_save", "max_live_parameters",
-    "max_reuse_distance",
+    "allgather_sequential", "gather_16bit_weights_on_model_save", "max_live_parameters", "max_reuse_distance",
     "model_persistence_threshold", "module_granularity_threshold", "param_persistence_threshold",
     "prefetch_bucket_size", "use_all_reduce_for_fetch_params",
 )  # fmt: skip
 STAGE3_KEYS = (
     *STAGE3_ONLY, *(f"stage3_{key}" for key in STAGE3_ONLY), "leaf_module", "log_trace_cache_warnings",
-    "memory_efficient_linear", "override_module_apply", "save_muon_momentum_buffer_in_memory",
-    "sub_group_size", "zero_hpz_partition_size", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+    "memory_efficient_linear", "override_module_apply", "save_muon_momentum_buffer_in_memory", "sub_group_size",
+    "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
+    "zero_quantized_weights",
 )  # fmt: skip
 STAGE12_KEYS = (
     "allgather_bucket_size", "allgather_partitions", "ignore_unused_parameters", "parameter_alignment",
@@ -57,8 +48,6 @@ IGNORED = ("disable_allgather",)  # DeepSpeed reads them and does nothing with t
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
-# DeepSpeed's own "auto"
-AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages", "expert_parallel.", "zero_optimization.zenflow.")
 # Filled in by Hugging Face: transformers' integrations/deepspeed.py, accelerate's DeepSpeedPlugin
 FILLED = {
     "bf16.enabled", "fp16.enabled", "gradient_accumulation_steps", "gradient_clipping", "optimizer.params.betas",
@@ -93,126 +82,15 @@ IN_A_FILE = {
 }  # fmt: skip
 
 
-class Unknown(Exception):
-    """A rule asks for what cannot be known: a value that others fill in, or the number of ranks."""
-
-
 def installed(package: str) -> bool:
     return find_spec(package) is not None
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A DeepSpeed config (``facts["zero_optimization.stage"]``) and what it is going to run on."""
-
-    ds: Mapping[str, Any]
-    ranks: int | None  # data-parallel ones; None: unknown, as in a file from elsewhere
-    device: str  # cpu, cuda, …
-    largest: int | None = None  # elements of the model's largest parameter, where known
-    config: RunConfig | None = None  # None: a file from elsewhere
-    parameters: int | None = None  # of the model, where known
-
-    def __getitem__(self, path: str) -> Any:
-        node: Any = self.ds
-        for key in path.split("."):
-            node = node.get(key) if isinstance(node, Mapping) else None
-            if node == "auto" and not path.startswith(AUTO):
-                raise Unknown(path)
-        return node
-
-    @property
-    def world(self) -> int:
-        """Data-parallel ranks. Raises Unknown."""
-        if self.ranks is None:
-            raise Unknown("ranks")
-        return self.ranks
-
-    def given(self, block: str, keys: tuple[str, ...]) -> str:
-        """Those of ``keys`` that ``block`` holds, for a message; empty if none."""
-        return ", ".join(f"{block}.{key}" for key in keys if key in (self[block] or {}))
-
-    def others(self, block: str, *known: str) -> str:
-        """The keys of ``block`` besides ``known``, for a message; empty if none."""
-        return ", ".join(f"{block}.{key}" for key in self[block] or {} if key not in known)
-
-    @property
-    def stage(self) -> int:
-        return int(self["zero_optimization.stage"] or 0)
-
-    @property
-    def dtype(self) -> str:
-        """What weights and activations are: fp16 first, as in DeepSpeedEngine.get_data_types."""
-        return "fp16" if self["fp16.enabled"] else "bf16" if self["bf16.enabled"] else "fp32"
-
-    @property
-    def accumulation(self) -> str:
-        return canonical(self["data_types.grad_accum_dtype"]) or self.dtype
-
-    @property
-    def offload(self) -> str:
-        return str(self["zero_optimization.offload_optimizer.device"] or "none")
-
-    @property
-    def param_offload(self) -> str:
-        return str(self["zero_optimization.offload_param.device"] or "none")
-
-    @property
-    def nvme(self) -> bool:
-        return "nvme" in (self.offload, self.param_offload)
-
-    @property
-    def clipping(self) -> float:
-        return 1.0 if self["gradient_clipping"] is None else float(self["gradient_clipping"])
-
-    @property
-    def optimizer(self) -> str:
-        """The class that DeepSpeed picks (DeepSpeedEngine._configure_basic_optimizer), or ''."""
-        name = str(self["optimizer.type"] or "")
-        adamw = name.lower() == "adamw" or self["optimizer.params.adam_w_mode"] is not False
-        offloaded = self.offload != "none"
-        if name.lower() in ("adam", "adamw") and self["optimizer.params.torch_adam"]:
-            return "torch.AdamW" if adamw else "torch.Adam"
-        chosen = {
-            "adam": ("FusedAdam", "DeepSpeedCPUAdam"),
-            "adamw": ("FusedAdam", "DeepSpeedCPUAdam"),
-            "adagrad": ("torch.Adagrad", "DeepSpeedCPUAdagrad"),
-            "lamb": ("FusedLamb", "FusedLamb"),
-            "lion": ("FusedLion", "DeepSpeedCPULion"),
-            "muon": ("MuonWithAuxAdam", "MuonWithAuxAdam"),
-        }.get(name.lower())
-        return chosen[offloaded] if chosen else f"torch.{name}" if name else ""
-
-    @property
-    def bf16_optimizer(self) -> bool:
-        """Stage 1 then runs BF16_Optimizer instead of ZeRO's own "
-        "(DeepSpeedEngine._do_optimizer_sanity_check)."""
-        return (self.stage, self.dtype, self.accumulation) == (1, "bf16", "fp32") and self.offload != "cpu"
-
-    @property
-    def swap_buffers(self) -> int:
-        """Buffers that one parameter's optimizer state on NVMe takes, twice where steps overlap. Seen."""
-        block = self["zero_optimization.offload_optimizer"] or {}
-        return 8 if block.get("pipeline_read") or block.get("pipeline_write") else 4
-
-    @property
-    def batch_found(self) -> int:
-        """train_batch_size as micro x accumulation x ranks, a missing one taken as DeepSpeed does."""
-        micro, steps = self["train_micro_batch_size_per_gpu"], self["gradient_accumulation_steps"]
-        total = self["train_batch_size"] or (micro or 0) * (steps or 1) * self.world
-        steps = steps or (total // micro // self.world if micro else 1)
-        micro = micro or total // self.world // steps
-        return int(micro * steps * self.world)
-
-
-def canonical(name: Any) -> str | None:
-    return next((short for short, names in DTYPES.items() if name in names), None)
 
 
 def _unswitched(f: Facts) -> str:
     return ", ".join(block for block in SWITCHED if f[block] and "enabled" not in f[block])
 
 
-def _number(value: Any, default: float) -> float:
+def number(value: Any, default: float) -> float:
     return float(value) if isinstance(value, int | float) else default
 
 
@@ -231,7 +109,8 @@ def _missing_packages(f: Facts) -> str:
 
 Rule = tuple[Callable[[Facts], Any], str]
 
-# {p} is "deepspeed." or empty, {f} the facts, {got} what the condition returned.
+# {p} is "deepspeed." or empty, {v[key]} the key with it and its value, {f} the facts, {c} the run's config, {got} what
+# the condition returned.
 RULES: dict[str, Rule] = {
     # ---- batch
     "batch_missing": (
@@ -240,7 +119,7 @@ RULES: dict[str, Rule] = {
         "{p}train_micro_batch_size_per_gpu.",
     ),
     "batch_positive": (
-        lambda f: [key for key in BATCH_KEYS if _number(f[key], 1) < 1],
+        lambda f: [key for key in BATCH_KEYS if number(f[key], 1) < 1],
         "{p}{got[0]} is below 1. Raise it.",
     ),
     "batch_product": (
@@ -248,8 +127,8 @@ RULES: dict[str, Rule] = {
             (f["train_batch_size"] or f["train_micro_batch_size_per_gpu"])
             and (f.batch_found != (f["train_batch_size"] or f.batch_found) or not f.batch_found)
         ),
-        "{p}train_batch_size={f[train_batch_size]} is not train_micro_batch_size_per_gpu x "
-        "gradient_accumulation_steps x {f.world} ranks. Give two of the three.",
+        "{v[train_batch_size]} is not train_micro_batch_size_per_gpu x gradient_accumulation_steps x {f.world} ranks. "
+        "Give two of the three.",
     ),
     # ---- precision
     "two_precisions": (
@@ -271,19 +150,17 @@ RULES: dict[str, Rule] = {
     ),
     "static_scale": (
         lambda f: f["fp16.loss_scale"] and f.given("fp16", DYNAMIC_SCALE),
-        "{p}fp16.loss_scale={f[fp16.loss_scale]} is fixed, so {got} have no effect. Drop them, or set "
-        "fp16.loss_scale=0 for a dynamic scale.",
+        "{v[fp16.loss_scale]} is fixed, so {got} have no effect. Drop them, or set fp16.loss_scale=0 for a dynamic "
+        "scale.",
     ),
     "accumulation_at_stage0": (  # engine.py, _do_optimizer_sanity_check: NotImplementedError
         lambda f: f.stage == 0 and f["optimizer"] and f.accumulation != f.dtype,
-        "{p}data_types.grad_accum_dtype={f[data_types.grad_accum_dtype]} with {f.dtype} weights at "
-        "zero_optimization.stage=0: without ZeRO DeepSpeed accumulates in the weights' type only. "
-        "Use zero=stage1, or {p}data_types.grad_accum_dtype={f.dtype}.",
+        "{v[data_types.grad_accum_dtype]} with {f.dtype} weights at zero_optimization.stage=0: without ZeRO DeepSpeed "
+        "accumulates in the weights' type only. Use zero=stage1, or {p}data_types.grad_accum_dtype={f.dtype}.",
     ),
     "param_dtype": (  # engine.py, _assert_valid_mixed_precision_config
         lambda f: (canonical(f["data_types.param_dtype"]) or f.dtype) != f.dtype,
-        "{p}data_types.param_dtype={f[data_types.param_dtype]} but the weights are {f.dtype}. Drop it, or "
-        "choose that precision.",
+        "{v[data_types.param_dtype]} but the weights are {f.dtype}. Drop it, or choose that precision.",
     ),
     "master_weights": (  # base_optimizer.py, _configure_master_weights
         lambda f: (
@@ -293,14 +170,13 @@ RULES: dict[str, Rule] = {
             )
             and not (f.stage and f.optimizer == "DeepSpeedCPUAdam")
         ),
-        "{p}{f.dtype}.{f.dtype}_master_weights_and_grads=True needs ZeRO 1 to 3 with an Adam optimizer "
-        "offloaded to "
+        "{p}{f.dtype}.{f.dtype}_master_weights_and_grads=True needs ZeRO 1 to 3 with an Adam optimizer offloaded to "
         "CPU. Use offload=cpu optimizer=adamw, or drop it.",
     ),
     "bf16_states": (  # config.py, _do_error_check
         lambda f: f["bf16.bf16_optimizer_states"] and not (f.stage and f["bf16.bf16_master_weights_and_grads"]),
-        "{p}bf16.bf16_optimizer_states=True needs bf16_master_weights_and_grads=true and ZeRO 1 to 3. "
-        "Set both, or drop it.",
+        "{p}bf16.bf16_optimizer_states=True needs bf16_master_weights_and_grads=true and ZeRO 1 to 3. Set both, or "
+        "drop it.",
     ),
     "autocast_dtype": (  # engine.py, __init__: if torch then picks fp16, there is no loss scaling
         lambda f: f["torch_autocast.enabled"] and not f["torch_autocast.dtype"],
@@ -313,9 +189,8 @@ RULES: dict[str, Rule] = {
     ),
     "stage3_keys": (
         lambda f: f.stage < 3 and f.given("zero_optimization", STAGE3_KEYS),
-        "{p}{got} without effect at zero_optimization.stage={f.stage}: only ZeRO 3 reads them. Use "
-        "zero=stage3, "
-        "or drop them.",
+        "{p}{got} without effect at zero_optimization.stage={f.stage}: only ZeRO 3 reads them. Use zero=stage3, or "
+        "drop them.",
     ),
     "stage12_keys": (
         lambda f: f.stage == 3 and f.given("zero_optimization", STAGE12_KEYS),
@@ -335,8 +210,7 @@ RULES: dict[str, Rule] = {
             and f["zero_optimization.reduce_scatter"] is not False
             and ((f["gradient_predivide_factor"] or 1) != 1 or f["prescale_gradients"])
         ),
-        "{p}gradient_predivide_factor or prescale_gradients with zero_optimization.reduce_scatter at "
-        "stage {f.stage}: "
+        "{p}gradient_predivide_factor or prescale_gradients with zero_optimization.reduce_scatter at stage {f.stage}: "
         "not supported. Drop them, or set {p}zero_optimization.reduce_scatter=false.",
     ),
     "no_grad_norm": (  # stage_1_and_2.py, __init__, and zero/config.py
@@ -344,43 +218,37 @@ RULES: dict[str, Rule] = {
             f["zero_optimization.compute_grad_norm"] is False
             and (f.stage not in (1, 2) or f.clipping > 0 or f.offload != "none" or f.bf16_optimizer)
         ),
-        "{p}zero_optimization.compute_grad_norm=False needs ZeRO 1 or 2, gradient_clipping=0, no offload, "
-        "and no fp32 "
+        "{p}zero_optimization.compute_grad_norm=False needs ZeRO 1 or 2, gradient_clipping=0, no offload, and no fp32 "
         "accumulation of bf16 at stage 1. Drop it.",
     ),
     "odd_bucket": (  # stage_1_and_2.py: nccl_start_alignment_factor
         lambda f: f.stage in (1, 2) and (f["zero_optimization.allgather_bucket_size"] or 0) % 2,
-        "{p}zero_optimization.allgather_bucket_size={f[zero_optimization.allgather_bucket_size]} is odd: "
-        "it must be even.",
+        "{v[zero_optimization.allgather_bucket_size]} is odd: it must be even.",
     ),
     "unmanaged_overlap": (  # engine.py, _do_sanity_check
         lambda f: f["managed_gradient_accumulation"] is False and f.stage < 2 and f["zero_optimization.overlap_comm"],
-        "{p}managed_gradient_accumulation=False with zero_optimization.overlap_comm below stage 2. "
-        "Use zero=stage2, or {p}zero_optimization.overlap_comm=false.",
+        "{p}managed_gradient_accumulation=False with zero_optimization.overlap_comm below stage 2. Use zero=stage2, or "
+        "{p}zero_optimization.overlap_comm=false.",
     ),
     "bucket_size": (  # zero/config.py: gt=0
-        lambda f: _number(f["zero_optimization.reduce_bucket_size"], 1) < 1,
-        "{p}zero_optimization.reduce_bucket_size={f[zero_optimization.reduce_bucket_size]}: it must be 1 at least. "
-        "Drop it for the default of 5e8 elements.",
+        lambda f: number(f["zero_optimization.reduce_bucket_size"], 1) < 1,
+        "{v[zero_optimization.reduce_bucket_size]}: it must be 1 at least. Drop it for the default of 5e8 elements.",
     ),
     # ---- offload
     "offload_at_stage0": (
         lambda f: f.stage == 0 and f.offload != "none",
-        "{p}zero_optimization.offload_optimizer.device={f.offload} at zero_optimization.stage=0: there is "
-        "no ZeRO to "
+        "{p}zero_optimization.offload_optimizer.device={f.offload} at zero_optimization.stage=0: there is no ZeRO to "
         "offload. Use zero=stage1 (or 2, 3), or offload=none.",
     ),
     "param_offload_stage": (  # only stage3.py reads offload_param
         lambda f: f.stage < 3 and f.param_offload != "none",
-        "{p}zero_optimization.offload_param.device={f.param_offload} at "
-        "zero_optimization.stage={f.stage}: only ZeRO 3 "
+        "{p}zero_optimization.offload_param.device={f.param_offload} at zero_optimization.stage={f.stage}: only ZeRO 3 "
         "offloads parameters. Use zero=stage3, or offload=cpu.",
     ),
     "nvme_stage": (  # stage_1_and_2.py takes any device but none for the CPU, in silence
         lambda f: f.stage in (1, 2) and f.offload == "nvme",
-        "{p}zero_optimization.offload_optimizer.device=nvme at zero_optimization.stage={f.stage}: it "
-        "would stay in "
-        "CPU memory, only ZeRO 3 writes to NVMe. Use zero=stage3, or offload=cpu.",
+        "{p}zero_optimization.offload_optimizer.device=nvme at zero_optimization.stage={f.stage}: it would stay in CPU "
+        "memory, only ZeRO 3 writes to NVMe. Use zero=stage3, or offload=cpu.",
     ),
     "nvme_path": (
         lambda f: [
@@ -388,15 +256,14 @@ RULES: dict[str, Rule] = {
             for key in ("offload_optimizer", "offload_param")
             if f[f"zero_optimization.{key}.device"] == "nvme" and not f[f"zero_optimization.{key}.nvme_path"]
         ],
-        "{p}zero_optimization.{got[0]}.device=nvme without nvme_path. Set "
-        "{p}zero_optimization.{got[0]}.nvme_path to a folder on the NVMe drive.",
+        "{p}zero_optimization.{got[0]}.device=nvme without nvme_path. Set {p}zero_optimization.{got[0]}.nvme_path to a "
+        "folder on the NVMe drive.",
     ),
     # partition_parameters.py, Init._set_dtype: bf16 whatever was asked, if deepspeed.initialize partitions
     # the model. Ours is partitioned as it is built, by deepspeed.zero.Init with the config's own type.
     "nvme_params_on_cpu": (
         lambda f: f.config is None and f.param_offload == "nvme" and f.device == "cpu" and f.dtype == "fp32",
-        "{p}zero_optimization.offload_param.device=nvme in fp32 on a CPU: DeepSpeed stores such "
-        "parameters in bf16. "
+        "{p}zero_optimization.offload_param.device=nvme in fp32 on a CPU: DeepSpeed stores such parameters in bf16. "
         "Use offload=cpu_params, or precision=bf16.",
     ),
     "nvme_buffer_size": (  # partitioned_param_swapper.py: a buffer holds one rank's part of one parameter
@@ -406,10 +273,8 @@ RULES: dict[str, Rule] = {
             and f.largest
             and f["zero_optimization.offload_param.buffer_size"] < math.ceil(f.largest / f.world)
         ),
-        "{p}zero_optimization.offload_param.buffer_size={f[zero_optimization.offload_param.buffer_size]} "
-        "is smaller "
-        "than one of {f.world} parts of the largest parameter ({f.largest} elements). Drop it: it is "
-        "derived.",
+        "{v[zero_optimization.offload_param.buffer_size]} is smaller than one of {f.world} parts of the largest "
+        "parameter ({f.largest} elements). Drop it: it is derived.",
     ),
     "nvme_buffer_count": (  # partitioned_ and pipelined_optimizer_swapper.py assert it at the first step
         lambda f: f.offload == "nvme" and (f["zero_optimization.offload_optimizer.buffer_count"] or 4) < f.swap_buffers,
@@ -421,23 +286,21 @@ RULES: dict[str, Rule] = {
     "nvme_sub_groups": (
         lambda f: f.offload == "nvme" and f.stage == 3 and (f["zero_optimization.sub_group_size"] or 2) > 1,
         "{p}zero_optimization.offload_optimizer.device=nvme needs {p}zero_optimization.sub_group_size=1: in larger "
-        "groups DeepSpeed misreads gradients that do not start at a multiple of 512 bytes, and "
-        "trains on garbage. Use offload=nvme, or set it.",
+        "groups DeepSpeed misreads gradients that do not start at a multiple of 512 bytes, and trains on garbage. Use "
+        "offload=nvme, or set it.",
     ),
     "partial_offload": (  # zero/config.py, offload_ratio_check; stage3.py
         lambda f: (
             (f["zero_optimization.offload_optimizer.ratio"] or 1) < 1
             and not (f.stage == 3 and f.optimizer == "DeepSpeedCPUAdam")
         ),
-        "{p}zero_optimization.offload_optimizer.ratio below 1 needs ZeRO 3 and an offloaded Adam. Use "
-        "zero=stage3 "
+        "{p}zero_optimization.offload_optimizer.ratio below 1 needs ZeRO 3 and an offloaded Adam. Use zero=stage3 "
         "optimizer=adamw, or drop it.",
     ),
     "super_offload": (
         lambda f: f.stage < 3 and f["zero_optimization.offload_optimizer.super_offload"],
-        "{p}zero_optimization.offload_optimizer.super_offload=True at stage {f.stage}: only ZeRO 3 reads "
-        "it. "
-        "Use zero=stage3, or drop it.",
+        "{p}zero_optimization.offload_optimizer.super_offload=True at stage {f.stage}: only ZeRO 3 reads it. Use "
+        "zero=stage3, or drop it.",
     ),
     "aio_without_nvme": (
         lambda f: f["aio"] and not f.nvme and not (f["checkpoint.writer"]),
@@ -458,26 +321,22 @@ RULES: dict[str, Rule] = {
     ),
     "fused_on_cpu": (  # op_builder/cpu/no_impl.py; seen
         lambda f: f.device == "cpu" and f.optimizer in ("FusedLamb", "FusedLion"),
-        "{p}optimizer.type={f[optimizer.type]} has no implementation on a CPU. Use optimizer=adamw, muon "
-        "or sgd; "
-        "Lion also runs with zero=stage1 (or 2, 3) offload=cpu.",
+        "{v[optimizer.type]} has no implementation on a CPU. Use optimizer=adamw, muon or sgd; Lion also runs with "
+        "zero=stage1 (or 2, 3) offload=cpu.",
     ),
     "lamb_offload": (  # engine.py builds FusedLamb, a CUDA kernel, for states that are in CPU memory
         lambda f: f.optimizer == "FusedLamb" and f.offload != "none",
-        "{p}optimizer.type={f[optimizer.type]} cannot be offloaded: its kernel runs on GPUs only. Use "
-        "offload=none, "
-        "or optimizer=adamw or lion.",
+        "{v[optimizer.type]} cannot be offloaded: its kernel runs on GPUs only. Use offload=none, or optimizer=adamw "
+        "or lion.",
     ),
     "lamb_scale": (  # engine.py, _do_sanity_check
         lambda f: f.optimizer == "FusedLamb" and f["fp16.loss_scale"],
-        "{p}fp16.loss_scale={f[fp16.loss_scale]} with Lamb: it needs a dynamic scale. Set {p}fp16.loss_scale=0.",
+        "{v[fp16.loss_scale]} with Lamb: it needs a dynamic scale. Set {p}fp16.loss_scale=0.",
     ),
     "needs_matrices": (
         lambda f: f.stage and f.optimizer in NEED_MATRICES,
-        "{p}optimizer.type={f[optimizer.type]} at zero_optimization.stage={f.stage}: it works on whole "
-        "matrices, and "
-        "ZeRO cuts them into flat parts, so the result would depend on the ranks. Use zero=stage0, or "
-        "optimizer=adamw.",
+        "{v[optimizer.type]} at zero_optimization.stage={f.stage}: it works on whole matrices, and ZeRO cuts them into "
+        "flat parts, so the result would depend on the ranks. Use zero=stage0, or optimizer=adamw.",
     ),
     "untested_optimizer": (  # engine.py, _do_optimizer_sanity_check
         lambda f: (
@@ -486,28 +345,25 @@ RULES: dict[str, Rule] = {
             and f.optimizer not in TESTED | NEED_MATRICES
             and not f["zero_allow_untested_optimizer"]
         ),
-        "{p}optimizer.type={f[optimizer.type]} at zero_optimization.stage={f.stage} is untested with ZeRO. "
-        "Set {p}zero_allow_untested_optimizer=true, or use zero=stage0.",
+        "{v[optimizer.type]} at zero_optimization.stage={f.stage} is untested with ZeRO. Set "
+        "{p}zero_allow_untested_optimizer=true, or use zero=stage0.",
     ),
     "tensor_matrices": (
         lambda f: (f["tensor_parallel.autotp_size"] or 0) > 1 and f.optimizer in NEED_MATRICES | {"MuonWithAuxAdam"},
-        "{p}optimizer.type={f[optimizer.type]} with {p}tensor_parallel.autotp_size={f[tensor_parallel.autotp_size]}: "
-        "it works on whole matrices, and a rank has only a part of them, so the result would depend on the ranks. "
-        "Use optimizer=adamw, or parallel=none.",
+        "{v[optimizer.type]} with {v[tensor_parallel.autotp_size]}: it works on whole matrices, and a rank has only a "
+        "part of them, so the result would depend on the ranks. Use optimizer=adamw, or parallel=none.",
     ),
     "muon_scatter": (  # stage3.py: "Muon and reduce scatter cannot be used together"; without, it works; seen
         lambda f: (
             f.optimizer == "MuonWithAuxAdam" and f.stage == 3 and f["zero_optimization.reduce_scatter"] is not False
         ),
-        "{p}optimizer.type=Muon at zero_optimization.stage=3 needs "
-        "{p}zero_optimization.reduce_scatter=false. Set it, "
+        "{p}optimizer.type=Muon at zero_optimization.stage=3 needs {p}zero_optimization.reduce_scatter=false. Set it, "
         "or use zero=stage2.",
     ),
     "muon_clipping": (  # ZeRO clips after orthogonalising, stage 0 before; seen
         lambda f: f.optimizer == "MuonWithAuxAdam" and f.stage and f.clipping > 0 and not f.bf16_optimizer,
-        "{p}gradient_clipping={f.clipping} with Muon at zero_optimization.stage={f.stage}: ZeRO would "
-        "clip the finished "
-        "update and shrink every step. Set {p}gradient_clipping=0.",
+        "{p}gradient_clipping={f.clipping} with Muon at zero_optimization.stage={f.stage}: ZeRO would clip the "
+        "finished update and shrink every step. Set {p}gradient_clipping=0.",
     ),
     # ---- scheduler
     "scheduler_type": (
@@ -516,33 +372,29 @@ RULES: dict[str, Rule] = {
     ),
     "scheduler_rate": (  # WarmupLR alone takes the optimizer's
         _own_rate,
-        "{p}scheduler.type={f[scheduler.type]} replaces {got[0]} by its own default of {got[2]}. Set "
-        "{p}scheduler.params.{got[1]}.",
+        "{v[scheduler.type]} replaces {got[0]} by its own default of {got[2]}. Set {p}scheduler.params.{got[1]}.",
     ),
     "warmup_steps": (  # lr_schedules.py raises
-        lambda f: "Warmup" in str(f["scheduler.type"]) and (_number(f["scheduler.params.warmup_num_steps"], 1) < 1),
-        "{p}scheduler.params.warmup_num_steps={f[scheduler.params.warmup_num_steps]}: it must be 1 at least. Use "
-        "another scheduler for none, or 1.",
+        lambda f: "Warmup" in str(f["scheduler.type"]) and (number(f["scheduler.params.warmup_num_steps"], 1) < 1),
+        "{v[scheduler.params.warmup_num_steps]}: it must be 1 at least. Use another scheduler for none, or 1.",
     ),
     "warmup_longer": (  # lr_schedules.py warns
         lambda f: (
             "Warmup" in str(f["scheduler.type"])
-            and _number(f["scheduler.params.warmup_num_steps"], 1000)
-            > _number(f["scheduler.params.total_num_steps"], math.inf)
+            and number(f["scheduler.params.warmup_num_steps"], 1000)
+            > number(f["scheduler.params.total_num_steps"], math.inf)
         ),
-        "{p}scheduler.params.total_num_steps={f[scheduler.params.total_num_steps]} is below warmup_num_steps (1000 if "
-        "not given): the rate would never be reached. Lower {p}scheduler.params.warmup_num_steps.",
+        "{v[scheduler.params.total_num_steps]} is below warmup_num_steps (1000 if not given): the rate would never be "
+        "reached. Lower {p}scheduler.params.warmup_num_steps.",
     ),
     "warmup_type": (  # lr_schedules.py warns and takes log
         lambda f: "Warmup" in str(f["scheduler.type"]) and f["scheduler.params.warmup_type"] not in WARMUPS,
-        "{p}scheduler.params.warmup_type={f[scheduler.params.warmup_type]}: DeepSpeed would take log. Use linear or "
-        "log.",
+        "{v[scheduler.params.warmup_type]}: DeepSpeed would take log. Use linear or log.",
     ),
     "torch_scheduler": (  # engine.py hands it the ZeRO wrapper, which torch refuses; seen
         lambda f: f.stage and f["scheduler.type"] and f["scheduler.type"] not in DS_SCHEDULERS,
-        "{p}scheduler.type={f[scheduler.type]} is torch's and does not accept ZeRO's optimizer. Use "
-        "schedule=linear, "
-        "cosine, inverse_sqrt or constant, or one of DeepSpeed's schedulers.",
+        "{v[scheduler.type]} is torch's and does not accept ZeRO's optimizer. Use schedule=linear, cosine, "
+        "inverse_sqrt or constant, or one of DeepSpeed's schedulers.",
     ),
     # ---- the rest
     "ignored": (
@@ -559,257 +411,11 @@ RULES: dict[str, Rule] = {
     ),
     "deepcompile_stage": (  # engine.py: "Falling back to the torch compiler"
         lambda f: f["compile.deepcompile"] and f.stage == 0,
-        "{p}compile.deepcompile=True without effect at zero_optimization.stage=0. Use zero=stage1 "
-        "(or 2, 3), or drop it.",
+        "{p}compile.deepcompile=True without effect at zero_optimization.stage=0. Use zero=stage1 (or 2, 3), or drop "
+        "it.",
     ),
     "compile_options": (
         lambda f: not f["compile.deepcompile"] and f.others("compile", "deepcompile", "autoep_non_moe"),
         "{p}{got} without effect: compile.deepcompile is false. Set it and train.compile=true, or drop them.",
-    ),
-}
-
-
-def _warmup(f: Facts) -> float:
-    assert f.config is not None
-    schedule = f.config.schedule
-    return schedule.warmup if schedule.name != "none" and schedule.warmup > (f.config.train.steps or math.inf) else 0
-
-
-def _splits_features(f: Facts) -> bool:
-    return "linear" in str(f["tensor_parallel.partition_config"])
-
-
-def _negative(value: Any) -> bool:
-    return isinstance(value, int | float) and value < 0
-
-
-def _pipe_parts(c: RunConfig) -> int:
-    """Parts that the model is cut into: DualPipeV gives each rank two."""
-    return c.pipeline.stages * (2 if c.pipeline.schedule == "dualpipev" else 1)
-
-
-def _bad_cuts(c: RunConfig) -> bool:
-    cuts = c.pipeline.partition
-    return isinstance(cuts, tuple) and (len(cuts) != _pipe_parts(c) - 1 or list(cuts) != sorted(set(cuts)))
-
-
-def _without_stages(c: RunConfig) -> str:
-    given = c.pipeline.model_dump(exclude_defaults=True).keys() - {"stages"}
-    return ", ".join(f"pipeline.{key}" for key in sorted(given)) if c.pipeline.stages == 1 else ""
-
-
-# What a pipeline reads of DeepSpeed's own block; pipe_ and grad_partitioned are for tensor parallel stages.
-STAGE_RECOMPUTE = ("activation_checkpoint_interval", "use_reentrant")
-
-# Blocks of DeepSpeed's that this toolkit does by other means, and by which.
-UNUSED = {
-    "activation_checkpointing": "activation=recompute",
-    "autotuning": "`toolkit plan`",
-    "data_efficiency": "the data group",
-    "dataloader_drop_last": "nothing: only whole batches are trained on",
-    "hybrid_engine": "nothing: it is for reinforcement learning",
-}
-
-# What a run can ask for that not every kind of task does: how it asks, and why another kind refuses.
-ASKED: dict[Asked, tuple[Callable[[RunConfig, Facts], str | bool], str]] = {
-    "pipeline": (
-        lambda c, f: c.pipeline.stages > 1 and f"pipeline.stages={c.pipeline.stages}",
-        "its model is not cut into stages. Use pipeline=none.",
-    ),
-    "tensor": (
-        lambda c, f: (
-            c.tensor_size > 1 and not _splits_features(f) and f"deepspeed.tensor_parallel.autotp_size={c.tensor_size}"
-        ),
-        "its layers are not split as a BERT's are. Use parallel=none, or parallel=features for a linear regression.",
-    ),
-    "features": (
-        lambda c, f: _splits_features(f) and "parallel=features",
-        "it splits a linear regression. Use parallel=tensor.",
-    ),
-    "activation": (
-        lambda c, f: ", ".join(f"activation.{key}=true" for key, on in c.activation.model_dump().items() if on),
-        "it is for Transformers. Drop it.",
-    ),
-    "weights": (
-        lambda c, f: c.model.weights is not None and f"model.weights={c.model.weights}",
-        "it is for Transformers. Drop it.",
-    ),
-    "new_head": (
-        lambda c, f: c.model.new_head and c.model.weights is not None and "model.new_head=true",
-        "it is for model.weights of another fine-tuning task. Drop it.",
-    ),
-    "vocab_size": (
-        lambda c, f: c.model.vocab_size is not None and f"model.vocab_size={c.model.vocab_size}",
-        "without effect: the tokenizer or model.weights decides. Drop it.",
-    ),
-    "metrics": (
-        lambda c, f: bool(c.task.metrics) and f"task.metrics={list(c.task.metrics)}",
-        "it computes none. Drop it.",
-    ),
-    "seeds": (
-        lambda c, f: bool(c.seeds) and f"seeds={list(c.seeds)}",
-        "several trainings in one launch are for fine-tuning. Use seed, or --multirun seed=1,2.",
-    ),
-    "loss": (
-        lambda c, f: c.task.loss != "mse" and f"loss={c.task.loss}",
-        "it is of task=linear. Drop it.",
-    ),
-    "decoder": (
-        lambda c, f: c.model.type == "marian" and "model.type=marian",
-        "an encoder-decoder translates. Use a model of type bert, or task=translate.",
-    ),
-    "tokens": (
-        lambda c, f: c.batch.tokens is not None and f"batch.tokens={c.batch.tokens}",
-        "it counts the tokens of sentence pairs. Use batch.global_size alone.",
-    ),
-    "subwords": (
-        lambda c, f: c.tokenizer.model != "wordpiece" and f"tokenizer.model={c.tokenizer.model}",
-        "a BERT's tokenizer is trained as wordpiece. Drop it, or name one by tokenizer.path.",
-    ),
-}
-
-
-def _beyond(capability: Asked, c: RunConfig, f: Facts) -> str:
-    """What is asked of a kind of task that cannot do it, for a message; empty if nothing is."""
-    asked, why = ASKED[capability]
-    told = capability not in KINDS[c.task.kind].can and asked(c, f)
-    return f"{told} with task.kind={c.task.kind}: {why}" if told else ""
-
-
-# The same for a whole RunConfig; {c} is the config.
-RUN_RULES: dict[str, tuple[Callable[[RunConfig, Facts], Any], str]] = {
-    # ---- what the kind of task can do, and what it needs
-    **{capability: (partial(_beyond, capability), "{got}") for capability in ASKED},
-    "no_decoder": (
-        lambda c, f: "decoder" in KINDS[c.task.kind].needs and c.model.type == "bert" and c.model.weights is None,
-        "task.kind={c.task.kind} with model.type=bert: it needs an encoder and a decoder. Use model=transformer_tiny, "
-        "transformer_base or transformer_big, or model.weights of a T5, BART, Marian or BERT.",
-    ),
-    "no_metric": (
-        lambda c, f: "metrics" in KINDS[c.task.kind].needs and not c.task.metrics,
-        "task.metrics is empty with task.kind={c.task.kind}: nothing would choose the best weights. Use a preset "
-        "(task={c.task.kind}), or name one.",
-    ),
-    "head_of_nothing": (
-        lambda c, f: c.model.new_head and c.model.weights is None,
-        "model.new_head=true without effect: it is for model.weights of another fine-tuning task. Drop it.",
-    ),
-    # ---- the model and its data
-    "heads": (
-        lambda c, f: c.model.hidden_size % c.model.num_attention_heads,
-        "model.hidden_size={c.model.hidden_size} does not divide by "
-        "model.num_attention_heads={c.model.num_attention_heads}. Change one of them.",
-    ),
-    "tensor_heads": (  # uneven shares draw unequally many random numbers, and then dropout differs where it must not
-        lambda c, f: c.model.num_attention_heads % c.tensor_size,
-        "model.num_attention_heads={c.model.num_attention_heads} does not divide by deepspeed.tensor_parallel."
-        "autotp_size={c.tensor_size}: every rank takes as many heads. Change one of them, or use parallel=none.",
-    ),
-    "max_length": (
-        lambda c, f: c.data.max_length > c.model.max_position_embeddings,
-        "data.max_length={c.data.max_length} is above model.max_position_embeddings="
-        "{c.model.max_position_embeddings}: the model has no such position. Lower the one or raise the "
-        "other.",
-    ),
-    "max_predictions": (
-        lambda c, f: "masks" in KINDS[c.task.kind].can and c.data.max_predictions > c.data.max_length,
-        "data.max_predictions={c.data.max_predictions} is above data.max_length={c.data.max_length}: "
-        "there are not "
-        "so many tokens to predict. Lower data.max_predictions.",
-    ),
-    "decoder_without_effect": (
-        lambda c, f: c.model.type != "marian" and c.model.decoder_layers,
-        "model.decoder_layers={c.model.decoder_layers} with model.type={c.model.type}: it has no decoder of its own. "
-        "Drop it.",
-    ),
-    "flash_on_cpu": (
-        lambda c, f: c.model.attention == "flash_attention_2" and f.device != "cuda",
-        "model.attention=flash_attention_2 on {f.device}: it is for CUDA devices. Use model.attention=sdpa.",
-    ),
-    "flash_in_fp32": (
-        lambda c, f: (
-            c.model.attention == "flash_attention_2"
-            and f.device == "cuda"
-            and f.dtype == "fp32"
-            and not f["torch_autocast.enabled"]
-        ),
-        "model.attention=flash_attention_2 in fp32: it computes in bf16 and fp16 only. Use "
-        "precision=bf16, or "
-        "model.attention=sdpa.",
-    ),
-    "warmup": (
-        lambda c, f: _warmup(f),
-        "schedule.warmup={got:g} steps is above train.steps={c.train.steps}: the rate would never be "
-        "reached. "
-        "Lower it; below 1 it is a share of train.steps.",
-    ),
-    "two_schedules": (
-        lambda c, f: c.schedule.name != "none" and f["scheduler"],
-        "deepspeed.scheduler.type={f[scheduler.type]} beside schedule.name={c.schedule.name}: one has to "
-        "go. "
-        "Use schedule=none, or drop deepspeed.scheduler.",
-    ),
-    "learning_rate": (
-        lambda c, f: [k for k in ("lr", "muon_lr", "adam_lr") if _negative(f[f"optimizer.params.{k}"])],
-        "deepspeed.optimizer.params.{got[0]} is negative: a negative rate climbs. Use a positive one.",
-    ),
-    "half_at_stage0": (  # fused_optimizer.py: FP16_Optimizer runs one empty optimizer.step() at its start
-        lambda c, f: f.stage == 0 and f.dtype != "fp32" and "Adam" in f.optimizer,
-        "zero_optimization.stage=0 in {f.dtype}: DeepSpeed's optimizer for it takes an empty step first, so "
-        "Adam's bias correction is one step ahead and the losses differ. Use zero=stage1.",
-    ),
-    "no_optimizer": (
-        lambda c, f: not f["optimizer"],
-        "deepspeed.optimizer is missing. Use optimizer=adamw, lamb, lion, muon or sgd.",
-    ),
-    # ---- pipeline
-    "pipeline_zero": (  # pipe/engine.py, __init__ asserts it
-        lambda c, f: c.pipeline.stages > 1 and f.stage >= 2,
-        "deepspeed.zero_optimization.stage={f.stage} with pipeline.stages={c.pipeline.stages}: DeepSpeed "
-        "pipelines need ZeRO 0 or 1. Use zero=stage1 or pipeline=none.",
-    ),
-    "pipeline_tensor": (
-        lambda c, f: c.pipeline.stages > 1 and c.tensor_size > 1,
-        "deepspeed.tensor_parallel.autotp_size={c.tensor_size} with pipeline.stages={c.pipeline.stages}: DeepSpeed "
-        "splits no layers of a pipeline. Use parallel=none or pipeline=none.",
-    ),
-    "pipeline_compile": (
-        lambda c, f: c.pipeline.stages > 1 and c.train.compile,
-        "train.compile=True with pipeline.stages={c.pipeline.stages} is not supported. Use train.compile=false.",
-    ),
-    "pipeline_off": (
-        lambda c, f: _without_stages(c),
-        "{got} without effect: pipeline.stages is 1. Use pipeline=two, or drop it.",
-    ),
-    "pipeline_cuts": (
-        lambda c, f: c.pipeline.stages > 1 and _bad_cuts(c),
-        "pipeline.partition={c.pipeline.partition}: name the first layer of each part but the first, rising: one "
-        "number less than pipeline.stages (dualpipev: less than twice as many). Or use parameters, time or uniform.",
-    ),
-    "dualpipev_micro_batches": (  # pipe/schedule.py, DualPipeVSchedule raises
-        lambda c, f: (
-            c.pipeline.schedule == "dualpipev"
-            and c.pipeline.stages > 1
-            and (f["gradient_accumulation_steps"] or 0) < 2 * c.pipeline.stages
-        ),
-        "pipeline.schedule=dualpipev with {f[gradient_accumulation_steps]} micro-batches a step: it needs two for "
-        "each of pipeline.stages={c.pipeline.stages}. Raise batch.global_size, lower batch.micro_size, or use "
-        "pipeline.schedule=1f1b.",
-    ),
-    "pipeline_block": (
-        lambda c, f: f.others("pipeline", *(STAGE_RECOMPUTE if c.pipeline.stages > 1 else ())),
-        "deepspeed.{got} without effect here. Use the keys of pipeline (stages, schedule, partition), or drop it.",
-    ),
-    "pipeline_reentrant": (  # pipe/engine.py, _exec_load_micro_batch: its default; seen to fail
-        lambda c, f: c.pipeline.stages > 1 and f["pipeline.use_reentrant"],
-        "deepspeed.pipeline.use_reentrant=True: the first stage reads ids, which carry no gradient. Drop it.",
-    ),
-    "deepcompile_off": (
-        lambda c, f: f["compile.deepcompile"] and not c.train.compile,
-        "deepspeed.compile.deepcompile=True without effect: nothing is compiled. Set train.compile=true.",
-    ),
-    "unused": (
-        lambda c, f: [key for key in UNUSED if f[key]],
-        "deepspeed.{got[0]} without effect in this toolkit. Use {unused} instead.",
     ),
 }

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from toolkit.config.schema import cache_dir
 from toolkit.config.units import GIB
-from toolkit.deepspeed.rules import Facts
+from toolkit.deepspeed.facts import Facts
 from toolkit.errors import PlanError
 from toolkit.job import ranks
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolkit.plan.layout import Layout
-from toolkit.plan.shapes import Layer, ModelShape
+from toolkit.plan.shapes import LayerShape, ModelShape
 
 LAYER_NORM = 8  # mean and reciprocal of the deviation of each token, in fp32
 ID = 8  # int64
@@ -35,7 +35,7 @@ class Activations:
     formula: str
 
 
-def activations(shape: ModelShape, layout: Layout, layers: Sequence[Layer]) -> Activations:
+def activations(shape: ModelShape, layout: Layout, layers: Sequence[LayerShape]) -> Activations:
     """Of these layers and one micro-batch, under recomputation and offload if the layout has them."""
     tokens = layout.tokens
     blocks = [block_bytes(shape, layout, layer.kind) for layer in layers if layer.kind in ("encoder", "decoder")]

@@ -8,6 +8,9 @@ from toolkit.config.schema import Dtype, Machine
 # Share of the data sheet's rate that a step's matrix products reach. DeepSpeed's BERT-large: 64 of a V100's 125 TFLOP/s
 # at length 128, 53 at 512 (its page on the fastest BERT training, 2020); without tensor cores it is nearer to it.
 EFFICIENCY = {"fp32": 0.7, "tf32": 0.45, "bf16": 0.45, "fp16": 0.45}
+# Microseconds that a product takes before it begins: a kernel's launch takes 2 to 4 (A. Gray, Getting started with CUDA
+# graphs, NVIDIA 2019: 3.8 a kernel of 2.9), PyTorch's way there some more. `toolkit plan --calibrate` measures it
+LAUNCH_US = 5.0
 LINK_EFFICIENCY = 0.8  # of links, of PCIe and of drives: headers, latency, rings that are not full
 OVERLAP = 0.8  # share of the backward pass behind which overlap_comm, or a prefetch, can hide communication
 CONTEXT_GIB = 0.75  # of a GPU: CUDA's context, cuBLAS's workspace, NCCL's buffers
@@ -26,6 +29,10 @@ def efficiency(machine: Machine, dtype: Dtype) -> float:
     return machine.efficiency.get(dtype) or next(iter(machine.efficiency.values()), EFFICIENCY[dtype])
 
 
+def launch_us(machine: Machine) -> float:
+    return LAUNCH_US if machine.launch_us is None else machine.launch_us
+
+
 def told(machine: Machine, device: str, dtype: Dtype) -> list[str]:
     """The sentences that stand below a plan."""
     known = ", ".join(key for key in machine.measured if key != "efficiency")
@@ -36,6 +43,7 @@ def told(machine: Machine, device: str, dtype: Dtype) -> list[str]:
     return [
         f"Matrix products reach {efficiency(machine, dtype):.0%} of their rate in {dtype}, links and drives "
         f"{LINK_EFFICIENCY:.0%} of theirs{but}; {hidden} communication.",
+        f"A product takes {launch_us(machine):.3g} us, and as long as its arithmetic or its bytes, what is longer.",
         gpu + host if device != "cpu" else host.capitalize(),
         "Every sequence is as long as data.max_length and has all its predictions; pipe stages take equally long.",
     ]

@@ -11,17 +11,9 @@ from itertools import accumulate
 from math import ceil
 
 from toolkit.plan.layout import Layout
-from toolkit.plan.shapes import Layer, Parameter
+from toolkit.plan.shapes import LayerShape
 
 EMBEDDINGS = ("word", "position", "type")  # deepspeed/__init__.py, set_optimizer_flags
-# fp32 numbers of state for each parameter, besides the master weight
-STATES = {
-    "FusedAdam": 2, "DeepSpeedCPUAdam": 2, "torch.Adam": 2, "torch.AdamW": 2, "torch.NAdam": 2, "torch.RAdam": 2,
-    "FusedLamb": 2, "FusedLion": 1,
-    "DeepSpeedCPULion": 2,  # the second is never used (ops/lion/cpu_lion.py)
-    "torch.Adagrad": 1, "DeepSpeedCPUAdagrad": 1, "torch.RMSprop": 1, "torch.Adamax": 2, "torch.Adafactor": 0,
-    "torch.ASGD": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,9 +25,8 @@ class Elements:
     frozen: int
 
     @classmethod
-    def of(cls, layers: Sequence[Layer], layout: Layout) -> "Elements":
-        name, momentum = layout.optimizer, bool(layout.optimizer_params.get("momentum"))
-        return _elements(tuple(layers), layout.tensor, name, momentum)
+    def of(cls, layers: Sequence[LayerShape], layout: Layout) -> "Elements":
+        return _elements(tuple(layers), layout.tensor, layout.states, layout.optimizer == "MuonWithAuxAdam")
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -72,23 +63,11 @@ class Elements:
 
 
 @lru_cache  # a search asks the same again and again
-def _elements(layers: tuple[Layer, ...], tensor: int, optimizer: str, momentum: bool) -> Elements:
+def _elements(layers: tuple[LayerShape, ...], tensor: int, states: int, muon: bool) -> Elements:
     every = [p for layer in layers for p in layer.parameters]
-    trained = [p for p in every if p.trained]
-    size = [_split(p, tensor) for p in trained]
-    groups = [tuple(s for p, s in zip(trained, size, strict=True) if (len(p.shape) > 1) is m) for m in (True, False)]
-    frozen = sum(p.size for p in every if not p.trained)
-    return Elements(tuple(groups), _states(trained, size, optimizer, momentum), frozen)
-
-
-def _split(parameter: Parameter, tensor: int) -> int:
-    return parameter.size if parameter.split is None else parameter.size // tensor
-
-
-def _states(trained: Sequence[Parameter], sizes: Sequence[int], name: str, momentum: bool) -> float:
-    if name == "torch.SGD":
-        return 1.0 if momentum else 0.0
-    if name == "MuonWithAuxAdam":  # one momentum for matrices that are no embeddings, Adam for the rest
-        muon = sum(s for p, s in zip(trained, sizes, strict=True) if len(p.shape) > 1 and p.name not in EMBEDDINGS)
-        return 2 - muon / max(1, sum(sizes))
-    return float(STATES.get(name, 2))
+    split = [(p, p.size if p.split is None else p.size // tensor) for p in every if p.trained]
+    groups = tuple(tuple(size for p, size in split if (len(p.shape) > 1) is matrices) for matrices in (True, False))
+    # One momentum of Muon's for matrices that are no embeddings, Adam's two for the rest
+    once = sum(size for p, size in split if muon and len(p.shape) > 1 and p.name not in EMBEDDINGS)
+    mean = states - once / max(1, sum(size for _, size in split))
+    return Elements(groups, mean, sum(p.size for p in every if not p.trained))

@@ -9,7 +9,7 @@ from typing import Any
 
 from toolkit.config.kinds import KINDS
 from toolkit.config.schema import RunConfig
-from toolkit.deepspeed.rules import Facts, canonical
+from toolkit.deepspeed.facts import Facts, canonical
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's defaults, in elements (runtime/zero/config.py)
@@ -38,7 +38,7 @@ class Layout:
     communication_dtype: str
     bf16_optimizer: bool  # DeepSpeed's own class for ZeRO 1 in bf16 with fp32 accumulation
     optimizer: str  # its class, as DeepSpeed picks it
-    optimizer_params: Mapping[str, Any]
+    states: int  # fp32 numbers that it keeps for each parameter, at most
     offload: str
     offload_params: str
     pinned: bool
@@ -75,7 +75,7 @@ class Layout:
             stage=facts.stage, dtype=facts.dtype, accumulation_dtype=facts.accumulation,
             communication_dtype=canonical(facts["communication_data_type"]) or facts.dtype,
             bf16_optimizer=facts.bf16_optimizer,
-            optimizer=facts.optimizer, optimizer_params=facts["optimizer.params"] or {},
+            optimizer=facts.optimizer, states=facts.states,
             offload=facts.offload, offload_params=facts.param_offload,
             pinned=bool(facts["zero_optimization.offload_optimizer.pin_memory"]), swap_buffers=facts.swap_buffers,
             param_swap=(int(swap.get("buffer_count", 5)), int(swap.get("buffer_size", 1e8))),

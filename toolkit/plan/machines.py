@@ -57,7 +57,7 @@ def here() -> Machine:
         chosen = [word.strip() for word in visible.split(",") if word.strip() not in ("", "-1")]
         names = [names[int(c)] if c.isdigit() and int(c) < len(names) else names[0] for c in chosen if names]
     if not names:
-        return Machine(host_memory_gib=total)
+        return Machine(device="cpu", host_memory_gib=total)
     found = known(names[0]) or Machine(device_name=names[0])
     return found.model_copy(update={"name": "this", "devices_per_node": len(names), "host_memory_gib": total})
 
@@ -72,7 +72,7 @@ def way_out(machine: Machine, unknown: Collection[str]) -> str:
 def stored(machine: Machine) -> Path:
     """Where `toolkit plan --calibrate` keeps what this host does; CPU ranks share its cores, so their number counts."""
     host = re.sub(r"[^\w.-]", "_", platform.node())
-    return cache_dir("machines") / f"{host}{'' if machine.device_name else f'-cpu{machine.devices_per_node}'}.yaml"
+    return cache_dir("machines") / f"{host}{f'-cpu{machine.devices_per_node}' if machine.device == 'cpu' else ''}.yaml"
 
 
 def calibrated(machine: Machine, given: Collection[str]) -> Machine:
@@ -124,8 +124,8 @@ def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> floa
 
 
 @lru_cache
-def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: str = "cpu") -> float:
-    """The best of ``repeats`` products of two square matrices, in TFLOP/s, with this process's threads.
+def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: str = "cpu", at_once: int = 1) -> float:
+    """Of products of two square matrices, the best of ``repeats`` times ``at_once``, with this process's threads.
 
     tf32 is the caller's to set, by torch.set_float32_matmul_precision.
     """
@@ -138,7 +138,8 @@ def measured_tflops(dtype: Dtype, size: int = 1024, repeats: int = 10, device: s
     for _ in range(repeats + 1):  # the first one warms up
         wait()
         start = time.perf_counter()
-        torch.mm(a, b)
+        for _ in range(at_once):
+            torch.mm(a, b)
         wait()
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
+    return 2 * size**3 * at_once / best / 1e12

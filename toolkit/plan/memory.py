@@ -20,7 +20,7 @@ from math import ceil
 from toolkit.plan.activations import activations
 from toolkit.plan.elements import Elements
 from toolkit.plan.layout import BYTES, Layout
-from toolkit.plan.shapes import Layer, ModelShape
+from toolkit.plan.shapes import LayerShape, ModelShape
 from toolkit.plan.stages import stages
 
 MOMENTS = {
@@ -72,9 +72,9 @@ class Memory:
         """Bytes on the host (pinned ones only, where asked for) or on NVMe."""
         return sum(p.bytes for p in self.parts if p.place == place and (p.pinned or not pinned))
 
-    def most(self, group: str) -> int:
-        """The most bytes that a group has on the device at any moment."""
-        return max(sum(p.bytes for p in self.at(m) if p.group == group) for m in MOMENTS)
+    def named(self, name: str) -> int:
+        """Bytes of all parts of that name, wherever they are."""
+        return sum(p.bytes for p in self.parts if p.name == name)
 
 
 def memory_of(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> Memory:
@@ -239,7 +239,7 @@ def _torch_work(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
 
 
 def _activations(
-    shape: ModelShape, layout: Layout, layers: Sequence[Layer], pipe_stage: int, left: float
+    shape: ModelShape, layout: Layout, layers: Sequence[LayerShape], pipe_stage: int, left: float
 ) -> Iterator[Part]:
     kept = activations(shape, layout, layers)
     waiting = {"1f1b": min(layout.pipe - pipe_stage, layout.accumulation), "gpipe": layout.accumulation}

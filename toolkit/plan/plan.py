@@ -37,7 +37,7 @@ class Plan:
     host_limit_gib: float | None
     nvme_gib: float  # of a node
     nvme_limit_gib: float | None
-    largest_micro: int | None  # None: not even one sample fits, no limit is known, or not looked for
+    largest_micro: int | None  # within the known limits; None: not even one sample, no limit of a device, not asked
     speed: Speed
     hours: float | None  # None: no time is known, or the run ends by epochs
     assumptions: tuple[str, ...]
@@ -47,12 +47,26 @@ class Plan:
         return None if self.device_limit_gib is None else self.device_limit_gib - self.device_gib
 
     @property
+    def needs(self) -> dict[str, tuple[float, float | None]]:
+        """GiB by the machine's key that limits it, and that limit; None where it is not known."""
+        every = {
+            "memory_gib": (self.device_gib, self.device_limit_gib),
+            "host_memory_gib": (self.host_gib, self.host_limit_gib),
+            "nvme_gib": (self.nvme_gib, self.nvme_limit_gib),
+        }
+        return {key: (need, limit) for key, (need, limit) in every.items() if need}
+
+    @property
+    def unknown_limits(self) -> tuple[str, ...]:
+        """The machine's missing keys, without which nobody knows whether all fits."""
+        return tuple(f"machine.{key}" for key, (_, limit) in self.needs.items() if limit is None)
+
+    @property
     def fits(self) -> bool | None:
         """None where a limit is not known and no known one is broken."""
-        needs = (self.device_gib, self.host_gib, self.nvme_gib)
-        limits = (self.device_limit_gib, self.host_limit_gib, self.nvme_limit_gib)
-        verdicts = [None if limit is None else need <= limit for need, limit in zip(needs, limits, strict=True) if need]
-        return False if False in verdicts else None if verdicts[0] is None else True
+        if any(limit is not None and need > limit for need, limit in self.needs.values()):
+            return False
+        return None if self.unknown_limits else True
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain values, derived ones too."""
@@ -61,7 +75,7 @@ class Plan:
         rates = ("step_seconds", "samples_per_second", "tokens_per_second", "mfu")
         found["speed"] |= {name: getattr(self.speed, name) for name in rates}
         device_hours = None if self.hours is None else self.hours * self.layout.ranks
-        return found | {"device_hours": device_hours}
+        return found | {"device_hours": device_hours, "unknown_limits": self.unknown_limits}
 
 
 def plan(config: RunConfig, *, world: int | None = None) -> Plan:
@@ -110,27 +124,29 @@ def place(config: RunConfig, world: int | None) -> tuple[Machine, int, str]:
     """The machine, the ranks to plan for, and DeepSpeed's word for its devices. Raises PlanError."""
     machine = _here(config.machine)
     ranks = world or machine.nodes * machine.devices_per_node
-    if machine.name == "this" and not machine.device_name:  # a CPU has as many as are started
+    if machine.name == "this" and machine.device == "cpu":  # a CPU has as many as are started
         machine = machine.model_copy(update={"devices_per_node": -(-ranks // machine.nodes)})
     if ranks > machine.nodes * machine.devices_per_node:
         raise PlanError(f"--world {ranks}: {_told(machine)} has fewer. Add machine.nodes, or leave --world out.")
     machine = _with_rates(machine, config.machine)
-    cpu = machine.name == "xeon_8180" or ((machine.name == "this" or machine.measured) and not machine.device_name)
-    return machine, ranks, "cpu" if cpu else "cuda"
+    return machine, ranks, "cpu" if machine.device == "cpu" else "cuda"
 
 
 def place_of_job(config: RunConfig, *, world: int, per_node: int, device: str) -> Machine:
     """The machine as a job that has been started takes it: its ranks, on its nodes, on the device that they use."""
     machine = _here(config.machine)
-    if device == "cpu" and machine.device_name:  # there are GPUs, or one is named for its peak: not what is used
-        machine = Machine(host_memory_gib=machines.here().host_memory_gib)
+    if device == "cpu" and machine.device != "cpu":  # there are GPUs, or one is named for its peak: not what is used
+        machine = Machine(device="cpu", host_memory_gib=machines.here().host_memory_gib)
     machine = machine.model_copy(update={"nodes": -(-world // per_node), "devices_per_node": per_node})
     return _with_rates(machine, config.machine)
 
 
 def _here(machine: Machine) -> Machine:
-    """machine=this is what is at hand, but for the keys that are given."""
-    return machines.here().model_copy(update=_given(machine)) if machine.name == "this" else machine
+    """machine=this is what is at hand, but for the keys that are given; who names a device means a GPU."""
+    if machine.name != "this":
+        return machine
+    named = {"device": machine.device} if machine.device_name else {}
+    return machines.here().model_copy(update=named | _given(machine))
 
 
 def _with_rates(machine: Machine, chosen: Machine) -> Machine:
@@ -171,12 +187,15 @@ def _device_gib(memory: Memory, layout: Layout) -> float:
 def _largest_micro(
     machine: Machine, config: RunConfig, ds: Mapping[str, Any], shape: ModelShape, *, ranks: int, device: str
 ) -> int | None:
-    """The largest micro-batch with which all fits, of those that divide a copy's share of the global batch."""
+    """The largest micro-batch within every known limit, of those that divide a copy's share of the global batch."""
     share = config.batch.global_size // (ranks // config.split)
     for micro in reversed(divisors(share)):
         tried = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": micro})})
         steps = {"gradient_accumulation_steps": share // micro}
-        if plan_on(machine, tried, {**ds, **steps}, shape, ranks=ranks, device=device).fits:
+        found = plan_on(machine, tried, {**ds, **steps}, shape, ranks=ranks, device=device)
+        if found.device_limit_gib is None:
+            return None
+        if found.fits is not False:
             return micro
     return None
 

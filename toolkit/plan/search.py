@@ -18,7 +18,7 @@ from toolkit.config.compose import compose, options
 from toolkit.config.schema import Machine, RunConfig, conf_dir
 from toolkit.config.units import GIB
 from toolkit.deepspeed import ds_config
-from toolkit.deepspeed.rules import BATCH_KEYS
+from toolkit.deepspeed.facts import BATCH_KEYS
 from toolkit.errors import PlanError
 from toolkit.plan.plan import Plan, divisors, place, plan_on
 from toolkit.plan.shapes import ModelShape, model_shape
@@ -37,6 +37,7 @@ AXES = {
 GROUPS = ("weights", "gradients", "optimizer", "buffers", "activations", "workspace")
 LAYOUT = ("stage", "offload", "offload_params", "recompute", "offload_activations", "pipe", "tensor", "data", "micro",
           "accumulation")  # fmt: skip
+PLACES = {"memory_gib": "device", "host_memory_gib": "host", "nvme_gib": "nvme"}
 RATES = ("samples_per_second", "tokens_per_second", "step_seconds", "mfu")
 MICRO_RULES = {"batch_split", "batch_twice", "dualpipev_micro_batches"}  # that another micro-batch may keep
 
@@ -49,20 +50,14 @@ class Candidate:
     plan: Plan
 
     @property
-    def rank(self) -> tuple[float, int, float, int]:
-        """Fastest first, unknown speed last. The speeds of a plan are those of large matrices: of equally fast ones
-        the larger micro-batch is first, then what holds least, then what is typed sooner.
-        """
-        speed = round(self.plan.speed.samples_per_second or 0, 3)
-        return -speed, -self.plan.layout.micro * bool(speed), self.plan.device_gib, len(self.overrides)
+    def rank(self) -> tuple[float, float, int]:
+        """Fastest first, unknown speed last; of equally fast ones what holds least, then what is typed sooner."""
+        return -round(self.plan.speed.samples_per_second or 0, 3), self.plan.device_gib, len(self.overrides)
 
     @property
     def over(self) -> tuple[str, float]:
         """The place (device, host, nvme) that lacks most and how many GiB; below 0, what is left there."""
-        plan = self.plan
-        needs = (("device", plan.device_gib, plan.device_limit_gib), ("host", plan.host_gib, plan.host_limit_gib),
-                 ("nvme", plan.nvme_gib, plan.nvme_limit_gib))  # fmt: skip
-        known = [(where, need - limit) for where, need, limit in needs if limit is not None]
+        known = [(PLACES[key], need - limit) for key, (need, limit) in self.plan.needs.items() if limit is not None]
         return max(known, key=lambda found: found[1], default=("device", -inf))
 
     def as_row(self) -> dict[str, Any]:
@@ -88,19 +83,24 @@ class Search:
     """``refused``: how many layouts each rule, in the words of its message, made illegal."""
 
     given: tuple[str, ...]  # with --world, where it was
-    fitting: tuple[Candidate, ...]  # fastest first; also those of which nobody knows
+    fitting: tuple[Candidate, ...]  # fastest first
+    unsure: tuple[Candidate, ...]  # likewise: within the known limits, but the machine does not say all of them
     too_large: tuple[Candidate, ...]  # likewise, of equally fast ones what lacks least; where nothing fits only that
     refused: Mapping[str, int]
 
     @property
-    def some(self) -> Plan:
-        """Any plan, for what all have in common."""
-        return (self.fitting or self.too_large)[0].plan
+    def every(self) -> tuple[Candidate, ...]:
+        return self.fitting + self.unsure + self.too_large
 
     @property
     def unknown(self) -> tuple[str, ...]:
         """The machine's missing keys, without which some candidates have no speed."""
-        return tuple(dict.fromkeys(key for c in self.fitting + self.too_large for key in c.plan.speed.unknown))
+        return tuple(dict.fromkeys(key for c in self.every for key in c.plan.speed.unknown))
+
+    @property
+    def unknown_limits(self) -> tuple[str, ...]:
+        """Likewise, without which nobody knows whether they fit."""
+        return tuple(dict.fromkeys(key for c in self.every for key in c.plan.unknown_limits))
 
 
 def search(overrides: list[str], *, world: int | None = None) -> Search:
@@ -123,10 +123,10 @@ def search(overrides: list[str], *, world: int | None = None) -> Search:
     if not found:
         raise PlanError(refused.most_common(1)[0][0])
     found.sort(key=lambda c: c.rank)
-    fitting, large = ([c for c in found if (c.plan.fits is False) is over] for over in (False, True))
-    large.sort(key=lambda c: (c.rank[0] if fitting else 0, c.over[1]))
+    fitting, unsure, large = (tuple(c for c in found if c.plan.fits is verdict) for verdict in (True, None, False))
+    large = tuple(sorted(large, key=lambda c: (c.rank[0] if fitting or unsure else 0, c.over[1])))
     given = (*overrides, *(["--world", str(world)] if world else []))
-    return Search(given, tuple(fitting), tuple(large), refused)
+    return Search(given, fitting, unsure, large, refused)
 
 
 def _layouts(

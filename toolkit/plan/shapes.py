@@ -35,7 +35,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerShape:
     """What is never cut apart between pipe stages; ``kind`` is embeddings, encoder, decoder or head."""
 
     kind: str
@@ -60,7 +60,7 @@ class ModelShape:
     vocab_size: int
     positions: int
     tied: bool
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerShape, ...]
 
     @property
     def parameters(self) -> int:
@@ -190,10 +190,10 @@ def _bert(keys: Mapping[str, Any], kind: Kind, objective: str, labels: int) -> M
         Parameter("type", (keys.get("type_vocab_size", 2), h)),
         *_norm("norm", h),
     ]
-    encoder = Layer("encoder", (*_attention("attention", h), *_feed_forward(h, inner)))
+    encoder = LayerShape("encoder", (*_attention("attention", h), *_feed_forward(h, inner)))
     tied = bool(keys.get("tie_word_embeddings", True)) and kind.head == "masked"
-    head = tuple(_bert_head(kind, objective, labels, h, vocab, tied))
-    layers = (Layer("embeddings", tuple(embeddings)), *[encoder] * keys["num_hidden_layers"], Layer("head", head))
+    head = LayerShape("head", tuple(_bert_head(kind, objective, labels, h, vocab, tied)))
+    layers = (LayerShape("embeddings", tuple(embeddings)), *[encoder] * keys["num_hidden_layers"], head)
     return ModelShape(
         "bert", h, keys["num_attention_heads"], inner, vocab, keys["max_position_embeddings"], tied, layers
     )
@@ -223,10 +223,10 @@ def _marian(keys: Mapping[str, Any]) -> ModelShape:
     decoder = (*_attention("attention", h), *_attention("cross", h), *_feed_forward(h, keys["decoder_ffn_dim"]))
     table = [Parameter(f"{side}.position", (positions, h), trained=False) for side in ("encoder", "decoder")]
     layers = (
-        Layer("embeddings", (Parameter("word", (vocab, h)), *table)),
-        *[Layer("encoder", encoder)] * keys["encoder_layers"],
-        *[Layer("decoder", decoder)] * keys["decoder_layers"],
-        Layer("head", ()),
+        LayerShape("embeddings", (Parameter("word", (vocab, h)), *table)),
+        *[LayerShape("encoder", encoder)] * keys["encoder_layers"],
+        *[LayerShape("decoder", decoder)] * keys["decoder_layers"],
+        LayerShape("head", ()),
     )
     return ModelShape(
         "marian", h, keys["encoder_attention_heads"], keys["encoder_ffn_dim"], vocab, positions, True, layers

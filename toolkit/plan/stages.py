@@ -9,17 +9,17 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from toolkit.errors import PlanError
-from toolkit.plan.shapes import Layer, ModelShape
+from toolkit.plan.shapes import LayerShape, ModelShape
 
 
-def stages(shape: ModelShape, *, count: int, how: Any) -> list[tuple[Layer, ...]]:
+def stages(shape: ModelShape, *, count: int, how: Any) -> list[tuple[LayerShape, ...]]:
     """Every stage's layers; a tied embedding is in the first and, with the head, in the last. Raises PlanError."""
     if count == 1:
         return [shape.layers]
     embeddings, *blocks, head = shape.layers
     words = embeddings.parameters[0]
-    tied = Layer("head", (*head.parameters, words)) if shape.tied else head
-    items = [Layer("embeddings", (words,)), Layer("positions", embeddings.parameters[1:]), *blocks, tied]
+    tied = LayerShape("head", (*head.parameters, words)) if shape.tied else head
+    items = [LayerShape("embeddings", (words,)), LayerShape("positions", embeddings.parameters[1:]), *blocks, tied]
     parts = _parts([layer.size for layer in items], count, how) if count <= len(items) else []
     if len(parts) != count + 1 or any(a >= b for a, b in pairwise(parts)):
         raise PlanError(

@@ -72,8 +72,10 @@ def _verdict(plan: Plan) -> list[str]:
         lines.append(f"Host of a node: {plan.host_gib:.2f} GiB{pinned}{_of(plan.host_gib, plan.host_limit_gib)}")
     if plan.nvme_gib:
         lines.append(f"NVMe of a node: {plan.nvme_gib:.2f} GiB{_of(plan.nvme_gib, plan.nvme_limit_gib)}")
-    verdict = {True: "It fits", False: "It does not fit", None: "Whether it fits is unknown: the limit is"}[plan.fits]
-    micro = f"; the largest micro-batch that fits is {plan.largest_micro}" if plan.largest_micro else ""
+    unknown = f"Whether it fits is unknown: machine={plan.machine.name} does not say {', '.join(plan.unknown_limits)}"
+    verdict = {True: "It fits", False: "It does not fit", None: unknown}[plan.fits]
+    which = "within the known limits" if plan.unknown_limits else "that fits"
+    micro = f"; the largest micro-batch {which} is {plan.largest_micro}" if plan.largest_micro else ""
     return [*lines, f"{verdict}{micro}."]
 
 

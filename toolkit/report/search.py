@@ -24,41 +24,45 @@ MISSED = 5  # of those that do not fit, in tables and plots
 
 def as_json(found: Search) -> dict[str, Any]:
     """Every candidate, and why others are illegal."""
-    plan = found.some
-    sides = {"fitting": found.fitting, "too_large": found.too_large}
-    told = {"given": found.given, "machine": plan.machine.name, "ranks": plan.layout.ranks, "unknown": found.unknown}
+    plan = found.every[0].plan
+    sides = {"fitting": found.fitting, "unsure": found.unsure, "too_large": found.too_large}
+    told = {"given": found.given, "machine": plan.machine.name, "ranks": plan.layout.ranks, "unknown": found.unknown,
+            "unknown_limits": found.unknown_limits}  # fmt: skip
     rows = {name: [c.as_row() for c in side] for name, side in sides.items()}
     return told | rows | {"refused": dict(found.refused), "assumptions": plan.assumptions}
 
 
 def write_csv(found: Search, path: Path) -> Path:
-    """A line for each candidate: those that fit, fastest first, then the others."""
+    """A line for each candidate: those that fit, fastest first, those that may, then the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, as_csv([c.as_row() for c in (*found.fitting, *found.too_large)]))
+    replace(path, as_csv([c.as_row() for c in found.every]))
     return path
 
 
 def show(found: Search, console: Any, *, top: int) -> None:
     """The fastest layouts that fit and the command for the first; the fastest that do not; what nobody knows."""
-    fitting, large = _best(found.fitting), _best(found.too_large)
+    fitting, unsure, large = _best(found.fitting), _best(found.unsure), _best(found.too_large)
     console.print(_head(found), highlight=False)
     if fitting:
-        command = f"toolkit plan {shlex.join([*found.given, *found.fitting[0].overrides])}"
         console.print(_table("layouts, each with its best micro-batch", FITTING, fitting, top))
+    if unsure:
+        console.print(_table("layouts that perhaps fit", FITTING, unsure, top))
+    if fitting or unsure:
+        command = f"toolkit plan {shlex.join([*found.given, *found.every[0].overrides])}"
         console.print(command, style="bold", highlight=False, markup=False)
     if large:
         console.print(_table("layouts with a micro-batch that does not fit", TOO_LARGE, large, MISSED))
-    for line in (*_unknown(found), *found.some.assumptions):
+    for line in (*_unknown(found), *found.every[0].plan.assumptions):
         console.print(line, highlight=False, style="dim")
 
 
 def _head(found: Search) -> str:
-    plan, count = found.some, len(found.fitting) + len(found.too_large)
+    plan, maybe = found.every[0].plan, f", {len(found.unsure):,} more perhaps" if found.unsure else ""
     name = plan.machine.name if plan.machine.name != "this" else plan.machine.device_name or "CPU"
     size = (
         f"{sum(plan.parameters.values()):,} parameters; {plan.layout.ranks} {name} ranks; {plan.layout.samples} samples"
     )
-    return f"{size} a step; {len(found.fitting):,} of {count:,} legal configurations fit"
+    return f"{size} a step; {len(found.fitting):,} of {len(found.every):,} legal configurations fit{maybe}"
 
 
 def _best(side: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -70,12 +74,15 @@ def _best(side: Sequence[Candidate]) -> list[dict[str, Any]]:
 
 
 def _unknown(found: Search) -> Iterator[str]:
-    yield "Small micro-batches are taken to be as efficient as large ones: of equally fast ones the largest is first."
+    machine = found.every[0].plan.machine
+    where = f"which machine={machine.name} does not say"
+    if found.unsure:
+        limits = ", ".join(found.unknown_limits)
+        yield f"Nobody knows what fits without {limits}, {where}. Give it, e.g. {found.unknown_limits[0]}=1000."
     if found.unknown:
-        some = any(c.plan.speed.step_seconds for c in (*found.fitting, *found.too_large))
+        some = any(c.plan.speed.step_seconds for c in found.every)
         ranked = "what needs it stands last" if some else "all is ranked by memory, the least first"
-        where = f"which machine={found.some.machine.name} does not say"
-        how = f"Give it, e.g. {found.unknown[0]}=10.{way_out(found.some.machine, found.unknown)}"
+        how = f"Give it, e.g. {found.unknown[0]}=10.{way_out(machine, found.unknown)}"
         yield f"No speed without {', '.join(found.unknown)}, {where}: {ranked}. {how}"
 
 
@@ -93,7 +100,7 @@ def plot(found: Search, stem: Path, *, top: int) -> list[Path]:
     """``stem``.png and .svg: GiB of a device by part beside samples/s, a bar a layout; what does not fit is pale."""
     from toolkit.report import figures
 
-    fitting, large = _best(found.fitting)[:top], _best(found.too_large)[:MISSED]
+    fitting, large = _best(found.fitting + found.unsure)[:top], _best(found.too_large)[:MISSED]
     rows = [*fitting, *large]
     figure, (memory, speed) = figures.new(2, _head(found), width=7, height=1.6 + 0.3 * len(rows))
     colours = dict(zip([*GROUPS, "context"], [*figures.COLOURS, "#bab0ac"], strict=True))

@@ -174,6 +174,8 @@ def line(plan: Plan) -> str:
     others = (("host", plan.host_gib, plan.host_limit_gib), ("NVMe", plan.nvme_gib, plan.nvme_limit_gib))
     memory += [f"{_gib(need)}{_of(limit)} GiB of {place}" for place, need, limit in others if need]
     memory += [f"does not fit at {plan.layout.length} tokens a sequence"] if plan.fits is False else []
+    unknown = ", ".join(plan.unknown_limits)
+    memory += [f"whether it fits is unknown without {unknown}"] if plan.fits is None else []
     memory += [f"largest micro-batch {plan.largest_micro}"] if plan.largest_micro else []
     return f"plan: {', '.join(memory)}; {_speed(plan)}"
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from toolkit.config.schema import RunConfig
 from toolkit.deepspeed import ds_config
-from toolkit.deepspeed.rules import Facts
+from toolkit.deepspeed.facts import Facts
 
 State = Literal["ok", "warn", "fail", "skipped"]
 

@@ -14,8 +14,6 @@ from toolkit.plan.layout import Layout
 from toolkit.plan.memory import memory_of
 from toolkit.plan.shapes import model_shape
 
-STATES = {"Adam": 2, "AdamW": 2, "LAMB": 2, "Lion": 2, "Muon": 2, "SGD": 1}  # fp32 numbers a parameter, at most
-
 
 def parameters(config: RunConfig) -> int | None:
     """As the plan counts them; of weights that it cannot read, without a head, if this host has them."""
@@ -45,8 +43,7 @@ def checkpoint_bytes(job: Job, count: int) -> int:
     facts = job.facts
     weight = 0 if facts.stage == 3 else 4 if facts.dtype == "fp32" else 2
     master = 4 if facts.stage else 0
-    states = 4 * STATES.get(str(facts["optimizer.type"]), 2)
-    size = weight + master + states
+    size = weight + master + 4 * facts.states
     if job.config.pipeline.stages == 1:
         return count * size
     # the vocabulary's matrix is in the first stage and in the last; ds_state adds fp32 weights for toolkit export
