@@ -12,6 +12,7 @@ import pytest
 import torch
 from labelled_data import KINDS, table, write
 from launching import TINY, Result, data_cache, launch, launch_many, read
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -113,7 +114,7 @@ def test_the_losses_are_those_of_plain_pytorch(layouts: Path) -> None:
     model = BertForSequenceClassification(AutoConfig.from_pretrained(layouts / "1 rank" / "model")).train()
     assert model.config.num_labels == 2
     initialise(model, config.seed)
-    data = Encoded(Classify.prepare(config).path / "train", pad_id=0)
+    data = Encoded(Classify.prepare(config, Console(quiet=True)).path / "train", pad_id=0)
     params = config.deepspeed["optimizer"]["params"]
     optimizer = torch.optim.AdamW(
         decay_groups(model, params["weight_decay"]), lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
