@@ -13,6 +13,8 @@ from transformers import GenerationConfig
 
 from toolkit.data.order import Split
 from toolkit.job import ranks
+from toolkit.models.seq2seq import Special
+from toolkit.tasks.task import Watch
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class Decoding:
 def translate(
     model: Any,
     sources: Sequence[Any],
-    special: Any,
+    special: Special,
     decoding: Decoding,
-    replica: Any,
+    replica: ranks.Replica,
     *,
     size: int,
     synced: bool,
-    watch: Any = iter,
+    watch: Watch = iter,
 ) -> list[list[int]]:
     """Token ids of the translation of each source, special tokens included, on every rank.
 
@@ -57,7 +59,7 @@ def translate(
     return [whole[i] for i in range(len(sources))]
 
 
-def _generation_config(model: Any, special: Any, decoding: Decoding) -> GenerationConfig:
+def _generation_config(model: Any, special: Special, decoding: Decoding) -> GenerationConfig:
     """The model's own (BART forces its first token), with this run's search."""
     config = GenerationConfig(**model.generation_config.to_dict())
     config.update(
@@ -75,7 +77,7 @@ def _generation_config(model: Any, special: Any, decoding: Decoding) -> Generati
     return config
 
 
-def _inputs(sources: Sequence[Any], pad: int, device: Any) -> Iterator[torch.Tensor]:
+def _inputs(sources: Sequence[Any], pad: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Ids and mask [sentences, longest]."""
     width = max(map(len, sources))
     rows = [np.pad(np.asarray(s, np.int64), (0, width - len(s)), constant_values=pad) for s in sources]
