@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.batch import IGNORED
 from toolkit.data.encoded import Sample
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
