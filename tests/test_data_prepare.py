@@ -285,7 +285,7 @@ def test_a_killed_build_is_not_taken_for_done_and_is_cleared_away(tmp_path: Path
     process = start(config)
     cache = tmp_path / "cache"
     deadline = time.monotonic() + 60
-    while not any(p.stat().st_size for p in cache.glob("corpus-*.building-*/tokens.spool")):
+    while not any(p.stat().st_size for p in cache.glob("corpus-*.building-*/sentences_id.spool")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -374,7 +374,7 @@ def test_without_held_out_data_a_share_of_the_rows_is_held_out_whatever_the_seed
     for seed in (1, 2):
         config = compose([*common, f"seed={seed}"])
         prepared = labelled.prepare(config, lambda t, e: (encoded.Sample([([1], [0])], [0]) for _ in e))
-        labels = prepared.facts["labels"]
+        labels = tuple(prepared.facts["labels"])
         train, held = ({e.where for e in labelled.read(config, s, labels)} for s in ("train", "eval"))
         assert len(held) == 20 and len(train) == 183 and not train & held
         rows.append(held)

@@ -6,7 +6,7 @@
 Every split is read and checked before training starts, so a bad row ends a run at once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _counts(folder: Path, rows: int, max_length: int) -> dict[str, int]:
     }
 
 
-def read(config: RunConfig, split: str, labels: Sequence[str], problems: Problems | None = None) -> list[Any]:
+def read(config: RunConfig, split: str, labels: examples.Labels, problems: Problems | None = None) -> list[Any]:
     """The examples of a split as they are now; without data.eval a share of the training rows is held out."""
     data = config.data
     source = _sources(data).get(split)

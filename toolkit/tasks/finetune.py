@@ -156,7 +156,7 @@ class Finetune(Task):
     @functools.cache  # noqa: B019 - one task a run
     def examples(self, split: str) -> list[Any]:
         """The examples of a split, read again from where they come: once, on the ranks that ask."""
-        return labelled.read(self.config, split, self.prepared.facts["labels"])
+        return labelled.read(self.config, split, tuple(self.prepared.facts["labels"]))
 
     def _split(self, name: str) -> Encoded:
         pad_id = self.prepared.pad_id
