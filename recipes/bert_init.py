@@ -15,6 +15,8 @@ KEYS = ["eval_loss", "eval_bleu"]
 
 @recipe("translate")
 def main(config: RunConfig) -> None:
+    from studies.bert_init import markdown, rows
+
     from toolkit.errors import ConfigError
     from toolkit.job import ranks
     from toolkit.report import curves
@@ -30,9 +32,9 @@ def main(config: RunConfig) -> None:
         train(config.model_copy(update={"model": model, "output_dir": str(whole.dir), "name": init}))
     runs = {name: whole.dir / init for init, name in NAMES.items()}
     if ranks.rank() == 0:
-        table = curves.rows(runs, KEYS)
+        table = rows(runs, KEYS)
         whole.write_csv("bert_init.csv", table)
-        whole.write_text("bert_init.md", curves.markdown(table))
+        whole.write_text("bert_init.md", markdown(table))
         curves.plot(runs, KEYS, whole.dir / "bert_init", "Translators made of two BERTs, by what they begin with")
     whole.console.print(f"Run directory: {whole.dir}")
 

@@ -42,11 +42,12 @@ def check(file: Path, world: int | None, device: str, model: str | None, paramet
         if value is not None and not 1 <= value < float("inf"):
             raise ConfigError(f"--{option} {value}: there is one at least. Leave it out where it is not known.")
     shape = named_shape(model) if model else None
+    count = shape.parameters if shape else int(parameters) if parameters else None
     found = check(
         file,
         world=world,
         device=device,
-        parameters=shape.parameters if shape else parameters and int(parameters),
+        parameters=count,
         largest=max(p.size for p in shape.trained) if shape else None,
     )
     print(as_json(file, found) if json else "\n".join(told(file, found)))
