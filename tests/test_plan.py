@@ -12,7 +12,6 @@ import pytest
 from deepspeed.runtime.utils import partition_balanced
 from launching import ROOT
 from rich.console import Console
-from toolkit.run.own_plan import line
 
 from toolkit.cli.main import main
 from toolkit.config.compose import compose
@@ -29,6 +28,7 @@ from toolkit.plan.products import products, seconds_of
 from toolkit.plan.shapes import model_shape
 from toolkit.plan.stages import balanced
 from toolkit.report.plan import show
+from toolkit.train.own_plan import line
 
 LARGE = ("model=bert_large", "precision=bf16", "machine=a100_80gb", "batch.global_size=1024", "data.max_length=512")
 

@@ -43,7 +43,7 @@ def told(machine: Machine, device: str, dtype: Dtype) -> list[str]:
     return [
         f"Matrix products reach {efficiency(machine, dtype):.0%} of their rate in {dtype}, links and drives "
         f"{LINK_EFFICIENCY:.0%} of theirs{but}; {hidden} communication.",
-        f"A product takes {launch_us(machine):.3g} us, and as long as its arithmetic or its bytes, what is longer.",
+        f"A product takes {launch_us(machine):.3g} us to begin, then its arithmetic or its bytes, whichever is longer.",
         gpu + host if device != "cpu" else host.capitalize(),
         "Every sequence is as long as data.max_length and has all its predictions; pipe stages take equally long.",
     ]

@@ -66,10 +66,6 @@ class ModelShape:
     def parameters(self) -> int:
         return sum(layer.size for layer in self.layers)
 
-    @property
-    def trained(self) -> tuple[Parameter, ...]:
-        return tuple(p for layer in self.layers for p in layer.parameters if p.trained)
-
     def count(self, kind: str) -> int:
         """Layers of a kind."""
         return sum(layer.kind == kind for layer in self.layers)

@@ -19,7 +19,7 @@ FITTING = {"samples/s": ("samples_per_second", ",.0f"), "MFU": ("mfu", ".0%"), "
            "left": ("left_gib", ",.2f"), "to type": ("overrides", "")}  # fmt: skip
 TOO_LARGE = {"samples/s": ("samples_per_second", ",.0f"), "GiB over": ("over_gib", ",.2f"), "of": ("over_of", ""),
              "largest part": ("largest_part", ""), "to type": ("overrides", "")}  # fmt: skip
-MISSED = 5  # of those that do not fit, in tables and plots
+MISSED = 5  # of those that do not fit, or perhaps, in tables and plots
 
 
 def as_json(found: Search) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def show(found: Search, console: Any, *, top: int) -> None:
     if fitting:
         console.print(_table("layouts, each with its best micro-batch", FITTING, fitting, top))
     if unsure:
-        console.print(_table("layouts that perhaps fit", FITTING, unsure, top))
+        console.print(_table("layouts that perhaps fit", FITTING, unsure, MISSED if fitting else top))
     if fitting or unsure:
         command = f"toolkit plan {shlex.join([*found.given, *found.every[0].overrides])}"
         console.print(command, style="bold", highlight=False, markup=False)
