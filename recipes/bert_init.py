@@ -13,6 +13,15 @@ NAMES = {"none": "random", "encoder": "BERT encoder", "both": "BERT encoder and 
 KEYS = ["eval_loss", "eval_bleu"]
 
 
+def configs(config: RunConfig, folder: str) -> dict[str, RunConfig]:
+    """A run in ``folder`` for each beginning, by its name in words."""
+    models = {init: config.model.model_copy(update={"init": init}) for init in NAMES}
+    return {
+        NAMES[init]: config.model_copy(update={"model": model, "output_dir": folder, "name": init})
+        for init, model in models.items()
+    }
+
+
 @recipe("translate")
 def main(config: RunConfig) -> None:
     from studies.bert_init import markdown, rows
@@ -21,16 +30,12 @@ def main(config: RunConfig) -> None:
     from toolkit.job import ranks
     from toolkit.report import curves
     from toolkit.run.directory import Run
-    from toolkit.train.several import train
+    from toolkit.train.several import in_turn
 
     if config.model.weights is None:
         raise ConfigError("model.weights is not set: this compares translators made of a BERT. Set it to that BERT.")
     whole = Run.open(config)
-    for init, name in NAMES.items():
-        whole.console.print(f"--- {name}")
-        model = config.model.model_copy(update={"init": init})
-        train(config.model_copy(update={"model": model, "output_dir": str(whole.dir), "name": init}))
-    runs = {name: whole.dir / init for init, name in NAMES.items()}
+    runs = dict(zip(NAMES.values(), in_turn(whole, configs(config, str(whole.dir))), strict=True))
     if ranks.rank() == 0:
         table = rows(runs, KEYS)
         whole.write_csv("bert_init.csv", table)

@@ -7,18 +7,37 @@ The run directory gets memory.csv, memory.png and memory.svg.
 """
 
 import gc
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from toolkit.config.schema import RunConfig
+from toolkit.config.schema import RunConfig, Strict
 from toolkit.run.recipe import recipe
 
 
-@recipe(composes=True)
-def main(config: RunConfig) -> None:
+class Memory(Strict):
+    """What is compared: all of them, or the given one; which is what choosing an option of theirs says."""
+
+    layouts: Literal["all", "given"] = "all"
+    activations: Literal["all", "given"] = "all"
+
+
+class Config(RunConfig):
+    memory: Memory = Memory()
+
+
+def given(typed: Mapping[str, Any]) -> list[str]:
+    """A layout or a way to keep activations that is typed is the only one."""
+    groups = {"layouts": ("zero", "offload"), "activations": ("activation",)}
+    return [f"memory.{key}=given" for key, own in groups.items() if any(typed.get(group) for group in own)]
+
+
+@recipe(more=given)
+def main(config: Config) -> None:
     from rich.console import Console
     from rich.progress import Progress
     from studies import memory
 
-    from toolkit.config.compose import compose, typed
+    from toolkit.config.compose import compose, rebased
     from toolkit.deepspeed.ds_config import required_ops
     from toolkit.engine.start import start_engine
     from toolkit.errors import ConfigError, ToolkitError
@@ -32,10 +51,12 @@ def main(config: RunConfig) -> None:
     task = build_task(run)
     rows = []
     with Progress(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
-        for overrides in bar.track(memory.combinations(typed())):
-            name = memory.label(overrides)
+        own = compose(memory.overrides(memory.chosen(config)), Config)
+        for options in bar.track(memory.combinations(config)):
+            name = memory.label(options)
             try:
-                one = Run(run.dir, compose(overrides), Console(quiet=True))
+                settings = rebased(config, own, compose(memory.overrides(options), Config))
+                one = Run(run.dir, settings, Console(quiet=True))
                 ds = begin(one, task).ds
                 ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), run.console)
                 engine = start_engine(build_model(one, task, ds), task, one, ds)

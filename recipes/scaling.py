@@ -5,7 +5,8 @@ python recipes/scaling.py scaling.recipe=finetune scaling.mode=both task=sst2 mo
 python recipes/scaling.py scaling.ranks=[1,2,4] model=bert_large \
     scaling.launcher="'deepspeed --hostfile hosts --num_nodes %n --num_gpus 1'"       # a rank on each host
 
-All other overrides go to the recipe. The run directory gets its runs, scaling.csv, scaling.png and scaling.svg.
+All other overrides go to the recipe. The run directory, which all hosts see, gets its runs, each with the configuration
+that its ranks start from, and scaling.csv, scaling.png and scaling.svg.
 On a CPU every rank gets as many threads, the cores divided by the most ranks, so that ranks are compared and no cores.
 """
 
@@ -29,22 +30,20 @@ class Config(RunConfig):
     scaling: Scaling = Scaling()
 
 
-@recipe(engine=False, composes=True)
+@recipe(engine=False)
 def main(config: Config) -> None:
     from pathlib import Path
 
     from rich.progress import Progress
     from studies import scaling
 
-    from toolkit.config.compose import compose, typed
     from toolkit.run.directory import Run
 
     chosen = config.scaling
     path = scaling.find_recipe(chosen.recipe, Path(__file__).parent)
     run = Run.open(config)
     modes = ("strong", "weak") if chosen.mode == "both" else (chosen.mode,)
-    overrides = scaling.passed_on(typed(), path)
-    children = scaling.plan(overrides, modes, chosen.ranks, compose(overrides).batch, run.dir)
+    children = scaling.plan(scaling.of_recipe(config, path), modes, chosen.ranks, run.dir)
     environment = scaling.prepare(children, Scaling().launcher == chosen.launcher, run.console)
     with Progress(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
         for child in bar.track(children):

@@ -11,11 +11,9 @@ from toolkit.run.recipe import recipe
 
 @recipe("translate")
 def main(config: RunConfig) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from toolkit.train.several import train_all
 
-    train_all(config, list(HydraConfig.get().overrides.task))
+    train_all(config)
 
 
 if __name__ == "__main__":

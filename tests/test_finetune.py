@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from toolkit.data.order import Grouped
 from toolkit.engine.learning_rate import factor
 from toolkit.models.build import decay_groups, initialise
 from toolkit.tasks.classify import Classify
+from toolkit.train.scores import row
 
 BEST = {"classify": "accuracy", "regress": "spearman", "tag": "f1", "span_qa": "f1", "choose": "accuracy"}
 FILE = dict.fromkeys(KINDS, "predictions.tsv") | {"tag": "predictions.conll", "span_qa": "predictions.json"}
@@ -212,6 +214,11 @@ def test_seeds_differ_and_are_summed_up(tmp_path: Path) -> None:
     assert [s["seed"] for s in scores] == [1, 2]
     assert scores[0]["scores"]["eval_loss"] != scores[1]["scores"]["eval_loss"]
     assert "±" in result.stdout and (tmp_path / "x-seed2" / "predictions.tsv").exists()
+    assert [row(tmp_path / f"x-seed{seed}") for seed in (1, 2)] == scores, "the directories alone have all of it"
+    last = last_evaluation(tmp_path / "x-seed2")
+    assert scores[1]["scores"] == {k: last[k] for k in ("eval_loss", "eval_accuracy")} and scores[1]["seconds"] > 0
+    rates = [r["samples_per_second"] for r in read(tmp_path / "x-seed1" / "metrics.jsonl") if "samples_per_second" in r]
+    assert scores[0]["samples_per_second"] == pytest.approx(float(np.median(rates)))
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
@@ -285,6 +292,13 @@ def test_glue_is_all_nine_tasks_and_the_papers_table(tmp_path: Path) -> None:
     assert (best["cola"], best["stsb"], best["qqp"], best["rte"]) == (
         "eval_matthews", "eval_spearman", "eval_f1", "eval_accuracy",
     )  # fmt: skip
+    shutil.rmtree(tmp_path / "x-rte")
+    saved = ["--config-path", str(tmp_path / "x"), "--config-name", "config"]
+    again = launch(tmp_path, *saved, recipe="finetune", ranks=0, bare=True)
+    assert again.stdout.count("done before, in ") == 8 and "Average" in again.stdout
+    redone = {s["task"]: s for s in json.loads((tmp_path / "x" / "scores.json").read_text())}
+    assert {s["task"]: s for s in scores if s["task"] != "rte"} == {t: s for t, s in redone.items() if t != "rte"}
+    assert redone["rte"]["scores"]["eval_accuracy"] >= 0 and (tmp_path / "x-rte" / "checkpoints").exists()
 
 
 def glue_files() -> dict[str, list[str]]:

@@ -9,8 +9,8 @@ import psutil
 import pytest
 from launching import ROOT, launch, start
 
-from toolkit.config.compose import compose, permissive
-from toolkit.errors import LOST, ConfigError
+from toolkit.config.compose import compose
+from toolkit.errors import LOST
 
 RECIPE = [sys.executable, "recipes/pretrain.py"]
 
@@ -58,13 +58,6 @@ def test_keys_that_no_option_mentions_reach_deepspeed() -> None:
     config = compose(["deepspeed.zero_optimization.round_robin_gradients=true", "deepspeed.wall_clock_breakdown=true"])
     assert config.deepspeed["zero_optimization"]["round_robin_gradients"] is True
     assert config.deepspeed["zero_optimization"]["stage"] == 2
-
-
-def test_overrides_keep_hydras_own_syntax() -> None:
-    given = ["+x=1", "++a.b=2", "~data.path", "--multirun", "zero=stage1,stage2", "hydra.verbose=true", "seed=1"]
-    assert permissive(given) == [*given[:-1], "++seed=1"]
-    with pytest.raises(ConfigError, match="no such option"):
-        permissive(["zero=stage1,stage7"])
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "python"])

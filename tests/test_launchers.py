@@ -389,12 +389,6 @@ def test_a_secret_is_refused_and_not_repeated(override: str, printed: Callable[.
     assert "abcdefgh" not in str(error.value)
 
 
-@pytest.mark.parametrize("recipe", ["scaling", "memory"])
-def test_a_recipe_that_composes_runs_is_refused(recipe: str, printed: Callable[..., str]) -> None:
-    with pytest.raises(ConfigError, match="starts further runs from overrides"):
-        printed("slurm", recipe=recipe)
-
-
 def test_a_missing_tool_is_one_line(tmp_path: Path) -> None:
     own = [*arguments(tmp_path), "--on", "slurm", "--submit"]
     done = toolkit_launch(*own, env=ENVIRONMENT | {"PATH": str(tmp_path)}, code=2)

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import ROOT, launch
 from studies import memory
 from studies.memory import MIB, Tracker, combinations, label
 from torch import nn
+
+from toolkit.cluster.launchers.job import load_recipe
+from toolkit.config.compose import compose
 
 
 def test_weights_gradients_and_states_are_counted_once_each() -> None:
@@ -48,13 +51,22 @@ def test_weights_gathered_for_a_step_are_no_activations_and_gradients_no_workspa
 
 
 def test_the_layouts_to_compare_are_all_or_the_one_given() -> None:
-    every = combinations(["model=bert_mini"])
+    recipe = load_recipe(ROOT / "recipes/memory.py")
+
+    def compared(*typed: str) -> list[dict[str, str]]:
+        return combinations(compose(recipe.completed(list(typed)), recipe.config))
+
+    every = compared("model=bert_mini")
     assert len(every) == len(memory.LAYOUTS) * len(memory.ACTIVATIONS)
-    assert every[0] == ["model=bert_mini", "zero=stage0", "offload=none", "activation=none"]
+    assert every[0] == {"zero": "stage0", "offload": "none", "activation": "none"}
     assert label(every[-1]) == {"layout": "stage3 + nvme", "activation": "recompute_offload"}
-    assert combinations(["zero=stage3", "activation=recompute", "++name=x"]) == [
-        ["++name=x", "zero=stage3", "activation=recompute"]
-    ]
+    assert every == compared("activation=null")
+    for offload in ("none", "cpu", "cpu_params", "nvme"):
+        one = {"zero": "stage3", "offload": offload, "activation": "offload_cpu"}
+        assert compared(*memory.overrides(one)) == [one]
+    given = compared("offload='cpu'")
+    assert [one["activation"] for one in given] == list(memory.ACTIVATIONS)
+    assert {label(one)["layout"] for one in given} == {"stage2 + cpu"}
 
 
 def test_the_recipe_measures_every_way_to_keep_activations(tmp_path: Path) -> None:

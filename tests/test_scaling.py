@@ -12,7 +12,7 @@ from launching import launch, launch_many, read
 from studies import scaling
 from transformers import BertConfig, BertForPreTraining
 
-from toolkit.config.schema import Batch
+from toolkit.config.schema import Batch, RunConfig
 from toolkit.engine.collectives import WIRE, _message, _size
 from toolkit.errors import ConfigError
 from toolkit.train.meter import Share, conditions
@@ -100,29 +100,16 @@ def test_the_recipe_compares_numbers_of_ranks(tmp_path: Path) -> None:
 
 
 def test_the_weak_batch_grows_with_the_ranks_from_the_fewest() -> None:
-    batch = Batch(global_size=32, tokens=1000)
-    children = scaling.plan(["task=x"], ("strong", "weak"), (4, 2), batch, Path())
-    sizes = [(c.mode, c.ranks, c.global_size, c.overrides[:3]) for c in children]
-    assert sizes == [
-        (mode, n, size, ["task=x", f"batch.global_size={size}", f"batch.tokens={tokens}"])
-        for mode, n, size, tokens in [
-            ("strong", 2, 32, 1000),
-            ("strong", 4, 32, 1000),
-            ("weak", 2, 32, 1000),
-            ("weak", 4, 64, 2000),
-        ]
-    ]
+    config = RunConfig(batch=Batch(global_size=32, tokens=1000))
+    children = scaling.plan(config, ("strong", "weak"), (4, 2), Path("x"))
+    sizes = [(c.mode, c.ranks, c.config.batch.global_size, c.config.batch.tokens) for c in children]
+    assert sizes == [("strong", 2, 32, 1000), ("strong", 4, 32, 1000), ("weak", 2, 32, 1000), ("weak", 4, 64, 2000)]
+    assert children[3].dir == Path("x/ranks-4-batch-64") and children[3].config.train.communication
+    assert children[0].config == children[2].config, "both modes begin with the same run"
 
 
-def test_the_recipe_gets_what_is_not_ours_and_the_preset_that_it_begins_from() -> None:
+def test_only_recipes_that_train_once_are_compared() -> None:
     recipes = Path(__file__).parents[1] / "recipes"
-    given = ["++scaling.ranks=[4,2]", "zero=stage1", "+name=y", "output_dir=z"]
-    assert scaling.passed_on(given, recipes / "linear_regression.py") == ["zero=stage1", "task=linear"]
-    assert scaling.passed_on([*given, "task=linear"], recipes / "linear_regression.py") == [
-        "zero=stage1",
-        "task=linear",
-    ]
-    assert scaling.passed_on(given, recipes / "finetune.py") == ["zero=stage1"], "it is for several kinds"
     with pytest.raises(ConfigError, match="There are: finetune, linear_regression, pretrain, translate"):
         scaling.find_recipe("spatial_conv", recipes)
 

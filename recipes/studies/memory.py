@@ -11,7 +11,7 @@ a configuration offloads counts as the host's though both are the same memory he
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from toolkit.config.schema import RunConfig
 from toolkit.config.units import MIB
 from toolkit.deepspeed.facts import Facts
 from toolkit.report import figures
@@ -195,21 +196,33 @@ def _tensors(tree: Iterable[Any]) -> list[Tensor]:
     return [t for t in tree_leaves(list(tree)) if isinstance(t, Tensor)]
 
 
-def combinations(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each run to compare: every layout with every ``activation``, or what ``overrides`` choose."""
-    chosen = {o.split("=")[0]: o for o in overrides}
-    rest = [o for o in overrides if o.split("=")[0] not in ("zero", "offload", "activation")]
-    layouts = [[f"zero={zero}", f"offload={offload}"] for zero, offload in LAYOUTS]
-    if "zero" in chosen or "offload" in chosen:
-        layouts = [[chosen[key] for key in ("zero", "offload") if key in chosen]]
-    activations = [chosen["activation"]] if "activation" in chosen else [f"activation={a}" for a in ACTIVATIONS]
-    return [[*rest, *layout, activation] for layout in layouts for activation in activations]
+def chosen(config: RunConfig) -> dict[str, str]:
+    """The options of zero, offload and activation that a configuration is made of."""
+    zero, kept = config.deepspeed.get("zero_optimization", {}), config.activation
+    optimizer, parameters = ((zero.get(f"offload_{key}") or {}).get("device", "none") for key in ("optimizer", "param"))
+    recompute = "recompute_offload" if kept.offload else "recompute"
+    return {
+        "zero": f"stage{zero.get('stage', 0)}",
+        "offload": "cpu_params" if (optimizer, parameters) == ("cpu", "cpu") else optimizer,
+        "activation": recompute if kept.recompute else "offload_cpu" if kept.offload else "none",
+    }
 
 
-def label(overrides: list[str]) -> dict[str, str]:
+def combinations(config: Any) -> list[dict[str, str]]:
+    """The options of each run to compare: every layout with every ``activation``, or those of ``config``."""
+    own, compared = chosen(config), config.memory
+    layouts = LAYOUTS if compared.layouts == "all" else [(own["zero"], own["offload"])]
+    activations = ACTIVATIONS if compared.activations == "all" else [own["activation"]]
+    return [{"zero": z, "offload": o, "activation": a} for z, o in layouts for a in activations]
+
+
+def overrides(options: Mapping[str, str]) -> list[str]:
+    return [f"{group}={option}" for group, option in options.items()]
+
+
+def label(options: Mapping[str, str]) -> dict[str, str]:
     """``{"layout": "stage3 + nvme", "activation": "recompute"}`` of one of ``combinations``."""
-    options = {key: value for key, _, value in (o.partition("=") for o in overrides)}
-    layout = [options.get("zero", "stage2"), options.get("offload", "none")]
+    layout = [options["zero"], options["offload"]]
     return {"layout": " + ".join(o for o in layout if o != "none"), "activation": options["activation"]}
 
 

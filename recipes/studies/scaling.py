@@ -1,13 +1,12 @@
 """One recipe started on several numbers of ranks, and what its records say of the speed-up.
 
-children = plan(overrides, ("strong",), (1, 2, 4), batch, run.dir)
+children = plan(of_recipe(config, recipe), ("strong",), (1, 2, 4), run.dir)
 for child in children: launch(child, launcher, recipe, prepare(children, …))
-rows(children)                      # a dict for each
+rows(children)                      # a dict for each, from their run directories alone
 
 Linear scaling asks for three things (work even, memory even, little communication): toolkit.train.meter.conditions.
 """
 
-import json
 import os
 import re
 import shlex
@@ -22,16 +21,17 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from toolkit.config.compose import compose
-from toolkit.config.schema import Batch
+from toolkit.cluster.launchers.job import load_recipe
+from toolkit.config.compose import compose, rebased
+from toolkit.config.schema import RunConfig
 from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError, ToolkitError, nearest
-from toolkit.job import ranks
+from toolkit.job import fingerprint, ranks
 from toolkit.report import figures
-from toolkit.run.files import read_metrics, replace
+from toolkit.run import sweep
+from toolkit.run.files import as_yaml, read_metrics, replace
 from toolkit.run.table import table
 
-OF_THE_PARENT = ("name", "output_dir", "resume", "scaling")
 OF_A_RANK = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
@@ -40,22 +40,19 @@ CONDITIONS = ("work_balance", "memory_balance", "comm_share")
 
 @dataclass(frozen=True)
 class Child:
-    """One start of the recipe."""
+    """One start of the recipe; both modes begin with the same run."""
 
     mode: str
     ranks: int
-    global_size: int
-    overrides: list[str]
-    run_dir: Path
+    config: RunConfig
 
     @property
     def label(self) -> str:
-        """Its folder: both modes begin with the same run."""
-        return f"ranks-{self.ranks}-batch-{self.global_size}"
+        return str(self.config.name)
 
     @property
     def dir(self) -> Path:
-        return self.run_dir / self.label
+        return Path(self.config.output_dir) / self.label
 
 
 @dataclass(frozen=True)
@@ -81,36 +78,33 @@ def find_recipe(name: str, folder: Path) -> Path:
     return known[name]
 
 
-def passed_on(overrides: Sequence[str], recipe: Path) -> list[str]:
-    """What of the command line is for the recipe, and the preset that it begins from (see toolkit.run.recipe)."""
-    rest = [o for o in overrides if not re.match(rf"[+~]*({'|'.join(OF_THE_PARENT)})[.=]", o)]
-    kind = re.search(r'^@recipe\("(\w+)"\)', recipe.read_text(), re.MULTILINE)
-    chosen = any(o.startswith(("task=", "experiment=")) for o in rest)
-    return rest if chosen or kind is None else [*rest, f"task={kind[1]}"]
+def of_recipe(config: RunConfig, path: Path) -> RunConfig:
+    """What of ours is for the recipe, on the preset that it begins from where no task was chosen."""
+    own = RunConfig.model_validate(config.model_dump(exclude={"scaling", "resume"}))
+    kinds, plain = load_recipe(path).kinds, compose([])
+    if len(kinds) != 1 or own.task.kind in kinds or own.task.name != plain.task.name:
+        return own
+    return rebased(own, plain, compose([f"task={kinds[0]}"]))
 
 
-def plan(
-    overrides: Sequence[str], modes: Sequence[str], numbers: Sequence[int], batch: Batch, run_dir: Path
-) -> list[Child]:
-    """What to start: ``overrides`` for the recipe, and the batch of each number of ranks."""
+def plan(config: RunConfig, modes: Sequence[str], numbers: Sequence[int], run_dir: Path) -> list[Child]:
+    """What to start: ``config`` with the batch of each number of ranks."""
     if not numbers:
         raise ConfigError("scaling.ranks=[]: there is nothing to start. Use scaling.ranks=[1,2].")
-    fewest = min(numbers)
+    fewest, batch = min(numbers), config.batch
     children = []
     for mode in modes:
         for number in sorted(set(numbers)):
             times = number / fewest if mode == "weak" else 1
             given = {"global_size": batch.global_size, "tokens": batch.tokens}
             sizes = {key: round(size * times) for key, size in given.items() if size}
-            child = Child(mode, number, sizes["global_size"], [], run_dir)
-            child.overrides.extend([
-                *overrides,
-                *(f"batch.{key}={size}" for key, size in sizes.items()),
-                "train.communication=true",
-                f"output_dir={run_dir}",
-                f"name={child.label}",
-            ])  # fmt: skip
-            children.append(child)
+            own = {
+                "batch": batch.model_copy(update=sizes),
+                "train": config.train.model_copy(update={"communication": True}),
+                "output_dir": str(run_dir),
+                "name": f"ranks-{number}-batch-{sizes['global_size']}",
+            }
+            children.append(Child(mode, number, config.model_copy(update=own)))
     return children
 
 
@@ -121,7 +115,7 @@ def prepare(children: Sequence[Child], on_this_machine: bool, console: Any) -> E
     device, most = ranks.device(), max(c.ranks for c in children)
     for child in children:
         try:
-            ds_config.complete(compose(child.overrides), world=child.ranks, device=device)
+            ds_config.complete(child.config, world=child.ranks, device=device)
         except ConfigError as error:
             raise ConfigError(f"{child.label}: {error}") from error
     variables = {k: v for k, v in os.environ.items() if k not in OF_A_RANK}
@@ -140,28 +134,36 @@ def prepare(children: Sequence[Child], on_this_machine: bool, console: Any) -> E
 
 def launch(child: Child, launcher: str, recipe: Path, environment: Environment) -> None:
     """Run the recipe to its end, unless it has been run; what it says goes to <run_dir>/<label>.txt."""
-    done, log = child.dir.with_suffix(".json"), child.dir.with_suffix(".txt")
-    started = json.loads(done.read_text()) if done.exists() else {"overrides": child.overrides}
-    if started["overrides"] != child.overrides:
-        raise ConfigError(f"name={child.run_dir.name}: it began with other overrides. Choose another name.")
-    if started.get("finished"):
+    record, log, mine = child.dir / "job.json", child.dir.with_suffix(".txt"), fingerprint.of(child.config)
+    before = sweep.read(record)
+    if before.get("config", mine) != mine:
+        raise ConfigError(f"name={child.dir.parent.name}: it began with other overrides. Choose another name.")
+    if sweep.done(before, mine):
         return
-    replace(done, json.dumps(started))
-    command = shlex.split(launcher.replace("%n", str(child.ranks)).replace("%p", str(ranks.free_port())))
-    with log.open("a") as file:
-        result = subprocess.run(
-            [*command, str(recipe), *child.overrides],
-            env=environment.variables, stdout=file, stderr=file, check=False,
-        )  # fmt: skip
-    errors = [line.partition(": ")[2] for line in log.read_text().splitlines() if line.startswith("error: ")]
-    if result.returncode:
-        raise ToolkitError(f"{child.label}: {errors[-1] if errors else f'exit code {result.returncode}, see {log}'}")
-    if not timed(child):
-        raise ConfigError(
-            f"{child.label}: {child.dir}/metrics.jsonl has no timed step. Raise train.steps (the first two "
-            "are warm-up), or choose another scaling.recipe."
-        )
-    replace(done, json.dumps({**started, "finished": True}))
+    with sweep.recorded(record, {"run": child.label, "config": mine}) as found:
+        saved = _save(child).parent.absolute()
+        command = shlex.split(launcher.replace("%n", str(child.ranks)).replace("%p", str(ranks.free_port())))
+        with log.open("a") as file:
+            code = found["code"] = subprocess.run(
+                [*command, str(recipe), "--config-path", str(saved), "--config-name", "config"],
+                env=environment.variables, stdout=file, stderr=file, check=False,
+            ).returncode  # fmt: skip
+        errors = [line.partition(": ")[2] for line in log.read_text().splitlines() if line.startswith("error: ")]
+        if code:
+            raise ToolkitError(f"{child.label}: {errors[-1] if errors else f'exit code {code}, see {log}'}")
+        if not timed(child):
+            raise ConfigError(
+                f"{child.label}: {child.dir}/metrics.jsonl has no timed step. Raise train.steps (the first two "
+                "are warm-up), or choose another scaling.recipe."
+            )
+
+
+def _save(child: Child) -> Path:
+    """The configuration that all ranks of a child start from, on a disk that they see."""
+    path = child.dir / "launch" / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, as_yaml(child.config.model_dump(mode="json")))
+    return path
 
 
 def timed(child: Child) -> list[dict[str, Any]]:
@@ -177,7 +179,7 @@ def rows(children: Sequence[Child]) -> list[dict[str, Any]]:
     for child in children:
         records = timed(child)
         middle = {name: statistics.median(r[name] for r in records) for name in names if name in records[0]}
-        row = {"mode": child.mode, "ranks": child.ranks, "global_size": child.global_size, **middle}
+        row = {"mode": child.mode, "ranks": child.ranks, "global_size": child.config.batch.global_size, **middle}
         first = next((r for r in found if r["mode"] == child.mode), row)
         row["ideal"] = child.ranks / first["ranks"]
         row["speedup"] = row["samples_per_second"] / first["samples_per_second"]

@@ -1,15 +1,16 @@
-"""Hydra's part: the defaults as its base config, overrides let through to our own checks, composition.
+"""Hydra's part: the defaults as its base config, and composition.
 
-config = compose(["zero=stage3", "batch.global_size=64"])     # as a recipe would
+config = compose(["zero=stage3", "batch.global_size=64"])                  # as a recipe would
+rebased(config, compose(["zero=stage3"]), compose(["zero=stage1"]))        # the same, at another stage
 """
 
-import re
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from toolkit.config.overrides import permissive
 from toolkit.config.schema import RunConfig, conf_dir, load, schema
-from toolkit.errors import ConfigError, nearest
+from toolkit.errors import ConfigError
 
 
 def compose(overrides: list[str], model: type[RunConfig] = RunConfig) -> RunConfig:
@@ -22,30 +23,21 @@ def options(overrides: list[str]) -> dict[str, str]:
     return dict(_composed(overrides, RunConfig, return_hydra_config=True).hydra.runtime.choices)
 
 
-def _composed(overrides: list[str], model: type[RunConfig], *, return_hydra_config: bool = False) -> Any:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+def rebased(config: RunConfig, before: RunConfig, after: RunConfig) -> RunConfig:
+    """``after`` with all that ``config`` has changed of ``before``: its own settings on other presets.
 
-    register_schema(model)
-    within = GlobalHydra.instance().is_initialized()  # a recipe that composes further runs
-    with nullcontext() if within else initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        try:
-            return hydra_compose("config", permissive(overrides), return_hydra_config=return_hydra_config)
-        except HydraException as error:
-            raise ConfigError(str(error)) from error
+    What a saved configuration was composed of is not known; what differs from its presets is.
+    """
+    trees = (one.model_dump(mode="json") for one in (after, before, config))
+    return load(changed(*trees), type(config))
 
 
-def typed() -> list[str]:
-    """The overrides of the command line, which recipes that compose further runs begin from. Raises ConfigError."""
-    from hydra.core.hydra_config import HydraConfig
-
-    own = HydraConfig.get()
-    places = [s.path for s in own.runtime.config_sources if s.provider == "main"]
-    if own.job.config_name != "config" or any(Path(p) != conf_dir() for p in places):
-        raise ConfigError("a saved config: this recipe starts further runs from overrides. Give those it was run with.")
-    return list(own.overrides.task)
+def changed(tree: Any, before: Any, after: Any) -> Any:
+    """``tree`` with what differs between the other two."""
+    if not all(isinstance(one, dict) for one in (tree, before, after)):
+        return tree if before == after else after
+    keys = [k for k in tree | after if k in (tree if before.get(k) == after.get(k) else after)]
+    return {k: changed(tree.get(k), before.get(k), after.get(k)) for k in keys}
 
 
 def register_schema(model: type[RunConfig] = RunConfig) -> None:
@@ -55,26 +47,29 @@ def register_schema(model: type[RunConfig] = RunConfig) -> None:
     ConfigStore.instance().store("schema", schema(model))
 
 
-def permissive(arguments: list[str]) -> list[str]:
-    """Let every key through Hydra (``a.b=1`` as ``++a.b=1``), so that one place judges keys: ours.
+def _composed(overrides: list[str], model: type[RunConfig], *, return_hydra_config: bool = False) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra.errors import HydraException
 
-    Hydra refuses keys that no option mentions yet, which would bar valid DeepSpeed keys, and names no
-    nearest key for a typo. The options of a group are checked here for the same reason.
-    """
-    return [_permissive(a) for a in arguments]
+    register_schema(model)
+    with _of_the_toolkit():
+        try:
+            return hydra_compose("config", permissive(overrides), return_hydra_config=return_hydra_config)
+        except HydraException as error:
+            raise ConfigError(str(error)) from error
 
 
-def _permissive(argument: str) -> str:
-    match = re.match(r"([A-Za-z_][\w./]*)=(.*)$", argument, re.DOTALL)
-    if not match or match[1].startswith("hydra"):
-        return argument
-    key, value = match.groups()
-    folder = conf_dir() / key
-    if "." in key or not folder.is_dir():
-        return f"++{argument}"
-    options = sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.rglob("*.yaml"))
-    for option in value.strip("[]").split(","):
-        if option.strip() not in options:
-            hint = nearest(option, options)
-            raise ConfigError(f"{argument}: no such option.{hint} {key} has: {', '.join(options)}.")
-    return argument
+@contextmanager
+def _of_the_toolkit() -> Iterator[None]:
+    """Our own folder of groups, whichever config the recipe around us was started from."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
+
+    around = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            yield
+    finally:
+        restore_gh_from_backup(around)

@@ -14,7 +14,8 @@ from itertools import product
 from math import inf
 from typing import Any
 
-from toolkit.config.compose import compose, options
+from toolkit.config.compose import changed, compose, options
+from toolkit.config.overrides import values
 from toolkit.config.schema import Machine, RunConfig, conf_dir
 from toolkit.config.units import GIB
 from toolkit.deepspeed import ds_config
@@ -108,7 +109,7 @@ def search(overrides: list[str], *, world: int | None = None) -> Search:
     base = compose(overrides)
     machine, ranks, device = place(base, world)
     plans = partial(_plans, machine=machine, shape=model_shape(base), ranks=ranks, device=device)
-    keys = [o.lstrip("+~").partition("=")[0] for o in overrides]
+    keys = values(overrides)
     fixed = {axis for axis, own in AXES.items() for k in keys if any(o == k or o.startswith(f"{k}.") for o in own)}
     refused: Counter[str] = Counter()
     found = []
@@ -145,20 +146,12 @@ def _layouts(
     first = by_zero[zeros[0]].deepspeed
     by_offload = {o: compose([*overrides, *zeros[0], *o, *whole]).deepspeed for o in offloads[1:]}
     for (zero, composed), offload in product(by_zero.items(), offloads):
-        ds = _changed(composed.deepspeed, first, by_offload.get(offload, first))
+        ds = changed(composed.deepspeed, first, by_offload.get(offload, first))
         for activation, count, (tensor, block) in product(activations, stages, tensors.items()):
             pipeline = base.pipeline.model_copy(update={"stages": count})
             update = {"deepspeed": ds | block, "activation": kept[activation], "pipeline": pipeline}
             typed = (*zero, *offload, *activation, f"pipeline.stages={count}", *tensor)
             yield tuple(o for o in typed if o not in usual), composed.model_copy(update=update)
-
-
-def _changed(tree: Any, before: Any, after: Any) -> Any:
-    """``tree`` with what differs between the other two."""
-    if not all(isinstance(one, dict) for one in (tree, before, after)):
-        return tree if before == after else after
-    keys = [k for k in tree | after if k in (tree if before.get(k) == after.get(k) else after)]
-    return {k: _changed(tree.get(k), before.get(k), after.get(k)) for k in keys}
 
 
 def _tensors(overrides: list[str], ranks: int) -> dict[tuple[str, ...], dict[str, Any]]:

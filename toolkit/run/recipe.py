@@ -25,12 +25,13 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from toolkit.config.compose import permissive, register_schema
+from toolkit.config import overrides
+from toolkit.config.compose import register_schema
 from toolkit.config.schema import RunConfig, conf_dir, load
 from toolkit.errors import ConfigError, Stopped, ToolkitError, leave, memory_told
 
@@ -55,16 +56,17 @@ LESS_MEMORY = (
 )
 
 Main = Any  # a function of a RunConfig
+More = Callable[[Mapping[str, Any]], list[str]]  # overrides that follow from what was typed, as overrides.values()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe's function, its kinds of task, whether it trains with a DeepSpeed engine or composes runs; its file."""
+    """A recipe's function, its kinds of task, whether it trains with a DeepSpeed engine, what it adds; its file."""
 
     main: Main
     kinds: tuple[str, ...]
     engine: bool
-    composes: bool
+    more: More | None
     script: str
 
     @property
@@ -73,10 +75,11 @@ class Recipe:
         found: type[RunConfig] = get_type_hints(self.main).get("config", RunConfig)
         return found
 
-    def completed(self, arguments: list[str]) -> list[str]:
+    def completed(self, typed: list[str]) -> list[str]:
         """The overrides, with the preset of the kind of task where there is but one and none was chosen."""
-        chosen = any(re.match(r"(task|experiment)=|--config-(path|name)|-c[pn]", a) for a in arguments)
-        return arguments if chosen or len(self.kinds) != 1 else [*arguments, f"task={self.kinds[0]}"]
+        found = overrides.values(typed)
+        preset = len(self.kinds) == 1 and not (found.get("task") or found.get("experiment"))
+        return [*typed, *([f"task={self.kinds[0]}"] if preset else []), *(self.more(found) if self.more else [])]
 
     def refuse_task(self, config: RunConfig, name: str) -> None:
         """Raise ConfigError for a task that the recipe ``name`` is not for."""
@@ -86,12 +89,12 @@ class Recipe:
             raise ConfigError(f"task={config.task.name}: {name} is not for it. It takes task={', '.join(known)}.")
 
 
-def recipe(*kinds: str, engine: bool = True, composes: bool = False) -> Callable[[Main], Callable[[], None]]:
+def recipe(*kinds: str, engine: bool = True, more: More | None = None) -> Callable[[Main], Callable[[], None]]:
     """Make a function a command; see the module's docstring.
 
-    Without ``engine`` the node deepspeed is not looked at. ``composes``: it starts further runs from its overrides.
+    Without ``engine`` the node deepspeed is not looked at. ``more`` makes overrides of what was typed.
     """
-    return lambda main: _command(Recipe(main, kinds, engine, composes, str(Path(main.__code__.co_filename).resolve())))
+    return lambda main: _command(Recipe(main, kinds, engine, more, str(Path(main.__code__.co_filename).resolve())))
 
 
 def _command(recipe: Recipe) -> Callable[[], None]:
@@ -103,31 +106,33 @@ def _command(recipe: Recipe) -> Callable[[], None]:
 
         ranks.adopt_scheduler()
         register_schema(recipe.config)
-        debug = "--debug" in sys.argv
-        # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
-        arguments = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
-        sweeps = bool({"-m", "--multirun"} & set(arguments))
-        if debug:
+        if "--debug" in sys.argv:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # for the jobs of a sweep, too
+        # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
+        typed = overrides.split(a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a))
         try:
-            if sweeps and (flags := [a for a in arguments if re.match(r"--config-(path|name|dir)|-c[pnd]", a)]):
-                raise ConfigError(
-                    f"{flags[0]} with --multirun: a sweep's jobs start from overrides. Drop one of the two."
-                )
-            given = permissive(recipe.completed(arguments))
-            first = [*(SWEEP if sweeps else ()), *([SLURM_SWEEP] if "hydra/launcher=submitit_slurm" in given else ())]
-            sys.argv[1:] = _flags_first([*first, *given, *HYDRA])
+            sys.argv[1:] = [*_given(recipe, typed), *typed.flags]  # Hydra takes overrides before flags, or after them
         except ConfigError as error:
             refuse(error)
-        debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-        if sweeps:
-            _sweep(decorate(functools.partial(_job, recipe, debug)))
+        start = decorate(functools.partial(_job, recipe, os.environ.get("HYDRA_FULL_ERROR") == "1"))
+        if typed.multirun:
+            _sweep(start)
         else:
-            decorate(functools.partial(_job, recipe, debug))()
+            start()
 
     command.recipe = recipe  # type: ignore[attr-defined]  # for toolkit.cluster.launchers
     return command
+
+
+def _given(recipe: Recipe, typed: overrides.Typed) -> Iterable[str]:
+    """The overrides that Hydra gets."""
+    if typed.config and typed.multirun:
+        raise ConfigError(f"{typed.config} with --multirun: a sweep's jobs start from overrides. Drop one of the two.")
+    primary = typed.config in (None, "--config-dir")
+    given = overrides.permissive(recipe.completed(typed.overrides) if primary else typed.overrides)
+    slurm = overrides.values(typed.overrides).get("hydra/launcher") == "submitit_slurm"
+    return *(SWEEP if typed.multirun else ()), *([SLURM_SWEEP] if slurm else ()), *given, *HYDRA
 
 
 def _sweep(start: Callable[[], None]) -> None:
@@ -140,11 +145,6 @@ def _sweep(start: Callable[[], None]) -> None:
         raise
     if sweep.finish():
         sys.exit(1)
-
-
-def _flags_first(arguments: list[str]) -> list[str]:
-    """Overrides in one piece at the end: Hydra's parser takes them before or after a flag, not both."""
-    return sorted(arguments, key=lambda a: bool(re.match(r"~|\+*[\w./@]+=", a)))
 
 
 def refuse(error: ToolkitError) -> NoReturn:
@@ -198,4 +198,4 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
                     recipe.main(config)
         except Stopped as stop:
             terminal.console.print(str(stop))
-            sys.exit(Stopped.code)
+            sys.exit(stop.code)

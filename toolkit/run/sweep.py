@@ -1,12 +1,13 @@
-"""A --multirun: every combination a training of its own; what fails is recorded, and the same command goes on.
+"""Several trainings, one after another: each has a record of how it went, and the same command goes on where it ended.
 
     python recipes/pretrain.py --multirun seed=1,2,3                                # one after another
     deepspeed recipes/pretrain.py --multirun zero=stage1,stage2                     # each on all ranks of the launch
     python recipes/pretrain.py --multirun hydra/launcher=submitit_slurm \\
         hydra.launcher.tasks_per_node=8 hydra.launcher.gpus_per_node=8 seed=1,2,3   # each a Slurm job, a rank a task
 
-A job is named by its overrides, so that started again it resumes its checkpoints; one that is done is left out.
-``<output_dir>/sweep`` (or hydra.sweep.dir) holds a file for each job, and the table of them all, sweep.csv.
+A job of a --multirun is a process of its own, named by its overrides; what fails is recorded, and the others are run.
+``<output_dir>/sweep`` (or hydra.sweep.dir) holds a record for each, and sweep.csv. What starts further runs itself
+(seeds, tasks of GLUE, numbers of ranks) keeps the record in the directory of each, job.json.
 """
 
 import hashlib
@@ -17,50 +18,73 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from toolkit.errors import LOST, OutOfMemory, Stopped, ToolkitError
-from toolkit.run.files import as_csv, replace
+from toolkit.config.overrides import parse, values
+from toolkit.errors import BUG, LOST, OutOfMemory, Stopped, ToolkitError
+from toolkit.run.files import as_csv, as_json, replace
 
-KILLED = "killed (out of memory?)"
 STATES = {
-    0: "done",
-    ToolkitError.code: "refused",
-    OutOfMemory.code: "out of memory",
-    LOST: "lost",
-    Stopped.code: "stopped",
-}
+    0: "done", ToolkitError.code: "refused", OutOfMemory.code: "out of memory", LOST: "lost", Stopped.code: "stopped",
+    -signal.SIGKILL: "killed (out of memory?)",
+}  # fmt: skip
+
+
+def read(record: Path) -> dict[str, Any]:
+    """How a training went, and of which configuration (its fingerprint); {} if it was never begun."""
+    found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    return found
+
+
+def done(found: dict[str, Any], config: str | None = None) -> bool:
+    return found.get("state") == "done" and found.get("config") == config
+
+
+@contextmanager
+def recorded(record: Path, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Write ``about`` and how the body ends to ``record``: by its error, or by the exit code that it puts in."""
+    found = about | {"host": platform.node(), "state": "running"}
+    _write(record, found)
+    start = time.monotonic()
+    try:
+        yield found
+        found.setdefault("code", 0)
+    except BaseException as error:
+        found["code"] = getattr(error, "code", BUG)
+        raise
+    finally:
+        state = STATES.get(found["code"], "failed")
+        _write(record, found | {"state": state, "seconds": round(time.monotonic() - start, 1)})
 
 
 def job(script: str, given: list[str], folder: Path, mark: dict[str, int]) -> None:
-    """One training, in a process of its own: no state of one reaches the next. Ranks of one launch each call it.
+    """One job of a --multirun: no state of one reaches the next. Ranks of one launch each call it.
 
     ``mark``: its number in the sweep, and the sweep's own. A signal lets the training save before it is answered.
     """
     overrides = [o.lstrip("+") for o in given]
-    name, key = _named(overrides)
+    key = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:8]  # the same whenever it is started
+    name = f"{values(overrides).get('name') or 'sweep'}-{key}"
     record = folder / "jobs" / f"{key}.json"
-    told = " ".join(overrides)
-    found = json.loads(record.read_text()) if record.exists() else {}
-    if found.get("state") == "done":
-        _say(f"--- {told}\ndone before, in {found['run']}")
+    _say(f"--- {' '.join(overrides)}")
+    if done(found := read(record)):
+        _say(f"done before, in {found['run']}")
         _write(record, found | mark)
         return
-    _say(f"--- {told}")
-    mine: dict[str, Any] = {"overrides": overrides, "run": name, "host": platform.node(), "state": "running"}
     own = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"  # not the allocation that all of the sweep runs in
-    mine |= mark | {"slurm": os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID")) if own else None}
-    _write(record, mine)
-    start = time.monotonic()
-    arguments = [o for o in overrides if not o.startswith("name=")]
-    code, received = _run([sys.executable, script, *arguments, f"name={name}"])
-    state = STATES.get(code, KILLED if code == -signal.SIGKILL else "failed")
-    _write(record, mine | {"state": state, "code": code, "seconds": round(time.monotonic() - start, 1)})
+    slurm = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID")) if own else None
+    arguments = [o for o in overrides if parse(o).key_or_group != "name"]
+    with recorded(record, {"overrides": overrides, "run": name, "slurm": slurm} | mark) as found:
+        code, received = _run([sys.executable, script, *arguments, f"name={name}"])
+        found["code"] = code
     for number in received[:1]:
         os.kill(os.getpid(), number)  # as if it came now: submitit queues the job again, Ctrl-C ends the sweep
+    state = STATES.get(code, "failed")
     if state == "stopped":
         sys.exit(code)
     if code:
@@ -126,7 +150,7 @@ def finish(wait: bool = True) -> int:
 
 
 def _records(folder: Path, started: int) -> list[dict[str, Any]]:
-    found = [json.loads(p.read_text()) for p in (folder / "jobs").glob("*.json")]
+    found = map(read, (folder / "jobs").glob("*.json"))
     return sorted((r for r in found if r["sweep"] == started), key=lambda r: r["number"])
 
 
@@ -134,13 +158,6 @@ def _queued(jobs: set[str]) -> bool:
     """Whether Slurm still has any of these to run; False where it does not answer."""
     command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"]
     return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
-
-
-def _named(overrides: list[str]) -> tuple[str, str]:
-    """The run's name and the record's: what is the same however often the sweep is started."""
-    key = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:8]
-    given = [o.removeprefix("name=") for o in overrides if o.startswith("name=")]
-    return f"{given[-1] if given else 'sweep'}-{key}", key
 
 
 def _first() -> bool:
@@ -156,4 +173,4 @@ def _say(text: str) -> None:
 def _write(path: Path, record: dict[str, Any]) -> None:
     if _first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, json.dumps(record, indent=2) + "\n")
+        replace(path, as_json(record))

@@ -124,11 +124,6 @@ def prepare(path: Path, overrides: Sequence[str], out: Path | None = None) -> Jo
     recipe = load_recipe(path)
     config = compose(recipe.completed(list(overrides)), recipe.config)
     recipe.refuse_task(config, str(path))
-    if recipe.composes or config.task.name == "glue":
-        what = "task=glue" if config.task.name == "glue" else str(path)
-        raise ConfigError(
-            f"{what}: it starts further runs from overrides, not from one saved config. Launch each of them."
-        )
     named = config.cluster.hostfile
     hosts = slots("cluster.hostfile", Path(named)) if named else {}
     nodes = config.cluster.nodes or len(hosts) or config.machine.nodes

@@ -1,0 +1,94 @@
+"""The one grammar of what is typed: flags and overrides, as Hydra's own parsers read them.
+
+split(["seed=1", "--config-name", "config", "-m"])   # .overrides ["seed=1"], .flags the others, .multirun True
+values(["zero='stage3'", "+seed=1", "~loss"])        # {"zero": "stage3", "seed": 1, "loss": None}
+permissive(["train.steps=5", "zero=stage3"])         # ["++train.steps=5", "zero=stage3"]
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.config.schema import conf_dir
+from toolkit.errors import ConfigError, nearest
+
+
+class _Word(str):
+    """One argument, and no other of the same letters: argparse hands back the object that it was given."""
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A command line; ``config`` is the flag by which it starts from another config than the primary one."""
+
+    overrides: list[str]
+    flags: list[str]
+    multirun: bool
+    config: str | None
+
+
+def split(arguments: Iterable[str]) -> Typed:
+    """What of a recipe's arguments is an override. What Hydra has no flag for ends the process, in argparse's words."""
+    from hydra._internal.utils import get_args_parser
+
+    words = [_Word(a) for a in arguments]
+    found = get_args_parser().parse_intermixed_args(words)
+    own = {id(word) for word in found.overrides}
+    config = next((f"--config-{n}" for n in ("path", "name", "dir") if getattr(found, f"config_{n}")), None)
+    return Typed([*found.overrides], [w for w in words if id(w) not in own], found.multirun, config)
+
+
+def parse(override: str) -> Any:
+    """Hydra's Override: ``key_or_group``, ``package``, ``value()``. Raises ConfigError."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        found = OverridesParser.create().parse_override(override)
+        if not found.key_or_group:
+            raise HydraException("missing key before '='")
+        return found
+    except HydraException as error:
+        raise ConfigError(f"{override}: no override of Hydra's: {str(error).splitlines()[0]}.") from error
+
+
+def values(overrides: Iterable[str]) -> dict[str, Any]:
+    """What each key, or option of a group, was set to last; None where that is null or it was deleted."""
+    return {one.key_or_group: one.value() for one in map(parse, overrides)}
+
+
+def setting(key: str, value: str) -> str:
+    """The override that sets ``key`` to just this text."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def permissive(overrides: Iterable[str]) -> list[str]:
+    """Let every key through Hydra (``a.b=1`` as ``++a.b=1``), so that one place judges keys: ours.
+
+    Hydra refuses keys that no option mentions yet, which would bar valid DeepSpeed keys, and names no
+    nearest key for a typo. The options of a group are checked here for the same reason. Raises ConfigError.
+    """
+    return [_permissive(o) for o in overrides]
+
+
+def _permissive(override: str) -> str:
+    from hydra.core.override_parser.types import ChoiceSweep, OverrideType
+
+    found = parse(override)
+    key, value = found.key_or_group, found.value()
+    if found.type != OverrideType.CHANGE or found.is_hydra_override():
+        return override
+    folder = conf_dir() / key
+    if "." in key or not folder.is_dir():
+        return override if found.package else f"++{override}"
+    known = sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.rglob("*.yaml"))
+    if value is None:
+        return f"{found.get_key_element()}=[]"  # no option; Hydra's composition wants a list, though it parses null
+    sweep = value.list if isinstance(value, ChoiceSweep) else value
+    for option in sweep if isinstance(sweep, list) else [sweep]:
+        text = getattr(option, "text", option)  # a quoted one of a sweep
+        if isinstance(text, str | int | float | None) and str(text) not in known:
+            raise ConfigError(f"{override}: no such option.{nearest(str(text), known)} {key} has: {', '.join(known)}.")
+    return override
