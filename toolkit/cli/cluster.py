@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from toolkit.cli.command import OVERRIDES, Commands, add, console
+from toolkit.cluster.launchers import LAUNCHERS
 from toolkit.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ def add_to(commands: Commands) -> None:
     )  # fmt: skip
     command.add_argument("recipe", type=Path, help="e.g. recipes/pretrain.py")
     command.add_argument("overrides", nargs="*", help=OVERRIDES.format("zero=stage3 cluster.hostfile=hosts"))
-    command.add_argument("--on", required=True, help="deepspeed, torchrun, slurm, mpi, kubernetes or compose")
+    command.add_argument("--on", required=True, help=", ".join(LAUNCHERS))
     command.add_argument("--submit", action="store_true", help="start it, and pass its exit code on")
     command.add_argument("--out", type=Path, help="where files go (default: <run>/launch; a folder that all nodes see)")
 
