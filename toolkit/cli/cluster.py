@@ -40,7 +40,7 @@ def add_to(commands: Commands) -> None:
 def doctor(
     overrides: list[str], hostfile: Path | None, world: int | None, master_addr: str | None, no_build: bool, json: bool
 ) -> None:
-    from toolkit.cluster.doctor.job import examine
+    from toolkit.cluster.doctor.examine import examine
     from toolkit.cluster.doctor.show import as_json, listing, verdict
     from toolkit.cluster.doctor.ssh import Host
     from toolkit.cluster.hostfile import slots

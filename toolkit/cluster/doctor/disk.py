@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from toolkit.cluster.doctor.finding import Finding, Job, existing, rated, unneeded
-from toolkit.cluster.doctor.size import checkpoint_bytes, parameters
+from toolkit.cluster.doctor.finding import Finding, enough, existing, rated, unneeded
+from toolkit.cluster.doctor.job import HostJob
 from toolkit.config.units import GIB, MIB, gib
 from toolkit.job import nvme
 
@@ -49,39 +49,28 @@ class Swap:
         return refused(self.disk)
 
 
-def swaps(job: Job) -> list[Swap]:
-    sizes = nvme.bytes_per_parameter(job.ds)
-    count = parameters(job.config) if sizes else None
-    return [
-        Swap(folder.parent, None if count is None else size * count, folder.parent != job.run_dir)
-        for folder, size in sizes.items()
-    ]
-
-
-def swap_checks(job: Job) -> list[Finding]:
+def swap_checks(job: HostJob) -> list[Finding]:
     """Of each disk: room, then speed."""
-    found = swaps(job)
-    if not found:
-        return [unneeded("NVMe", "nothing is swapped to a drive")]
-    return [finding for swap in found for finding in (swap_space(swap), swap_speed(swap))]
+    found: list[Finding] = []
+    for folder, size in nvme.bytes_per_parameter(job.ds).items():
+        needed = None if job.parameters is None else size * job.parameters
+        swap = Swap(folder.parent, needed, named=folder.parent != job.run_dir)
+        found += [swap_space(swap), swap_speed(swap)]
+    return found or [unneeded("NVMe", "nothing is swapped to a drive")]
 
 
 def swap_space(swap: Swap) -> Finding:
-    way = "Name another drive: deepspeed.zero_optimization.offload_optimizer.nvme_path and offload_param.nvme_path."
-    if swap.problem:
-        return Finding("NVMe space", "fail", f"{swap.disk}: {swap.problem}", "a folder that can be written", way)
-    free, there = shutil.disk_usage(existing(swap.disk)).free, existing(swap.disk)
-    if swap.named and there != swap.disk:
-        text = f"{swap.disk} is not there: it would be a folder on the disk of {there}, {gib(free)} free"
+    there = existing(swap.disk)
+    if swap.named and there != swap.disk and not swap.problem:
+        text = f"{swap.disk} is not there: it would be a folder on the disk of {there}, {gib(_free(there))} free"
         return Finding("NVMe space", "warn", text, "a mounted drive", f"Mount it, or mkdir {swap.disk}.")
-    if swap.needed is None:
-        return Finding("NVMe space", "warn", f"{swap.disk}: {gib(free)} free", "the model's size is not known here")
-    rule = f"{gib(swap.needed)} will be written"
-    return rated("NVMe space", free >= swap.needed, f"{swap.disk}: {gib(free)} free", rule, way)
+    way = "Name another drive: deepspeed.zero_optimization.offload_optimizer.nvme_path and offload_param.nvme_path."
+    rule = f"{gib(swap.needed or 0)} will be written"
+    return _room("NVMe space", swap.disk, swap.problem, swap.needed, rule, way)
 
 
 def swap_speed(swap: Swap) -> Finding:
-    if swap.problem or shutil.disk_usage(existing(swap.disk)).free < 2 * SIZE:
+    if swap.problem or _free(swap.disk) < 2 * SIZE:
         return Finding("NVMe speed", "skipped", f"not measured: no {gib(2 * SIZE)} to write to")
     try:
         found = speed(existing(swap.disk))
@@ -90,8 +79,43 @@ def swap_speed(swap: Swap) -> Finding:
     how = "O_DIRECT" if found.direct else "synced, the cache dropped"
     value = f"write {found.write_gbs:.2f} GB/s, read {found.read_gbs:.2f} GB/s ({how})"
     seconds = (swap.needed or 0) * (1 / found.write_gbs + 1 / found.read_gbs) / 1e9
-    rule = f"all of it there and back: {seconds:.1f} s" if swap.needed else ""
-    return Finding("NVMe speed", "ok", value, rule)
+    return Finding("NVMe speed", "ok", value, f"all of it there and back: {seconds:.1f} s" if swap.needed else "")
+
+
+def checkpoints(job: HostJob) -> Finding:
+    """Room for those that are kept, the best, and the one that is being written."""
+    folder, one = Path(job.config.output_dir), job.checkpoint_bytes
+    several = job.config.train.keep_checkpoints + 1 + bool(job.config.task.metrics)
+    way = "Make room, lower train.keep_checkpoints, or name another output_dir."
+    rule = f"{several} x {gib(one or 0)}, {job.parameters or 0:,} parameters"
+    return _room("checkpoints", folder, refused(folder), None if one is None else several * one, rule, way)
+
+
+def _room(name: str, folder: Path, problem: str | None, needed: float | None, rule: str, way_out: str) -> Finding:
+    if problem:
+        return Finding(name, "fail", f"{folder}: {problem}", "a folder that can be written", way_out)
+    return enough(name, _free(folder), needed, f"{folder}: {gib(_free(folder))} free", rule, way_out)
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(existing(folder)).free
+
+
+def shared_memory(job: HostJob, folder: Path = Path("/dev/shm")) -> Finding:
+    """For DeepSpeed's op between ranks on a CPU, for the batches that workers hand over, for NCCL."""
+    way = "docker run --shm-size=8g (compose: shm_size), in Kubernetes an emptyDir of medium Memory at /dev/shm."
+    if not folder.is_dir():
+        return Finding("shared memory", "fail", f"no {folder}", "a tmpfs", way)
+    usage = shutil.disk_usage(folder)
+    value = f"{folder}: {gib(usage.free)} of {gib(usage.total)} free"
+    together = "ShareMemCommBuilder" in job.ops and job.slots == job.world  # over several hosts it is not used
+    # Six columns of int64, as BERT's pretraining has; others have fewer
+    batch = 6 * 8 * job.config.batch.micro_size * job.config.data.max_length
+    needed = SHM_COMM * job.slots * together + job.slots * job.config.data.workers * PREFETCH * batch
+    if job.device == "cuda" and job.slots > 1 and usage.free >= needed:
+        return rated("shared memory", usage.total >= GIB, value, "1 GiB: NVIDIA's advice for NCCL", way, bad="warn")
+    rule = f"{gib(needed)} for {job.slots} ranks and their workers"
+    return rated("shared memory", usage.free >= needed, value, rule, way)
 
 
 def refused(folder: Path) -> str | None:
@@ -144,39 +168,3 @@ def _opened(path: Path) -> Iterator[tuple[int, bool]]:
         yield file, direct
     finally:
         os.close(file)
-
-
-def checkpoints(job: Job) -> Finding:
-    """Room for those that are kept, the best, and the one that is being written."""
-    folder, keep = Path(job.config.output_dir), job.config.train.keep_checkpoints
-    way = "Make room, lower train.keep_checkpoints, or name another output_dir."
-    if problem := refused(folder):
-        return Finding("checkpoints", "fail", f"{folder}: {problem}", "a folder that can be written", way)
-    free, count = shutil.disk_usage(existing(folder)).free, parameters(job.config)
-    value = f"{folder}: {gib(free)} free"
-    if count is None:
-        return Finding("checkpoints", "warn" if free < GIB else "ok", value, "the model's size is not known here")
-    several = keep + 1 + bool(job.config.task.metrics)
-    one = checkpoint_bytes(job, count)
-    rule = f"{several} x {gib(one)}, {count:,} parameters"
-    return rated("checkpoints", free >= several * one, value, rule, way)
-
-
-def shared_memory(job: Job, folder: Path = Path("/dev/shm")) -> Finding:
-    """For DeepSpeed's op between ranks on a CPU, for the batches that workers hand over, for NCCL."""
-    way = "docker run --shm-size=8g (compose: shm_size), in Kubernetes an emptyDir of medium Memory at /dev/shm."
-    if not folder.is_dir():
-        return Finding("shared memory", "fail", f"no {folder}", "a tmpfs", way)
-    usage = shutil.disk_usage(folder)
-    value = f"{folder}: {gib(usage.free)} of {gib(usage.total)} free"
-    together = "ShareMemCommBuilder" in job.ops and job.slots == job.world  # over several hosts it is not used
-    needed = SHM_COMM * job.slots * together + job.slots * job.config.data.workers * PREFETCH * _batch_bytes(job)
-    if job.device == "cuda" and job.slots > 1 and usage.free >= needed:
-        return rated("shared memory", usage.total >= GIB, value, "1 GiB: NVIDIA's advice for NCCL", way, bad="warn")
-    rule = f"{gib(needed)} for {job.slots} ranks and their workers"
-    return rated("shared memory", usage.free >= needed, value, rule, way)
-
-
-def _batch_bytes(job: Job) -> int:
-    """Six columns of int64, as BERT's pretraining has; others have fewer."""
-    return 6 * 8 * job.config.batch.micro_size * job.config.data.max_length

@@ -1,152 +1,107 @@
-"""Every host asked at once, what must be the same on all compared, and an all-reduce over all ranks.
+"""The job as one of its hosts sees it, and how large its model is; nothing is allocated.
 
-report = examine(config, [Host("node-1", slots=8)], build=True, told=print)
-report.fits
+job = HostJob(config, device="cpu", world=4, slots=2, hosts=2, build=False)
+job.parameters          # 4_384_316, or None where only the data would tell
+job.checkpoint_bytes    # of one checkpoint
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from shutil import which
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from toolkit.cluster.doctor.allreduce import bus_gbs
-from toolkit.cluster.doctor.finding import Finding, rated
-from toolkit.cluster.doctor.ssh import Answer, Host, ask, reach
 from toolkit.config.schema import RunConfig
-from toolkit.config.units import gib
-
-HOST_SECONDS = 1800  # three ops, each minutes on a busy host
-REDUCE_SECONDS = 180
-PATIENCE_SECONDS = 45
-Told = Callable[[str], None]
-Placed = tuple[str, Finding]
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One host: what was found there, its answer if it gave one, its address."""
-
-    host: Host
-    findings: list[Finding]
-    answer: dict[str, Any] | None = None
-    address: str = "127.0.0.1"
+from toolkit.deepspeed import ds_config
+from toolkit.deepspeed.rules import Facts
+from toolkit.errors import PlanError
+from toolkit.plan.elements import Elements
+from toolkit.plan.layout import BYTES, Layout
+from toolkit.plan.memory import memory_of
+from toolkit.plan.shapes import ModelShape, model_shape
 
 
 @dataclass(frozen=True)
-class Report:
-    """All findings, in the order of the hosts; those of the whole job last."""
+class HostJob:
+    """The configuration, this host's device, its ranks of how many, on how many hosts."""
 
+    config: RunConfig
+    device: str
     world: int
-    findings: list[Placed]
+    slots: int
+    hosts: int
+    build: bool
 
     @property
-    def fits(self) -> bool:
-        return not any(finding.state == "fail" for _, finding in self.findings)
+    def run_dir(self) -> Path:
+        return Path(self.config.output_dir) / (self.config.name or self.config.task.name)
+
+    @cached_property
+    def ds(self) -> dict[str, Any]:
+        """Exactly what DeepSpeed would get. Raises ConfigError."""
+        return ds_config.complete(self.config, world=self.world, device=self.device, run_dir=self.run_dir)
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(self.ds, self.world, self.device)
+
+    @property
+    def ops(self) -> list[str]:
+        """The class names of the op builders that the job loads."""
+        return ds_config.required_ops(self.ds, device=self.device, world=self.world)
+
+    @cached_property
+    def shape(self) -> ModelShape | None:
+        """None of a model that has no plan."""
+        with suppress(PlanError):
+            return model_shape(self.config)
+        return None
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.config, self.ds, world=self.world, device=self.device)
+
+    @cached_property
+    def parameters(self) -> int | None:
+        """As the plan counts them; of weights that have no plan, as many as their files on this host hold."""
+        weights = self.config.model.weights
+        return self.shape.parameters if self.shape else _in_files(weights) if weights else None
+
+    @property
+    def checkpoint_bytes(self) -> int | None:
+        """Of one checkpoint: weights in their type (ZeRO 3: none), their fp32 copy, the optimizer's states."""
+        if (count := self.parameters) is None:
+            return None
+        states = Elements.of(self.shape.layers, self.layout).states if self.shape else 2  # Adam's are the most
+        weight = 0 if self.facts.stage == 3 else BYTES[self.facts.dtype]
+        size = weight + (4 if self.facts.stage else 0) + 4 * states
+        if self.config.pipeline.stages == 1:
+            return int(count * size)
+        # the vocabulary's matrix is in the first stage and in the last; ds_state adds fp32 weights for toolkit export
+        return int((count + ds_config.largest_parameter(self.config)) * size) + count * 4
+
+    @property
+    def host_bytes(self) -> int | None:
+        """What the plan says that this host's ranks keep in its memory."""
+        if self.shape is None:
+            return None
+        stages = range(self.layout.pipe)
+        return int(self.slots * mean(memory_of(self.shape, self.layout, stage).total("host") for stage in stages))
 
 
-def examine(config: RunConfig, hosts: list[Host], *, build: bool, address: str | None, told: Told) -> Report:
-    """Ask every host at once. ``address``: of the first host, as deepspeed's --master_addr."""
-    world = sum(host.slots for host in hosts)
-    request = {"config": config.model_dump(mode="json"), "world": world, "hosts": len(hosts), "build": build}
-    request["environment"] = config.cluster.variables
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        visits = list(pool.map(lambda host: _visit(host, request, told), hosts))
-    placed = [(visit.host.name, finding) for visit in visits for finding in visit.findings]
-    placed += [*_launcher(hosts), *_software(visits)]
-    return Report(world, placed + _all_reduce(config, visits, world, address, told))
+def _in_files(weights: str) -> int | None:
+    """Of a folder, or of what this host has of the hub already; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
 
-
-def _visit(host: Host, request: dict[str, Any], told: Told) -> Visit:
-    reached, address = reach(host) if host.remote else ([], "127.0.0.1")
-    if any(finding.state == "fail" for finding in reached):
-        return Visit(host, reached)
-    answer = ask(host, "toolkit.cluster.doctor", request | {"slots": host.slots}, seconds=HOST_SECONDS, told=told)
-    if answer.result is None:
-        way = "Put the same environment and checkout, of this very version, at the same paths there."
-        rule = "this Python and toolkit, in this folder"
-        return Visit(host, [*reached, Finding("toolkit", "fail", answer.error, rule, way)])
-    findings = [Finding(**finding) for finding in answer.result["findings"]]
-    return Visit(host, reached + findings, answer.result, address)
-
-
-def _launcher(hosts: list[Host]) -> list[Placed]:
-    """What the deepspeed command itself needs, here, to reach several hosts."""
-    if len(hosts) == 1:
-        return []
-    way, path = "apt install pdsh, or launch otherwise (torchrun, Slurm).", which("pdsh")
-    return [("this host", rated("pdsh", bool(path), path or "missing", "for deepspeed --hostfile", way, bad="warn"))]
-
-
-def _software(visits: list[Visit]) -> list[Placed]:
-    """Python, packages, code and device of every host against the first's."""
-    from toolkit.job.fingerprint import differences
-
-    found = [(v.host.name, v.answer["fingerprint"]) for v in visits if v.answer for _ in range(v.host.slots)]
-    if len({name for name, _ in found}) < 2:
-        return []
-    found = [(name, dict.fromkeys(found[0][1], "unknown") | prints) for name, prints in found]  # an older toolkit's
-    wrong = differences(found)
-    rule, first = "Python, packages, code and device as on the first host", found[0][0]
-    of_host = {name: [line for line in wrong if line.startswith(f"host {name} (")] for name, _ in found}
-    placed: list[Placed] = [
-        (name, Finding("software", "fail", text.rsplit(". ", 1)[0], rule, text.rsplit(". ", 1)[1]))
-        for name, lines in of_host.items()
-        for text in lines
-    ]
-    same = [name for name, lines in of_host.items() if not lines and name != first]
-    return placed + [(name, Finding("software", "ok", f"as on {first}", rule)) for name in same]
-
-
-def _all_reduce(config: RunConfig, visits: list[Visit], world: int, address: str | None, told: Told) -> list[Placed]:
-    if why := _no_all_reduce(visits, world):
-        return [("all", Finding("all-reduce", "skipped", why))]
-    first = visits[0].answer or {}
-    request = {"world": world, "output_dir": config.output_dir, "device": first["device"], "patience": PATIENCE_SECONDS}
-    request |= {"address": address or visits[0].address, "port": first["port"]}
-    request["environment"] = config.cluster.variables
-
-    def start(visit: Visit) -> Answer:
-        before = sum(v.host.slots for v in visits[: visits.index(visit)])
-        mine = request | {"first": before, "slots": visit.host.slots}
-        return ask(visit.host, "toolkit.cluster.doctor.allreduce", mine, seconds=REDUCE_SECONDS, told=told)
-
-    with ThreadPoolExecutor(len(visits)) as pool:
-        answers = list(pool.map(start, visits))
-    return _judged(visits, answers, request)
-
-
-def _no_all_reduce(visits: list[Visit], world: int) -> str:
-    if world == 1:
-        return "not needed: one rank"
-    if silent := [v.host.name for v in visits if v.answer is None]:
-        return f"without {', '.join(silent)} there is no job"
-    if len({v.answer["device"] for v in visits if v.answer}) > 1:
-        return "the hosts have different devices"
-    few = [v.host.name for v in visits for f in v.findings if f.name in ("GPUs", "configuration") and f.state == "fail"]
-    return f"first mend the failure above on {', '.join(dict.fromkeys(few))}" if few else ""
-
-
-def _judged(visits: list[Visit], answers: list[Answer], request: dict[str, Any]) -> list[Placed]:
-    owner = [visit.host.name for visit in visits for _ in range(visit.host.slots)]
-    result = answers[0].result
-    rule = "2 (n - 1) / n x bytes / time, one rank a device"
-    way = "Open all ports between the hosts; name the network: cluster.interface=eth0."
-    if result and result["missing"]:
-        text = f"did not reach {request['address']}:{request['port']}"
-        lost = dict.fromkeys(owner[rank] for rank in result["missing"])
-        return [(name, Finding("all-reduce", "fail", text, "all ranks meet", way)) for name in lost]
-    broken = [(v.host.name, a.error) for v, a in zip(visits, answers, strict=True) if a.error]
-    if result is None and not broken:
-        broken = [(owner[0], "no answer")]
-    if broken or result is None:
-        return [(name, Finding("all-reduce", "fail", error, "all ranks meet", way)) for name, error in broken]
-    speed = bus_gbs(result["bytes"], result["seconds"], request["world"])
-    value = f"{speed:.2f} GB/s bus bandwidth, {gib(result['bytes'])} in {1000 * result['seconds']:.0f} ms"
-    value += f", {request['world']} ranks, {result['backend']}"
-    blind = dict.fromkeys(owner[rank] for rank in result["blind"])
-    text, mend = f"not the folder of {owner[0]}", "Name one shared disk as output_dir: checkpoints need it."
-    return [("all", Finding("all-reduce", "ok", value, rule))] + [
-        (name, Finding("output_dir", "fail", f"{request['output_dir']}: {text}", "one shared disk", mend))
-        for name in blind
-    ]
+    folder, count = Path(weights), 0
+    try:
+        folder = folder if folder.is_dir() else Path(snapshot_download(weights, local_files_only=True))
+    except (OSError, ValueError):  # not there, or no name of the hub's
+        return None
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "numpy") as tensors:
+            count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.offset_keys())
+    return count or None

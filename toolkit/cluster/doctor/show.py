@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich.table import Table
 from rich.text import Text
 
-from toolkit.cluster.doctor.job import Report
+from toolkit.cluster.doctor.examine import Report
 from toolkit.run.table import table
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}

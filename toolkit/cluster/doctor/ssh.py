@@ -1,6 +1,6 @@
 """The hosts of a hostfile, and commands on them as DeepSpeed's launcher over pdsh would start them.
 
-answer = ask(Host("node-1", slots=8), "toolkit.cluster.doctor", request, seconds=60, told=print)
+answer = ask(Host("node-1", slots=8), "host", request, seconds=60, told=print)
 
 Ports, keys and users are those of ~/.ssh/config, or options in PDSH_SSH_ARGS_APPEND, which pdsh reads too.
 """
@@ -83,10 +83,10 @@ def _ssh(host: Host, line: str) -> list[str]:
         raise ConfigError(f"PDSH_SSH_ARGS_APPEND={more}: {error}. Write it as on a shell's line.") from error
 
 
-def ask(host: Host, module: str, request: dict[str, Any], *, seconds: int, told: Callable[[str], None]) -> Answer:
-    """Run ``python -m module`` there with this interpreter's path; ``request`` goes in, its answer comes out."""
-    request = request | {"environment": (forwarded() if host.remote else {}) | request["environment"]}
-    words = command(host, [sys.executable, "-m", module], seconds)
+def ask(host: Host, asked: str, request: dict[str, Any], *, seconds: int, told: Callable[[str], None]) -> Answer:
+    """Run toolkit.cluster.doctor there with this interpreter's path; ``request`` goes in, its answer comes out."""
+    request = request | {"asked": asked, "environment": (forwarded() if host.remote else {}) | request["environment"]}
+    words = command(host, [sys.executable, "-m", "toolkit.cluster.doctor"], seconds)
     result = None
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
@@ -104,11 +104,6 @@ def ask(host: Host, module: str, request: dict[str, Any], *, seconds: int, told:
         return Answer(result, "")
     last = f"no answer within {seconds} s" if process.returncode in (124, 137) else (said or ["no answer"])[-1]
     return Answer(result, f"{last} (exit code {process.returncode})")
-
-
-def answer(result: dict[str, Any]) -> str:
-    """The line that :func:`ask` waits for."""
-    return MARK + json.dumps(result)
 
 
 def reach(host: Host) -> tuple[list[Finding], str]:
