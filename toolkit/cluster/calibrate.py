@@ -22,11 +22,13 @@ from typing import Any
 
 from toolkit.config.schema import Dtype, Machine, RunConfig
 from toolkit.config.units import MIB
+from toolkit.deepspeed.rules import BATCH_KEYS
 from toolkit.errors import ConfigError, OutOfMemory, PlanError, ToolkitError
 from toolkit.plan import machines
 from toolkit.run.recipe import recipe
 
 STEPS = 3
+MICRO_BATCHES = 8  # of a step at most: on CPUs one of hundreds takes minutes, and tells no more
 COPY_BYTES = 256 * MIB  # beyond any cache
 REPEATS = 5
 TINY = 8  # rows of a product that is all launch
@@ -39,7 +41,7 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     """
     from toolkit.cluster.doctor.disk import refused
     from toolkit.config.compose import compose
-    from toolkit.run.files import replace
+    from toolkit.run.files import as_yaml, replace
 
     config, here = compose(overrides), machines.here()
     if config.machine.name != "this":
@@ -48,25 +50,25 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     if here.device_name and ranks > here.devices_per_node:
         raise PlanError(f"--world {ranks}: this host has {here.devices_per_node} GPUs. Lower it, or leave it out.")
     here = here if here.device_name else here.model_copy(update={"devices_per_node": ranks})
-    _refuse(config, here, ranks)
+    accumulation = _accumulation(config, here, ranks)
     path = machines.stored(here)
     if problem := refused(path.parent):
         raise ConfigError(f"{path.parent}: {problem}. Set XDG_CACHE_HOME to a folder that can be written.")
-    text = _with_earlier_steps(_measured(config, ranks, console), path)
+    text = as_yaml(_with_earlier_steps(_measured(capped(config, accumulation), ranks, console), path))
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, text)
     console.print(f"{told(machines.parsed(text))}. Stored in {path}", highlight=False)
     return ranks
 
 
-def _with_earlier_steps(text: str, path: Path) -> str:
+def _with_earlier_steps(text: str, path: Path) -> dict[str, Any]:
     """What steps in other types have reached before stays, if ``path`` can be read."""
     import yaml
 
-    found = yaml.safe_load(text)
+    found: dict[str, Any] = yaml.safe_load(text)
     with suppress(OSError, ConfigError, yaml.YAMLError):
         found["efficiency"] = machines.parsed(path.read_text()).efficiency | found["efficiency"]
-    return str(yaml.safe_dump(found, sort_keys=False))
+    return found
 
 
 def told(machine: Machine) -> str:
@@ -78,8 +80,8 @@ def told(machine: Machine) -> str:
     return f"TFLOP/s: {peaks}; steps reach {steps}. GB/s: {rates}"
 
 
-def _refuse(config: RunConfig, here: Machine, ranks: int) -> None:
-    """What a plan refuses, before anything is started."""
+def _accumulation(config: RunConfig, here: Machine, ranks: int) -> int:
+    """Micro-batches of a step. Raises what a plan refuses, before anything is started."""
     from toolkit.deepspeed import ds_config
     from toolkit.plan.plan import plan_on
     from toolkit.plan.shapes import model_shape
@@ -87,14 +89,23 @@ def _refuse(config: RunConfig, here: Machine, ranks: int) -> None:
     shape, device = model_shape(config), "cuda" if here.device_name else "cpu"
     ds = ds_config.complete(config, world=ranks, device=device, vocab_size=shape.vocab_size)
     plan_on(here, config, ds, shape, ranks=ranks, device=device)
+    return int(ds["gradient_accumulation_steps"])
+
+
+def capped(config: RunConfig, accumulation: int) -> RunConfig:
+    """With fewer micro-batches in a step, of the same size; enough of them to fill a pipeline."""
+    kept, batch = min(accumulation, max(MICRO_BATCHES, 4 * config.pipeline.stages)), config.batch
+    sizes = {"global_size": batch.global_size // accumulation * kept}
+    sizes |= {"tokens": batch.tokens // accumulation * kept} if batch.tokens else {}
+    ds = {key: value for key, value in config.deepspeed.items() if key not in BATCH_KEYS}  # they would say it twice
+    return config.model_copy(update={"batch": batch.model_copy(update=sizes), "deepspeed": ds})
 
 
 def _measured(config: RunConfig, ranks: int, console: Any) -> str:
     """The YAML that a job writes in a folder on output_dir's disk, which is gone afterwards."""
-    from omegaconf import OmegaConf
-
     from toolkit.cluster.doctor.disk import refused
     from toolkit.cluster.doctor.finding import existing
+    from toolkit.run.files import as_yaml
 
     disk = existing(Path(config.output_dir))
     if problem := refused(disk):
@@ -102,7 +113,7 @@ def _measured(config: RunConfig, ranks: int, console: Any) -> str:
     console.print(f"Measuring this host with {ranks} ranks …", highlight=False)
     with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=disk.resolve()) as folder:
         own = config.model_copy(update={"output_dir": folder, "name": "run", "resume": "never"})
-        (Path(folder) / "job.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(own.model_dump(mode="json"))))
+        (Path(folder) / "job.yaml").write_text(as_yaml(own.model_dump(mode="json")))
         _run(Path(folder), ranks)
         return (Path(folder) / "run" / "machine.yaml").read_text()
 

@@ -20,7 +20,7 @@ from toolkit.config.compose import compose
 from toolkit.config.schema import Cluster, RunConfig
 from toolkit.errors import ConfigError
 from toolkit.run.directory import settled
-from toolkit.run.files import replace
+from toolkit.run.files import as_yaml, replace
 from toolkit.run.recipe import Recipe
 
 LAUNCH = "/launch"  # where a container sees the launch directory
@@ -57,9 +57,7 @@ class Job:
     @property
     def saved(self) -> str:
         """The text of config.yaml."""
-        from omegaconf import OmegaConf
-
-        return str(OmegaConf.to_yaml(OmegaConf.create(self.config.model_dump(mode="json"))))
+        return as_yaml(self.config.model_dump(mode="json"))
 
     @property
     def known_hosts(self) -> tuple[str, ...]:
