@@ -121,8 +121,7 @@ def test_parameters_of_a_model_without_a_plan_are_those_of_its_files(tmp_path: P
 
 def test_a_size_that_is_not_known_is_said_and_not_taken_for_good(tmp_path: Path, two_ranks: None) -> None:
     unknown = job("model.weights=/nowhere/bert", "offload=cpu", f"output_dir={tmp_path}")
-    swap = disk.Swap(tmp_path, None, named=True)
-    for found in (disk.checkpoints(unknown), host.memory(unknown), disk.swap_space(swap)):
+    for found in (disk.checkpoints(unknown), host.memory(unknown), disk.swap_space(tmp_path, None, named=True)):
         assert found.state == "warn" and found.rule == "the model's size is not known here"
 
 
@@ -142,9 +141,9 @@ def test_the_op_for_shared_memory_counts_where_all_ranks_share_a_host(two_ranks:
 
 
 def test_a_drive_that_is_not_mounted_is_said(tmp_path: Path) -> None:
-    found = disk.swap_space(disk.Swap(tmp_path / "nvme0", 1, named=True))
+    found = disk.swap_space(tmp_path / "nvme0", 1, named=True)
     assert found.state == "warn" and f"on the disk of {tmp_path}" in found.value
-    assert disk.swap_space(disk.Swap(tmp_path / "run", 1, named=False)).state == "ok"
+    assert disk.swap_space(tmp_path / "run", 1, named=False).state == "ok"
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, two_ranks: None) -> None:

@@ -3,16 +3,14 @@
 speed(Path("/nvme"))        # Speed(write_gbs=2.1, read_gbs=3.4, direct=True), 256 MiB written and removed again
 """
 
-import errno
 import mmap
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
 
 from toolkit.cluster.doctor.finding import Finding, enough, existing, rated, unneeded
@@ -36,50 +34,36 @@ class Speed:
     direct: bool
 
 
-@dataclass(frozen=True)
-class Swap:
-    """A disk that the job swaps to, what all ranks of this host write there (None: unknown), whether keys name it."""
-
-    disk: Path
-    needed: float | None
-    named: bool
-
-    @cached_property
-    def problem(self) -> str | None:
-        return refused(self.disk)
-
-
 def swap_checks(job: HostJob) -> list[Finding]:
-    """Of each disk: room, then speed."""
+    """Of each disk that the job swaps to: room for what all ranks of this host write there, then speed."""
     found: list[Finding] = []
     for folder, size in nvme.bytes_per_parameter(job.ds).items():
-        needed = None if job.parameters is None else size * job.parameters
-        swap = Swap(folder.parent, needed, named=folder.parent != job.run_dir)
-        found += [swap_space(swap), swap_speed(swap)]
+        disk, needed = folder.parent, None if job.parameters is None else size * job.parameters
+        found += [swap_space(disk, needed, named=disk != job.run_dir), swap_speed(disk, needed)]
     return found or [unneeded("NVMe", "nothing is swapped to a drive")]
 
 
-def swap_space(swap: Swap) -> Finding:
-    there = existing(swap.disk)
-    if swap.named and there != swap.disk and not swap.problem:
-        text = f"{swap.disk} is not there: it would be a folder on the disk of {there}, {gib(_free(there))} free"
-        return Finding("NVMe space", "warn", text, "a mounted drive", f"Mount it, or mkdir {swap.disk}.")
+def swap_space(disk: Path, needed: float | None, *, named: bool) -> Finding:
+    """``needed`` bytes (None: unknown); ``named``: by a key, which means a drive that is mounted there."""
+    there = existing(disk)
+    if named and there != disk and not refused(disk):
+        text = f"{disk} is not there: it would be a folder on the disk of {there}, {gib(_free(there))} free"
+        return Finding("NVMe space", "warn", text, "a mounted drive", f"Mount it, or mkdir {disk}.")
     way = "Name another drive: deepspeed.zero_optimization.offload_optimizer.nvme_path and offload_param.nvme_path."
-    rule = f"{gib(swap.needed or 0)} will be written"
-    return _room("NVMe space", swap.disk, swap.problem, swap.needed, rule, way)
+    return _room("NVMe space", disk, needed, f"{gib(needed or 0)} will be written", way)
 
 
-def swap_speed(swap: Swap) -> Finding:
-    if swap.problem or _free(swap.disk) < 2 * SIZE:
+def swap_speed(disk: Path, needed: float | None) -> Finding:
+    if refused(disk) or _free(disk) < 2 * SIZE:
         return Finding("NVMe speed", "skipped", f"not measured: no {gib(2 * SIZE)} to write to")
     try:
-        found = speed(existing(swap.disk))
+        found = speed(existing(disk))
     except OSError as error:
-        return Finding("NVMe speed", "fail", f"{swap.disk}: {error.strerror or error}", "256 MiB", "Make room there.")
+        return Finding("NVMe speed", "fail", f"{disk}: {error.strerror or error}", "256 MiB", "Make room there.")
     how = "O_DIRECT" if found.direct else "synced, the cache dropped"
     value = f"write {found.write_gbs:.2f} GB/s, read {found.read_gbs:.2f} GB/s ({how})"
-    seconds = (swap.needed or 0) * (1 / found.write_gbs + 1 / found.read_gbs) / 1e9
-    return Finding("NVMe speed", "ok", value, f"all of it there and back: {seconds:.1f} s" if swap.needed else "")
+    seconds = (needed or 0) * (1 / found.write_gbs + 1 / found.read_gbs) / 1e9
+    return Finding("NVMe speed", "ok", value, f"all of it there and back: {seconds:.1f} s" if needed else "")
 
 
 def checkpoints(job: HostJob) -> Finding:
@@ -88,11 +72,11 @@ def checkpoints(job: HostJob) -> Finding:
     several = job.config.train.keep_checkpoints + 1 + bool(job.config.task.metrics)
     way = "Make room, lower train.keep_checkpoints, or name another output_dir."
     rule = f"{several} x {gib(one or 0)}, {job.parameters or 0:,} parameters"
-    return _room("checkpoints", folder, refused(folder), None if one is None else several * one, rule, way)
+    return _room("checkpoints", folder, None if one is None else several * one, rule, way)
 
 
-def _room(name: str, folder: Path, problem: str | None, needed: float | None, rule: str, way_out: str) -> Finding:
-    if problem:
+def _room(name: str, folder: Path, needed: float | None, rule: str, way_out: str) -> Finding:
+    if problem := refused(folder):
         return Finding(name, "fail", f"{folder}: {problem}", "a folder that can be written", way_out)
     return enough(name, _free(folder), needed, f"{folder}: {gib(_free(folder))} free", rule, way_out)
 
@@ -134,7 +118,12 @@ def speed(folder: Path, size: int = SIZE) -> Speed:
     """Write and read ``size`` bytes at most, in ``SECONDS`` each at most. Raises OSError; leaves nothing behind."""
     block = mmap.mmap(-1, BLOCK)  # on a page's boundary, as O_DIRECT wants it
     block.write(os.urandom(BLOCK))  # what no drive compresses
-    with _opened(folder / f".doctor-{os.getpid()}") as (file, direct):
+    with tempfile.TemporaryFile(dir=folder) as opened:
+        file, direct = opened.fileno(), True
+        try:
+            fcntl(file, F_SETFL, fcntl(file, F_GETFL) | os.O_DIRECT)
+        except OSError:  # a file system that only knows its cache
+            direct = False
         written, seconds = _timed(lambda: os.write(file, block), size, lambda: os.fsync(file))
         os.lseek(file, 0, os.SEEK_SET)
         if not direct:
@@ -150,21 +139,3 @@ def _timed(move: Callable[[], int], size: int, finish: Callable[[], None]) -> tu
         moved += step
     finish()
     return moved, time.monotonic() - start
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, bool]]:
-    """A new file that is gone afterwards, past the page cache where the file system can."""
-    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
-    try:
-        file, direct = os.open(path, flags | os.O_DIRECT, 0o600), True
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        path.unlink(missing_ok=True)  # made before the flag was refused
-        file, direct = os.open(path, flags, 0o600), False
-    try:
-        path.unlink()
-        yield file, direct
-    finally:
-        os.close(file)

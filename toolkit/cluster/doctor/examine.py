@@ -53,8 +53,11 @@ def examine(config: RunConfig, hosts: list[Host], *, build: bool, address: str |
     with ThreadPoolExecutor(len(hosts)) as pool:
         visits = list(pool.map(lambda host: _visit(host, request, told), hosts))
     placed = [(visit.host.name, finding) for visit in visits for finding in visit.findings]
-    placed += [*_launcher(hosts), *_software(visits)]
-    return Report(world, placed + _all_reduce(config, visits, world, address, told))
+    if len(hosts) > 1:  # what the deepspeed command itself needs, here, to reach them
+        way, path = "apt install pdsh, or launch otherwise (torchrun, Slurm).", which("pdsh")
+        pdsh = rated("pdsh", bool(path), path or "missing", "for deepspeed --hostfile", way, bad="warn")
+        placed.append(("this host", pdsh))
+    return Report(world, [*placed, *_software(visits), *_all_reduce(config, visits, world, address, told)])
 
 
 def _visit(host: Host, request: dict[str, Any], told: Told) -> Visit:
@@ -68,14 +71,6 @@ def _visit(host: Host, request: dict[str, Any], told: Told) -> Visit:
         return Visit(host, [*reached, Finding("toolkit", "fail", answer.error, rule, way)])
     findings = [Finding(**finding) for finding in answer.result["findings"]]
     return Visit(host, reached + findings, answer.result, address)
-
-
-def _launcher(hosts: list[Host]) -> list[Placed]:
-    """What the deepspeed command itself needs, here, to reach several hosts."""
-    if len(hosts) == 1:
-        return []
-    way, path = "apt install pdsh, or launch otherwise (torchrun, Slurm).", which("pdsh")
-    return [("this host", rated("pdsh", bool(path), path or "missing", "for deepspeed --hostfile", way, bad="warn"))]
 
 
 def _software(visits: list[Visit]) -> list[Placed]:

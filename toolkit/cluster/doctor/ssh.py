@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.cluster.doctor.finding import Finding
+from toolkit.cluster.doctor.finding import Finding, rated
 from toolkit.errors import ConfigError
 
 MARK = "toolkit.cluster.doctor: "  # before the one line of an answer; all other lines are said on the way
@@ -130,7 +130,5 @@ def reach(host: Host) -> tuple[list[Finding], str]:
 def clock_finding(offset: float, error: float) -> Finding:
     """``offset`` from this host's clock, known to ``error`` seconds: half the round trip."""
     value, rule = f"{offset:+.2f} s (+-{error:.2f})", f"within {SKEW_SECONDS:g} s of this host's"
-    if abs(offset) - error > SKEW_SECONDS:
-        way = "Run chrony or systemd-timesyncd: logs and timelines of hosts do not fit together, TLS may refuse."
-        return Finding("clock", "warn", value, rule, way)
-    return Finding("clock", "ok", value, rule)
+    way = "Run chrony or systemd-timesyncd: logs and timelines of hosts do not fit together, TLS may refuse."
+    return rated("clock", abs(offset) - error <= SKEW_SECONDS, value, rule, way, bad="warn")

@@ -6,6 +6,7 @@ deepspeed(job).shown     # DS_ENV_FILE=… deepspeed --hostfile … recipes/pret
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,8 +90,7 @@ def _quoted(word: str) -> str:
 
 
 def _beside_python(name: str) -> str:
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else name
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or name
 
 
 def _ssh(variable: str) -> str:
