@@ -15,6 +15,7 @@ from toolkit.cluster.doctor.finding import Finding, rated
 from toolkit.cluster.doctor.ssh import Answer, Host, ask, reach
 from toolkit.config.schema import RunConfig
 from toolkit.config.units import gib
+from toolkit.job.fingerprint import differences
 
 HOST_SECONDS = 1800  # three ops, each minutes on a busy host
 REDUCE_SECONDS = 180
@@ -75,8 +76,6 @@ def _visit(host: Host, request: dict[str, Any], told: Told) -> Visit:
 
 def _software(visits: list[Visit]) -> list[Placed]:
     """Python, packages, code and device of every host against the first's."""
-    from toolkit.job.fingerprint import differences
-
     found = [(v.host.name, v.answer["fingerprint"]) for v in visits if v.answer for _ in range(v.host.slots)]
     if len({name for name, _ in found}) < 2:
         return []

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from toolkit.cluster.hostfile import slots
 from toolkit.config.compose import compose
 from toolkit.config.schema import Cluster, RunConfig
+from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError
 from toolkit.run.directory import settled
 from toolkit.run.files import as_yaml, replace
@@ -116,8 +119,6 @@ class Launch:
 
 def prepare(path: Path, overrides: Sequence[str], out: Path | None = None) -> Job:
     """Compose and check the configuration as the recipe would on its ranks, and settle its name. Raises ConfigError."""
-    from toolkit.deepspeed import ds_config
-
     recipe = load_recipe(path)
     config = compose(recipe.completed(list(overrides)), recipe.config)
     recipe.refuse_task(config, str(path))
@@ -167,8 +168,6 @@ def save(job: Job, launch: Launch) -> None:
 
 def manifest(job: Job, name: str, documents: Sequence[Mapping[str, Any]], *submit: str) -> Launch:
     """``documents`` as a YAML file, in the order of their keys; ``submit`` is the command, ``name`` in it its path."""
-    import yaml
-
     plain = json.loads(json.dumps(documents))  # no anchors for what stands there twice
     text = yaml.safe_dump_all(plain, sort_keys=False, width=120)
     command = [str(job.directory / name) if word == name else word for word in submit]
