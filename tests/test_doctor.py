@@ -177,6 +177,10 @@ def test_a_container_has_the_memory_of_its_group(tmp_path: Path) -> None:
     assert host._free_memory(tmp_path) == 2_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert host._free_memory(tmp_path) > 2_000_000
+    (tmp_path / "memory").mkdir()  # version 1
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("3000000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("500000\n")
+    assert host._free_memory(tmp_path) == 2_500_000
 
 
 def test_ranks_that_do_not_come_are_named() -> None:

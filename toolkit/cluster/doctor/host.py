@@ -9,6 +9,7 @@ import resource
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,14 @@ def memory(job: HostJob) -> Finding:
 
 
 def _free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Of the host, or of its container (cgroup version 2) where that is less."""
+    """Of the host, or of its container (cgroup version 2, then 1) where that is less."""
     free = psutil.virtual_memory().available
-    try:
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no limit is the word "max"
-        return int(free)
+    for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+        folder = group if limit == "max" else group / "memory"
+        with suppress(OSError, ValueError):  # not this version, or no limit: the word "max"
+            left = [int((folder / f"memory.{name}").read_text()) for name in (limit, used)]
+            free = min(free, left[0] - left[1])
+    return int(free)
 
 
 def name(job: HostJob) -> Finding:
