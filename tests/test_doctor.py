@@ -19,11 +19,11 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from sshd import needs_mounts
 
-from toolkit.cluster.doctor import disk, gpu, host, show
+from toolkit.cluster.doctor import disk, gpu, host
 from toolkit.cluster.doctor.allreduce import bus_gbs
 from toolkit.cluster.doctor.examine import Report
 from toolkit.cluster.doctor.finding import Finding
-from toolkit.cluster.doctor.job import HostJob
+from toolkit.cluster.doctor.host_job import HostJob
 from toolkit.cluster.doctor.ssh import MARK
 from toolkit.config.schema import Machine
 from toolkit.job.ranks import free_port
@@ -249,11 +249,11 @@ def test_the_table_shows_findings_by_host_and_the_verdict_counts_them() -> None:
     ]
     report = Report(2, [*findings, ("beta", Finding("clock", "warn", "+2 s"))])
     console = Console(width=100, file=StringIO())
-    console.print(show.listing(report))
+    console.print(report.listing())
     text = console.file.getvalue()
     assert text.index("alpha") < text.index("beta") and "[x] refused" in text and "Mend" in text
-    assert show.verdict(report) == "Does not fit: 1 failed, 1 warning."
-    assert json.loads(show.as_json(report))["fits"] is False
+    assert report.verdict == "Does not fit: 1 failed, 1 warning."
+    assert json.loads(report.as_json())["fits"] is False
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Disks: room for checkpoints, room and speed where optimizer and weights are swapped to, shared memory.
 
-speed(Path("/nvme"))        # Speed(write_gbs=2.1, read_gbs=3.4, direct=True), 256 MiB written and removed again
+speed(Path("/nvme"))        # DiskSpeed(write_gbs=2.1, read_gbs=3.4, direct=True), 256 MiB written and removed again
 """
 
 import mmap
@@ -14,7 +14,7 @@ from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
 
 from toolkit.cluster.doctor.finding import Finding, enough, existing, rated, unneeded
-from toolkit.cluster.doctor.job import HostJob
+from toolkit.cluster.doctor.host_job import HostJob
 from toolkit.config.units import GIB, MIB, gib
 from toolkit.job import nvme
 
@@ -26,7 +26,7 @@ PREFETCH = 4  # batches a worker holds ready (toolkit/data/loader.py)
 
 
 @dataclass(frozen=True)
-class Speed:
+class DiskSpeed:
     """GB/s of one thread with blocks of 8 MiB; ``direct``: past the page cache, else synced and dropped from it."""
 
     write_gbs: float
@@ -114,7 +114,7 @@ def refused(folder: Path) -> str | None:
     return None
 
 
-def speed(folder: Path, size: int = SIZE) -> Speed:
+def speed(folder: Path, size: int = SIZE) -> DiskSpeed:
     """Write and read ``size`` bytes at most, in ``SECONDS`` each at most. Raises OSError; leaves nothing behind."""
     block = mmap.mmap(-1, BLOCK)  # on a page's boundary, as O_DIRECT wants it
     block.write(os.urandom(BLOCK))  # what no drive compresses
@@ -129,7 +129,7 @@ def speed(folder: Path, size: int = SIZE) -> Speed:
         if not direct:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         read, read_seconds = _timed(lambda: os.readv(file, [block]), written, lambda: None)
-    return Speed(written / seconds / 1e9, read / read_seconds / 1e9, direct)
+    return DiskSpeed(written / seconds / 1e9, read / read_seconds / 1e9, direct)
 
 
 def _timed(move: Callable[[], int], size: int, finish: Callable[[], None]) -> tuple[int, float]:

@@ -4,22 +4,28 @@ report = examine(config, [Host("node-1", slots=8)], build=True, told=print)
 report.fits
 """
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from shutil import which
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from toolkit.cluster.doctor.allreduce import bus_gbs
-from toolkit.cluster.doctor.finding import Finding, rated
+from toolkit.cluster.doctor.finding import Finding, State, rated
 from toolkit.cluster.doctor.ssh import Answer, Host, ask, reach
 from toolkit.config.schema import RunConfig
 from toolkit.config.units import gib
 from toolkit.job.fingerprint import differences
+from toolkit.run.table import table
 
 HOST_SECONDS = 1800  # three ops, each minutes on a busy host
 REDUCE_SECONDS = 180
 PATIENCE_SECONDS = 45
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 Told = Callable[[str], None]
 Placed = tuple[str, Finding]
 
@@ -41,9 +47,36 @@ class Report:
     world: int
     findings: list[Placed]
 
+    def count(self, state: State) -> int:
+        return sum(finding.state == state for _, finding in self.findings)
+
     @property
     def fits(self) -> bool:
-        return not any(finding.state == "fail" for _, finding in self.findings)
+        return not self.count("fail")
+
+    @property
+    def verdict(self) -> str:
+        warnings = f"{self.count('warn')} warning{'s' * (self.count('warn') != 1)}"
+        return f"Fits, {warnings}." if self.fits else f"Does not fit: {self.count('fail')} failed, {warnings}."
+
+    def as_json(self) -> str:
+        """{"fits": …, "world": …, "findings": [{"host": …, "name", "state", "value", "rule", "way_out"}]}"""
+        findings = [{"host": host, **asdict(finding)} for host, finding in self.findings]
+        return json.dumps({"fits": self.fits, "world": self.world, "findings": findings}, indent=2)
+
+    def listing(self) -> Table:
+        """The hosts one after the other, a row for each check; what mends it stands below what was found."""
+        rows: list[tuple[str | Text, ...]] = []
+        for host in dict.fromkeys(host for host, _ in self.findings):
+            findings, label = [f for name, f in self.findings if name == host], host
+            rows += [()] if rows else []
+            for f in (f for f in findings if f.state != "skipped"):
+                found = Text.assemble(f.value, (f"\n{f.way_out}" if f.way_out else "", "bold"))
+                rows.append((label, f.name, Text(f.state, STYLES[f.state]), found, f.rule))
+                label = ""
+            if skipped := ", ".join(f.name for f in findings if f.state == "skipped"):
+                rows.append((label, Text("skipped", "dim"), "", Text(skipped, "dim"), ""))
+        return table(dict.fromkeys(("host", "check", "state", "found", "against"), ""), rows)
 
 
 def examine(config: RunConfig, hosts: list[Host], *, build: bool, address: str | None, told: Told) -> Report:

@@ -9,7 +9,7 @@ import subprocess
 from typing import Any
 
 from toolkit.cluster.doctor.finding import Finding, rated, unneeded
-from toolkit.cluster.doctor.job import HostJob
+from toolkit.cluster.doctor.host_job import HostJob
 from toolkit.config.units import gib
 from toolkit.plan import machines
 

@@ -17,7 +17,7 @@ import psutil
 
 from toolkit.cluster.doctor import disk, gpu
 from toolkit.cluster.doctor.finding import Finding, enough, rated, unneeded
-from toolkit.cluster.doctor.job import HostJob
+from toolkit.cluster.doctor.host_job import HostJob
 from toolkit.config.schema import load
 from toolkit.config.units import gib
 from toolkit.errors import ConfigError, PlanError
