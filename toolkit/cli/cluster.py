@@ -41,7 +41,6 @@ def doctor(
     overrides: list[str], hostfile: Path | None, world: int | None, master_addr: str | None, no_build: bool, json: bool
 ) -> None:
     from toolkit.cluster.doctor.examine import examine
-    from toolkit.cluster.doctor.show import as_json, listing, verdict
     from toolkit.cluster.doctor.ssh import Host
     from toolkit.cluster.hostfile import slots
     from toolkit.config.compose import compose
@@ -55,9 +54,9 @@ def doctor(
     told = console(stderr=True, soft_wrap=True)
     report = examine(config, hosts, build=not no_build, address=master_addr, told=lambda x: told.print(x, markup=False))
     if json:
-        print(as_json(report))
+        print(report.as_json())
     else:
-        console().print(listing(report), verdict(report), sep="\n")
+        console().print(report.listing(), report.verdict, sep="\n")
     if not report.fits:
         sys.exit(2)
 
