@@ -26,7 +26,7 @@ from toolkit.cluster.doctor.finding import existing
 from toolkit.config.compose import compose
 from toolkit.config.schema import Dtype, Machine, RunConfig
 from toolkit.config.units import MIB
-from toolkit.deepspeed.rules import BATCH_KEYS
+from toolkit.deepspeed.facts import BATCH_KEYS
 from toolkit.errors import ConfigError, OutOfMemory, PlanError, ToolkitError
 from toolkit.job import nvme, ranks
 from toolkit.plan import machines

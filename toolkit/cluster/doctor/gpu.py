@@ -37,7 +37,7 @@ def gpus(job: HostJob) -> Finding:
             value = f"{idle.devices_per_node} x {idle.device_name}, torch {torch.__version__} sees none"
             way = "Install torch's build for CUDA and this driver, or set DS_ACCELERATOR=cpu to train on the CPU."
             return Finding("GPUs", "fail", value, "no GPU idle", way)
-        if wanted.device_name and wanted.memory_gib:
+        if wanted.device_name and wanted.device != "cpu":
             way = "See `nvidia-smi`, or use machine=this."
             return Finding("GPUs", "fail", f"device {job.device}", f"machine={wanted.name}", way)
         return unneeded("GPUs", f"the job runs on {job.device}")

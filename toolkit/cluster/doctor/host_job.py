@@ -15,9 +15,8 @@ from typing import Any
 
 from toolkit.config.schema import RunConfig
 from toolkit.deepspeed import ds_config
-from toolkit.deepspeed.rules import Facts
+from toolkit.deepspeed.facts import Facts
 from toolkit.errors import PlanError
-from toolkit.plan.elements import Elements
 from toolkit.plan.layout import BYTES, Layout
 from toolkit.plan.memory import memory_of
 from toolkit.plan.shapes import ModelShape, model_shape
@@ -74,13 +73,12 @@ class HostJob:
         """Of one checkpoint: weights in their type (ZeRO 3: none), their fp32 copy, the optimizer's states."""
         if (count := self.parameters) is None:
             return None
-        states = Elements.of(self.shape.layers, self.layout).states if self.shape else 2  # Adam's are the most
         weight = 0 if self.facts.stage == 3 else BYTES[self.facts.dtype]
-        size = weight + (4 if self.facts.stage else 0) + 4 * states
+        size = weight + (4 if self.facts.stage else 0) + 4 * self.facts.states
         if self.config.pipeline.stages == 1:
-            return int(count * size)
+            return count * size
         # the vocabulary's matrix is in the first stage and in the last; ds_state adds fp32 weights for toolkit export
-        return int((count + ds_config.largest_parameter(self.config)) * size) + count * 4
+        return (count + ds_config.largest_parameter(self.config)) * size + count * 4
 
     @property
     def host_bytes(self) -> int | None:
