@@ -14,9 +14,10 @@ from unittest import mock
 import psutil
 import pytest
 import torch
+from composing import compose
 from launching import ROOT, build_ops, data_cache, launch, toolkit_command
 
-from toolkit.cluster.calibrate import _with_earlier_steps
+from toolkit.cluster.calibrate import _with_earlier_steps, capped
 from toolkit.config.schema import Machine, cache_dir
 from toolkit.plan.machines import here, known, measured_tflops, parsed, stored
 
@@ -211,9 +212,28 @@ def test_steps_in_another_type_keep_what_they_reached(tmp_path: Path) -> None:
     path = tmp_path / "this.yaml"
     path.write_text("efficiency: {fp32: 0.5, bf16: 0.3}\n")
     text = "name: this\nmeasured: [efficiency]\nefficiency: {bf16: 0.4}\n"
-    assert parsed(_with_earlier_steps(text, path)).efficiency == {"fp32": 0.5, "bf16": 0.4}
+    assert _with_earlier_steps(text, path)["efficiency"] == {"fp32": 0.5, "bf16": 0.4}
     path.write_text("{")
-    assert parsed(_with_earlier_steps(text, path)).efficiency == {"bf16": 0.4}
+    assert _with_earlier_steps(text, path)["efficiency"] == {"bf16": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "accumulation", "kept"),
+    [((), 8, 8), (("batch.global_size=4096",), 128, 8), (("batch.global_size=48",), 1, 1),
+     (("batch.global_size=4096", "pipeline=two", "pipeline.stages=4", "zero=stage1"), 128, 16),
+     (("batch.global_size=4096", "deepspeed.train_batch_size=4096"), 128, 8)],
+)  # fmt: skip
+def test_a_step_has_few_micro_batches_of_the_same_size(overrides: Sequence[str], accumulation: int, kept: int) -> None:
+    """Of thousands a CPU would work for hours; whether a step has three or five hundred does not change its rate."""
+    config = compose(*overrides)
+    found = capped(config, accumulation)
+    assert found.batch.micro_size == config.batch.micro_size and "train_batch_size" not in found.deepspeed
+    assert found.batch.global_size * accumulation == config.batch.global_size * kept
+
+
+def test_a_step_of_tokens_is_cut_as_well() -> None:
+    found = capped(compose("task=translate", "model=transformer_tiny", "batch.tokens=32000"), 16)
+    assert (found.batch.tokens, found.batch.global_size) == (16000, 128)
 
 
 def test_what_was_measured_elsewhere_is_no_data_sheet() -> None:

@@ -10,30 +10,31 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from composing import compose
 from launching import ROOT, needs_nvme
 from rich.console import Console
+from safetensors.numpy import save_file
 from sshd import needs_mounts
 
-from toolkit.cluster.doctor import disk, gpu, host, show, size
+from toolkit.cluster.doctor import disk, gpu, host
 from toolkit.cluster.doctor.allreduce import bus_gbs
-from toolkit.cluster.doctor.finding import Finding, Job
-from toolkit.cluster.doctor.job import Report
+from toolkit.cluster.doctor.examine import Report
+from toolkit.cluster.doctor.finding import Finding
+from toolkit.cluster.doctor.host_job import HostJob
 from toolkit.cluster.doctor.ssh import MARK
+from toolkit.config.schema import Machine
 from toolkit.job.ranks import free_port
+from toolkit.plan import machines
 
 ZERO = "deepspeed.zero_optimization"
-SMI = """\
-NVIDIA H100 80GB HBM3, 550.54.15
-NVIDIA A100-SXM4-40GB MIG 1g.5gb, 550.54.15
-"""
 SMI_HEAD = "| NVIDIA-SMI 550.54.15      Driver Version: 550.54.15      CUDA Version: 12.4     |"
 
 
-def job(*overrides: str, device: str = "cpu", world: int = 2, slots: int = 2, hosts: int = 1) -> Job:
-    return Job(compose("experiment=smoke", *overrides), device, world, slots, hosts, build=False)
+def job(*overrides: str, device: str = "cpu", world: int = 2, slots: int = 2, hosts: int = 1) -> HostJob:
+    return HostJob(compose("experiment=smoke", *overrides), device, world, slots, hosts, build=False)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_every_shortage_of_a_poor_host_is_found(tmp_path: Path) -> None:
     overrides = ["zero=stage3", "offload=nvme", f"output_dir={tmp_path / 'runs'}"]
     overrides += [f"{ZERO}.{block}.nvme_path={tmp_path / 'nvme'}" for block in ("offload_optimizer", "offload_param")]
     request = {"config": compose("experiment=smoke", *overrides).model_dump(mode="json"), "environment": {}}
-    request |= {"world": 2, "slots": 2, "hosts": 1, "build": False}
+    request |= {"asked": "host", "world": 2, "slots": 2, "hosts": 1, "build": False}
     small = "\n".join(
         f"mount -t tmpfs -o size=1m small {f}" for f in ("/dev/shm", tmp_path / "nvme", tmp_path / "runs")
     )
@@ -95,15 +96,33 @@ def test_every_shortage_of_a_poor_host_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_a_checkpoint_is_as_large_as_those_that_were_written(overrides: str, written: int) -> None:
-    one = job(*overrides.split())
-    assert size.checkpoint_bytes(one, size.parameters(one.config)) == pytest.approx(written, rel=0.02)
+    assert job(*overrides.split()).checkpoint_bytes == pytest.approx(written, rel=0.02)
 
 
 def test_parameters_are_those_of_the_model() -> None:
-    assert size.parameters(compose("model=bert_base")) == 110_106_428  # google-bert/bert-base-uncased, both heads
-    assert size.parameters(compose("task=translate", "model=transformer_tiny")) is not None
-    assert size.parameters(compose("task=linear", "data=synthetic")) is None
-    assert size.parameters(compose("model.weights=/nowhere/bert")) is None
+    bert, translator, linear = (
+        HostJob(compose(*overrides), "cpu", 2, 2, 1, build=False).parameters
+        for overrides in (["model=bert_base"], ["task=translate", "model=transformer_tiny"], ["task=linear"])
+    )
+    assert bert == 110_106_428  # google-bert/bert-base-uncased, both heads
+    assert translator is not None and linear is None
+
+
+def test_parameters_of_a_model_without_a_plan_are_those_of_its_files(tmp_path: Path) -> None:
+    """A file's head alone is read; a host that has no files does not know, and nothing is downloaded."""
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    weights = {"a": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float16)}
+    save_file(weights, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"c": np.zeros((2, 2, 2), np.float32)}, tmp_path / "model-00002-of-00002.safetensors")
+    assert job(f"model.weights={tmp_path}").parameters == 12 + 5 + 8
+    assert job("model.weights=/nowhere/bert").parameters is None
+    assert job("model.weights=nobody/has-this").parameters is None
+
+
+def test_a_size_that_is_not_known_is_said_and_not_taken_for_good(tmp_path: Path, two_ranks: None) -> None:
+    unknown = job("model.weights=/nowhere/bert", "offload=cpu", f"output_dir={tmp_path}")
+    for found in (disk.checkpoints(unknown), host.memory(unknown), disk.swap_space(tmp_path, None, named=True)):
+        assert found.state == "warn" and found.rule == "the model's size is not known here"
 
 
 @pytest.mark.alone
@@ -122,9 +141,9 @@ def test_the_op_for_shared_memory_counts_where_all_ranks_share_a_host(two_ranks:
 
 
 def test_a_drive_that_is_not_mounted_is_said(tmp_path: Path) -> None:
-    found = disk.swap_space(disk.Swap(tmp_path / "nvme0", 1, named=True))
+    found = disk.swap_space(tmp_path / "nvme0", 1, named=True)
     assert found.state == "warn" and f"on the disk of {tmp_path}" in found.value
-    assert disk.swap_space(disk.Swap(tmp_path / "run", 1, named=False)).state == "ok"
+    assert disk.swap_space(tmp_path / "run", 1, named=False).state == "ok"
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, two_ranks: None) -> None:
@@ -158,13 +177,17 @@ def test_a_container_has_the_memory_of_its_group(tmp_path: Path) -> None:
     assert host._free_memory(tmp_path) == 2_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert host._free_memory(tmp_path) > 2_000_000
+    (tmp_path / "memory").mkdir()  # version 1
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("3000000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("500000\n")
+    assert host._free_memory(tmp_path) == 2_500_000
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
     """Two of three ranks: they end soon, and rank 0 says who is missing."""
     request = {"device": "cpu", "first": 0, "slots": 2, "world": 3, "address": "127.0.0.1", "port": free_port()}
-    request |= {"output_dir": "runs", "patience": 3, "environment": {}}
-    words = [sys.executable, "-m", "toolkit.cluster.doctor.allreduce"]
+    request |= {"asked": "all-reduce", "output_dir": "runs", "patience": 3, "environment": {}}
+    words = [sys.executable, "-m", "toolkit.cluster.doctor"]
     done = subprocess.run(words, input=json.dumps(request), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.removeprefix(MARK)) == {"missing": [2]}
@@ -174,12 +197,14 @@ def test_bus_bandwidth_is_what_nccl_tests_call_so() -> None:
     assert bus_gbs(10**9, 1.0, 2) == 1.0 and bus_gbs(10**9, 1.0, 8) == 1.75
 
 
-def test_nvidia_smi_is_read() -> None:
-    first, second = gpu.parse(SMI)
-    assert first == gpu.Gpu("NVIDIA H100 80GB HBM3", "550.54.15") and second.name == "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
-    assert gpu.driver_cuda(SMI_HEAD) == "12.4"
-    assert gpu.parse("") == gpu.parse("No devices were found") == [] and gpu.driver_cuda("") is None
-    assert gpu.smi(["nvidia-smi-is-not-here"]) == ""
+def test_nvidia_smi_is_read(tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    for said, versions in ((SMI_HEAD, ("550.54.15", "12.4")), ("No devices were found", (None, None))):
+        tool.write_text(f"#!/bin/sh\necho '{said}'\n")
+        tool.chmod(0o755)
+        assert gpu.driver_versions(str(tool)) == versions
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu.driver_versions(str(tool)) == gpu.driver_versions("nvidia-smi-is-not-here") == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -194,17 +219,17 @@ def test_gpus_are_counted_free_and_those_of_the_machine(machine: str, count: int
 
 
 def test_gpus_that_torch_leaves_idle_are_said_unless_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "smi", lambda *_: SMI)
+    monkeypatch.setattr(machines, "here", lambda: Machine(device_name="NVIDIA L4", devices_per_node=2))
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     found = gpu.gpus(job())
-    assert found.state == "fail" and "torch's build for CUDA" in found.way_out
+    assert found.state == "fail" and "torch's build for CUDA" in found.way_out and found.value.startswith("2 x NVIDIA")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert gpu.gpus(job()).state == "skipped"
     assert gpu.gpus(job("machine=h100")).state == "fail"
 
 
 def test_a_driver_older_than_torchs_cuda_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "smi", lambda query=gpu.QUERY: SMI if query == gpu.QUERY else SMI_HEAD)
+    monkeypatch.setattr(gpu, "driver_versions", lambda: ("550.54.15", "12.4"))
     monkeypatch.setattr(gpu, "_nccl", lambda torch: "2.27.3")
     for built, state in (("12.8", "ok"), ("13.0", "fail")):
         monkeypatch.setattr("torch.version.cuda", built)
@@ -224,11 +249,11 @@ def test_the_table_shows_findings_by_host_and_the_verdict_counts_them() -> None:
     ]
     report = Report(2, [*findings, ("beta", Finding("clock", "warn", "+2 s"))])
     console = Console(width=100, file=StringIO())
-    console.print(show.listing(report))
+    console.print(report.listing())
     text = console.file.getvalue()
     assert text.index("alpha") < text.index("beta") and "[x] refused" in text and "Mend" in text
-    assert show.verdict(report) == "Does not fit: 1 failed, 1 warning."
-    assert json.loads(show.as_json(report))["fits"] is False
+    assert report.verdict == "Does not fit: 1 failed, 1 warning."
+    assert json.loads(report.as_json())["fits"] is False
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -21,6 +22,8 @@ from manifest_schemas import problems
 from omegaconf import OmegaConf
 from slurm_cluster import Cluster, needs_slurm, slurm_cluster
 
+from toolkit.cluster.launchers import LAUNCHERS
+from toolkit.cluster.launchers.job import Launch
 from toolkit.cluster.launchers.start import start
 from toolkit.config.compose import compose
 from toolkit.config.schema import load
@@ -337,6 +340,17 @@ def test_a_compose_file_keeps_to_the_specification(tmp_path: Path, printed: Call
     assert list(services) == ["node0", "node1"] and [len(i) for i in ids] == [8, 8] and not set(ids[0]) & set(ids[1])
     command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
     subprocess.run([*command, tmp_path / "x" / "launch" / "compose.yaml"], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_new_launcher_is_one_file_and_a_line_of_the_table(
+    printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(ours=lambda job: Launch(f"{job.world} ranks\n", ["true"]))
+    monkeypatch.setitem(sys.modules, "toolkit.cluster.launchers.ours", module)
+    monkeypatch.setitem(LAUNCHERS, "ours", "ours")
+    assert printed("ours", "cluster.nodes=2") == "2 ranks\n"
+    with pytest.raises(ConfigError, match=r"Known: .*, ours"):
+        printed("others")
 
 
 REFUSED = [

@@ -72,30 +72,24 @@ def overall(rows: list[dict[str, Any]], draws: Floats) -> dict[str, float]:
     }
 
 
-def _coefficients(rows: list[dict[str, Any]]) -> Any:
-    columns = {
-        "mean": "mean .4f", "closed_mean": "exact .4f", "sd": "sd .4f", "closed_sd": "exact .4f", "z": "z +.2f",
-        "r_hat": "R-hat .4f", "ess_bulk": "ESS ,.0f",
-    }  # fmt: skip
-    cells = [[r["coefficient"], *(format(r[n], c.split()[1]) for n, c in columns.items())] for r in rows]
-    return _listing("Posterior by chains, and exact", ["", *(c.split()[0] for c in columns.values())], cells)
+def _coefficients(rows: list[dict[str, Any]]) -> Table:
+    names = ("coefficient", "mean", "closed_mean", "sd", "closed_sd", "z", "r_hat", "ess_bulk")
+    forms = ("", ".4f", ".4f", ".4f", ".4f", "+.2f", ".4f", ",.0f")
+    heads = zip(("", "mean", "exact", "sd", "exact", "z", "R-hat", "ESS"), forms, strict=True)
+    return table(list(heads), [[row[name] for name in names] for row in rows], "Posterior by chains, and exact")
 
 
-def _choices(rows: list[dict[str, Any]]) -> Any:
-    worlds = [name.removeprefix("drawn_at_") for name in rows[0] if name.startswith("drawn_at_")]
-    ranks = f"{', '.join(worlds)} ranks"
-    head = ["numbers", "same", "sha256", "millions", "draw s", "steps/s"]
+def _choices(rows: list[dict[str, Any]]) -> Table:
+    drawn = [name for name in rows[0] if name.startswith("drawn_at_")]
+    ranks = ", ".join(name.removeprefix("drawn_at_") for name in drawn)
+    columns = {"numbers": "", "same": ">", "sha256": ">", "millions": ">", "draw s": ".3f", "steps/s": ",.0f"}
     cells = [
         [r["numbers"], "yes" if r["same_chains"] else "no", r["sha256"][:8],
-         "  ".join(f"{r[f'drawn_at_{world}'] / 1e6:.3g}" for world in worlds), f"{r['draw_seconds']:.3f}",
-         f"{r['steps_per_second']:,.0f}"]
+         "  ".join(f"{r[name] / 1e6:.3g}" for name in drawn), r["draw_seconds"], r["steps_per_second"]]
         for r in rows
     ]  # fmt: skip
-    return _listing(f"Numbers: the same chains at {ranks}? Millions of them that a rank draws there", head, cells)
-
-
-def _listing(title: str, head: list[str], rows: list[list[str]]) -> Table:
-    return table([(name, ">" if i else "") for i, name in enumerate(head)], rows, title)
+    title = f"Numbers: the same chains at {ranks} ranks? Millions of them that a rank draws there"
+    return table(columns, cells, title)
 
 
 def _plot(posterior: Posterior, draws: Floats, simulated: dict[tuple[Kind, int], Simulated], stem: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from toolkit.cli.command import OVERRIDES, Commands, add, console
+from toolkit.cluster.launchers import LAUNCHERS
 from toolkit.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ def add_to(commands: Commands) -> None:
     )  # fmt: skip
     command.add_argument("recipe", type=Path, help="e.g. recipes/pretrain.py")
     command.add_argument("overrides", nargs="*", help=OVERRIDES.format("zero=stage3 cluster.hostfile=hosts"))
-    command.add_argument("--on", required=True, help="deepspeed, torchrun, slurm, mpi, kubernetes or compose")
+    command.add_argument("--on", required=True, help=", ".join(LAUNCHERS))
     command.add_argument("--submit", action="store_true", help="start it, and pass its exit code on")
     command.add_argument("--out", type=Path, help="where files go (default: <run>/launch; a folder that all nodes see)")
 
@@ -39,8 +40,7 @@ def add_to(commands: Commands) -> None:
 def doctor(
     overrides: list[str], hostfile: Path | None, world: int | None, master_addr: str | None, no_build: bool, json: bool
 ) -> None:
-    from toolkit.cluster.doctor.job import examine
-    from toolkit.cluster.doctor.show import as_json, listing, verdict
+    from toolkit.cluster.doctor.examine import examine
     from toolkit.cluster.doctor.ssh import Host
     from toolkit.cluster.hostfile import slots
     from toolkit.config.compose import compose
@@ -54,9 +54,9 @@ def doctor(
     told = console(stderr=True, soft_wrap=True)
     report = examine(config, hosts, build=not no_build, address=master_addr, told=lambda x: told.print(x, markup=False))
     if json:
-        print(as_json(report))
+        print(report.as_json())
     else:
-        console().print(listing(report), verdict(report), sep="\n")
+        console().print(report.listing(), report.verdict, sep="\n")
     if not report.fits:
         sys.exit(2)
 

@@ -31,7 +31,8 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--world", type=int, help="ranks of the job (default: all devices of the machine)")
     command.add_argument("--explain", action="store_true", help="the formula behind each number")
     command.add_argument("--json", action="store_true", help="everything as one JSON object")
-    command.add_argument("--calibrate", action="store_true", help="first measure this host, in three steps; it is kept")
+    measuring = "first measure this host, in three steps of 8 micro-batches at most (4 a pipe stage); it is kept"
+    command.add_argument("--calibrate", action="store_true", help=measuring)
     command.add_argument("--search", action="store_true", help="rank every legal layout that the overrides leave open")
     command.add_argument("--top", type=int, help="with --search: so many layouts in table and plot (default: 20)")
     command.add_argument("--csv", type=Path, help="with --search: a file for all of them, a line each")

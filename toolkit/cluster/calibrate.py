@@ -20,13 +20,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from toolkit.cluster.doctor.allreduce import BYTES, bus_gbs, timed
+from toolkit.cluster.doctor.disk import refused, speed
+from toolkit.cluster.doctor.finding import existing
+from toolkit.config.compose import compose
 from toolkit.config.schema import Dtype, Machine, RunConfig
 from toolkit.config.units import MIB
+from toolkit.deepspeed.facts import BATCH_KEYS
 from toolkit.errors import ConfigError, OutOfMemory, PlanError, ToolkitError
+from toolkit.job import nvme, ranks
 from toolkit.plan import machines
+from toolkit.plan.plan import plan_for, plan_on
+from toolkit.plan.shapes import model_shape
+from toolkit.plan.speed import product_dtype
+from toolkit.run.files import as_yaml, replace
 from toolkit.run.recipe import recipe
 
 STEPS = 3
+MICRO_BATCHES = 8  # of a step at most: on CPUs one of hundreds takes minutes, and tells no more
 COPY_BYTES = 256 * MIB  # beyond any cache
 REPEATS = 5
 TINY = 8  # rows of a product that is all launch
@@ -37,36 +48,34 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
 
     ``console`` is for what a person should know meanwhile. Raises ToolkitError.
     """
-    from toolkit.cluster.doctor.disk import refused
-    from toolkit.config.compose import compose
-    from toolkit.run.files import replace
-
     config, here = compose(overrides), machines.here()
     if config.machine.name != "this":
         raise ConfigError(f"machine={config.machine.name} with --calibrate: only this host can be measured. Drop one.")
-    ranks = world or (here.devices_per_node if here.device_name else 2)
-    if here.device_name and ranks > here.devices_per_node:
-        raise PlanError(f"--world {ranks}: this host has {here.devices_per_node} GPUs. Lower it, or leave it out.")
-    here = here if here.device_name else here.model_copy(update={"devices_per_node": ranks})
-    _refuse(config, here, ranks)
+    cuda = bool(here.device_name)
+    world = world or (here.devices_per_node if cuda else 2)
+    if cuda and world > here.devices_per_node:
+        raise PlanError(f"--world {world}: this host has {here.devices_per_node} GPUs. Lower it, or leave it out.")
+    here = here if cuda else here.model_copy(update={"devices_per_node": world})
+    # What a plan refuses, before anything is started
+    planned = plan_for(here, config, model_shape(config), ranks=world, device="cuda" if cuda else "cpu")
     path = machines.stored(here)
     if problem := refused(path.parent):
         raise ConfigError(f"{path.parent}: {problem}. Set XDG_CACHE_HOME to a folder that can be written.")
-    text = _with_earlier_steps(_measured(config, ranks, console), path)
+    text = as_yaml(_with_earlier_steps(_measured(capped(config, planned.layout.accumulation), world, console), path))
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, text)
     console.print(f"{told(machines.parsed(text))}. Stored in {path}", highlight=False)
-    return ranks
+    return world
 
 
-def _with_earlier_steps(text: str, path: Path) -> str:
+def _with_earlier_steps(text: str, path: Path) -> dict[str, Any]:
     """What steps in other types have reached before stays, if ``path`` can be read."""
     import yaml
 
-    found = yaml.safe_load(text)
+    found: dict[str, Any] = yaml.safe_load(text)
     with suppress(OSError, ConfigError, yaml.YAMLError):
         found["efficiency"] = machines.parsed(path.read_text()).efficiency | found["efficiency"]
-    return str(yaml.safe_dump(found, sort_keys=False))
+    return found
 
 
 def told(machine: Machine) -> str:
@@ -78,70 +87,57 @@ def told(machine: Machine) -> str:
     return f"TFLOP/s: {peaks}; steps reach {steps}. GB/s: {rates}"
 
 
-def _refuse(config: RunConfig, here: Machine, ranks: int) -> None:
-    """What a plan refuses, before anything is started."""
-    from toolkit.deepspeed import ds_config
-    from toolkit.plan.plan import plan_on
-    from toolkit.plan.shapes import model_shape
-
-    shape, device = model_shape(config), "cuda" if here.device_name else "cpu"
-    ds = ds_config.complete(config, world=ranks, device=device, vocab_size=shape.vocab_size)
-    plan_on(here, config, ds, shape, ranks=ranks, device=device)
+def capped(config: RunConfig, accumulation: int) -> RunConfig:
+    """With fewer micro-batches in a step, of the same size; enough of them to fill a pipeline."""
+    kept, batch = min(accumulation, max(MICRO_BATCHES, 4 * config.pipeline.stages)), config.batch
+    sizes = {"global_size": batch.global_size // accumulation * kept}
+    sizes |= {"tokens": batch.tokens // accumulation * kept} if batch.tokens else {}
+    ds = {key: value for key, value in config.deepspeed.items() if key not in BATCH_KEYS}  # they would say it twice
+    return config.model_copy(update={"batch": batch.model_copy(update=sizes), "deepspeed": ds})
 
 
-def _measured(config: RunConfig, ranks: int, console: Any) -> str:
+def _measured(config: RunConfig, world: int, console: Any) -> str:
     """The YAML that a job writes in a folder on output_dir's disk, which is gone afterwards."""
-    from omegaconf import OmegaConf
-
-    from toolkit.cluster.doctor.disk import refused
-    from toolkit.cluster.doctor.finding import existing
-
     disk = existing(Path(config.output_dir))
     if problem := refused(disk):
         raise ConfigError(f"output_dir={config.output_dir}: {disk}: {problem}. Name a folder that can be written.")
-    console.print(f"Measuring this host with {ranks} ranks …", highlight=False)
-    with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=disk.resolve()) as folder:
-        own = config.model_copy(update={"output_dir": folder, "name": "run", "resume": "never"})
-        (Path(folder) / "job.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(own.model_dump(mode="json"))))
-        _run(Path(folder), ranks)
-        return (Path(folder) / "run" / "machine.yaml").read_text()
+    console.print(f"Measuring this host with {world} ranks …", highlight=False)
+    with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=disk.resolve()) as name:
+        folder, own = Path(name), config.model_copy(update={"output_dir": name, "name": "run", "resume": "never"})
+        (folder / "job.yaml").write_text(as_yaml(own.model_dump(mode="json")))
+        _run(folder, world)
+        return (folder / "run" / "machine.yaml").read_text()
 
 
 def _run(folder: Path, world: int) -> None:
     """The job to its end. Raises ToolkitError with what its ranks say."""
-    from toolkit.job.ranks import free_port
-
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-addr", "127.0.0.1",
-                "--master-port", str(free_port())]  # fmt: skip
+                "--master-port", str(ranks.free_port())]  # fmt: skip
     job = ["-m", "toolkit.cluster.calibrate", "--config-path", str(folder), "--config-name", "job"]
     threads = str(max(1, (os.cpu_count() or 1) // world))  # as toolkit.job.ranks has it; the launcher would set 1
-    with (folder / "stderr").open("w+") as log:
-        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: without ranks or folders left behind
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-        process = subprocess.Popen(
-            [sys.executable, *launcher, *job], stdout=sys.stderr, stderr=log, stdin=subprocess.DEVNULL,
-            env={"OMP_NUM_THREADS": threads, **os.environ},
-        )  # fmt: skip
-        try:
-            code = process.wait()
-        except BaseException:  # the launcher ends its ranks
-            process.terminate()
-            process.wait()
-            raise
-        log.seek(0)
-        said = log.read()
-    if code:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: without ranks or folders left behind
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *job], stdout=sys.stderr, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        text=True, errors="replace", env={"OMP_NUM_THREADS": threads, **os.environ},
+    )  # fmt: skip
+    try:
+        said = process.communicate()[1]
+    except BaseException:  # the launcher ends its ranks
+        process.terminate()
+        process.communicate()
+        raise
+    if process.returncode:
         errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
         if not errors:
             print(said, file=sys.stderr)
-        kind = OutOfMemory if errors and errors[0].startswith("out of memory") else ToolkitError  # torchrun's is 1
-        raise kind(errors[0] if errors else f"--calibrate: the job ended with exit code {code}, see above.")
+            errors = [f"--calibrate: the job ended with exit code {process.returncode}, see above."]
+        raise (OutOfMemory if errors[0].startswith("out of memory") else ToolkitError)(errors[0])  # torchrun's is 1
 
 
 @recipe()
 def main(config: RunConfig) -> None:
     from toolkit.engine.start import start_engine
-    from toolkit.job import nvme, ranks
     from toolkit.models.build import build_model
     from toolkit.run.directory import Run
     from toolkit.tasks import build_task
@@ -180,9 +176,6 @@ def _rates(device: str, drive: Path) -> dict[str, Any]:
     """Each measured by all ranks at the same time."""
     import torch
 
-    from toolkit.cluster.doctor.allreduce import BYTES, bus_gbs, timed
-    from toolkit.job import ranks
-
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank())
     peaks = {}
@@ -216,8 +209,6 @@ def _dtypes(device: str) -> tuple[Dtype, ...]:
 
 
 def _slowest(rate: Callable[[], float]) -> float:
-    from toolkit.job import ranks
-
     ranks.wait()
     return -ranks.largest([-rate()])[0]
 
@@ -238,10 +229,6 @@ def _copy_gbs(target: Any, source: Any) -> float:
 
 def _drive_gbs(folder: Path) -> float | None:
     """Of all ranks together, as much written as read; None where one of them has no room for it."""
-    from toolkit.cluster.doctor.disk import speed
-    from toolkit.cluster.doctor.finding import existing
-    from toolkit.job import ranks
-
     ranks.wait()
     try:
         found = speed(existing(folder))
@@ -256,11 +243,6 @@ def _stepped(
     machine: Machine, config: RunConfig, ds: Mapping[str, Any], engine: Any, batches: Iterator[Any]
 ) -> Machine:
     """With the share of the peak that the steps' products reach, and the rest of the time as a plan tells it."""
-    from toolkit.job import ranks
-    from toolkit.plan.plan import plan_on
-    from toolkit.plan.shapes import model_shape
-    from toolkit.plan.speed import product_dtype
-
     shape = model_shape(config)
     every: dict[Dtype, float] = {"fp32": 1, "tf32": 1, "bf16": 1, "fp16": 1}
     ideal = machine.model_copy(update={"efficiency": every})
@@ -281,7 +263,6 @@ def _stepped(
 def _busy_seconds(engine: Any, batches: Iterator[Any], *, hides: bool) -> float:
     """Of the median step, after one that warms up, without communication and waits for data; on the slowest rank."""
     from toolkit.engine.collectives import Traffic
-    from toolkit.job import ranks
 
     engine.train_batch(batches)
     traffic, found = Traffic(), []

@@ -32,7 +32,7 @@ BUCKET = 500_000_000  # DeepSpeed's default
 
 
 @dataclass(frozen=True)
-class Finding:
+class Remark:
     """``rule`` is a key of RULES in ds_rules.py or here, or a name of this file and ds_config.py."""
 
     level: Literal["problem", "note"]
@@ -48,7 +48,7 @@ class Source:
 
     ds: dict[str, Any] | None
     lines: dict[str, int]
-    findings: list[Finding]
+    findings: list[Remark]
 
 
 def check(
@@ -58,7 +58,7 @@ def check(
     device: str = "cuda",
     parameters: int | None = None,
     largest: int | None = None,
-) -> list[Finding]:
+) -> list[Remark]:
     """What DeepSpeed would refuse, ignore or do otherwise, by line; None is unknown. Raises ConfigError.
 
     ``world`` counts all ranks, ``parameters`` those of the model, ``largest`` the elements of its largest.
@@ -71,17 +71,17 @@ def check(
     found = set(source.findings)
     if source.ds is not None:
         facts = Facts(ds_config.whole_numbers(source.ds), None, device, largest, parameters=parameters)
-        found |= {_finding(p, source.lines) for p in _problems(facts, world)}
+        found |= {_remark(p, source.lines) for p in _problems(facts, world)}
     return sorted(found, key=lambda f: (f.line or 0, f.text))
 
 
-def as_json(path: Path, findings: list[Finding]) -> str:
+def as_json(path: Path, findings: list[Remark]) -> str:
     counts = {f"{level}s": sum(f.level == level for f in findings) for level in ("problem", "note")}
     found = {"file": str(path), "deepspeed": ds_config.known()["deepspeed"], **counts}
     return json.dumps(found | {"findings": list(map(asdict, findings))}, indent=1)
 
 
-def told(path: Path, findings: list[Finding]) -> Iterator[str]:
+def told(path: Path, findings: list[Remark]) -> Iterator[str]:
     """A line for each finding, as compilers write them, and one for all."""
     for f in findings:
         place = ":".join(str(part) for part in (path, f.line, f.column) if part is not None)
@@ -114,7 +114,7 @@ def read(text: str) -> Source:
     return Source(ds, lines, findings + twice)
 
 
-def _lines(text: str) -> tuple[dict[str, int], list[Finding]]:
+def _lines(text: str) -> tuple[dict[str, int], list[Remark]]:
     """The line of every key of a valid JSON text, and keys that an object has twice."""
     lines: dict[str, int] = {}
     twice, outer, name = [], list[str](), ""
@@ -132,17 +132,17 @@ def _lines(text: str) -> tuple[dict[str, int], list[Finding]]:
     return lines, twice
 
 
-def _at(text: str, position: int, rule: str, say: str) -> Finding:
+def _at(text: str, position: int, rule: str, say: str) -> Remark:
     column = position - text.rfind("\n", 0, position)
-    return Finding("note" if rule in NOTES else "problem", rule, text.count("\n", 0, position) + 1, column, say)
+    return Remark("note" if rule in NOTES else "problem", rule, text.count("\n", 0, position) + 1, column, say)
 
 
-def _finding(problem: Problem, lines: dict[str, int]) -> Finding:
+def _remark(problem: Problem, lines: dict[str, int]) -> Remark:
     """With the line of the first key that the text names, or of its block."""
     named = [problem.key, *re.findall(r"[\w.]*\w", problem.text)]
     blocks = [key.rpartition(".")[0] for key in named]
     line = next((lines[key] for key in [*named, *blocks] if key in lines), None)
-    return Finding("note" if problem.rule in NOTES else "problem", problem.rule, line, None, problem.text)
+    return Remark("note" if problem.rule in NOTES else "problem", problem.rule, line, None, problem.text)
 
 
 def _problems(facts: Facts, world: int | None) -> Iterator[Problem]:

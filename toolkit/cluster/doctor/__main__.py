@@ -1,4 +1,4 @@
-"""The checks of this host, for toolkit doctor, which starts it on every host: a request on the input, then an answer.
+"""What a host answers to toolkit doctor, which starts this on every host: a request on the input, then an answer.
 
 python -m toolkit.cluster.doctor < request.json
 """
@@ -11,13 +11,14 @@ import sys
 def main() -> None:
     request = json.load(sys.stdin)
     os.environ |= request.pop("environment")  # before anything is imported that reads it
-    from toolkit.cluster.doctor.host import here
-    from toolkit.cluster.doctor.ssh import answer
+    from toolkit.cluster.doctor import allreduce, host
+    from toolkit.cluster.doctor.ssh import MARK
     from toolkit.run.terminal import Terminal
 
+    asked = {"host": host.here, "all-reduce": allreduce.here}[request.pop("asked")]
     with Terminal() as terminal:  # what libraries print is no part of the answer
-        result = here(request, terminal.console)
-        print(answer(result), file=terminal.console.file, flush=True)
+        result = asked(request, terminal.console)
+        print(MARK + json.dumps(result), file=terminal.console.file, flush=True)
 
 
 main()

@@ -1,15 +1,14 @@
 """A tiny all-reduce over the ranks of a job, each host starting its own: who is missing, and how fast it is.
 
-Started by toolkit doctor on every host as `python -m toolkit.cluster.doctor.allreduce`, a request as JSON on its input.
+here(request)       # what `python -m toolkit.cluster.doctor` answers, where a host's ranks are asked for
 
     bus bandwidth = 2 (n - 1) / n x bytes / seconds      # of n ranks; what each link carries, whatever n is
 """
 
 import json
-import os
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.cluster.doctor.finding import existing
+from toolkit.config.units import MIB
 
-BYTES = 64 * 2**20
+BYTES = 64 * MIB
 REPEATS = 5
 
 
@@ -41,16 +41,19 @@ def bus_gbs(size: int, seconds: float, world: int) -> float:
     return 2 * (world - 1) / world * size / seconds / 1e9
 
 
-def main() -> None:
+def here(request: dict[str, Any], _: Any) -> dict[str, Any] | None:
+    """What rank 0 says of all, where it is one of this host's; the ranks end with it. Raises what a rank raises."""
+    from torch.multiprocessing import get_context
     from torch.multiprocessing.spawn import start_processes
 
-    given = json.load(sys.stdin)
-    os.environ |= given.pop("environment")
+    said = get_context("fork").SimpleQueue()
     # torch is imported and CUDA not yet touched: a fork is safe here, and saves every rank the import
-    start_processes(_rank, (Request(**given),), given["slots"], start_method="fork")  # type: ignore[no-untyped-call]
+    given = (Request(**request), said.put)
+    start_processes(_rank, given, request["slots"], start_method="fork")  # type: ignore[no-untyped-call]
+    return None if said.empty() else said.get()
 
 
-def _rank(local: int, request: Request) -> None:
+def _rank(local: int, request: Request, say: Callable[[dict[str, Any]], None]) -> None:
     import torch
     import torch.distributed as dist
 
@@ -58,20 +61,21 @@ def _rank(local: int, request: Request) -> None:
     store = dist.TCPStore(  # type: ignore[attr-defined]
         request.address, request.port, is_master=rank == 0, timeout=patience, wait_for_workers=False
     )
-    if missing := _missing(store, rank, world, patience):
-        if rank == 0:
-            _say({"missing": missing})
+    missing = _missing(store, rank, world, patience)
+    if missing and rank == 0:
+        say({"missing": missing})
+    if missing:
         return
-    device = torch.device(request.device, local) if request.device == "cuda" else torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if request.device == "cuda":
+        device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    backend = "nccl" if request.device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     seconds = timed(torch.ones(BYTES // 4, device=device), world)
     blind = _blind(store, rank, world, Path(request.output_dir))
     if rank == 0:
-        _say({"missing": [], "seconds": seconds, "bytes": BYTES, "backend": backend, "blind": blind})
+        say({"missing": [], "seconds": seconds, "bytes": BYTES, "backend": backend, "blind": blind})
     dist.destroy_process_group()
 
 
@@ -123,13 +127,3 @@ def _blind(store: Any, rank: int, world: int, folder: Path) -> list[int]:
         time.sleep(0.2)
     store.set(f"sees/{rank}", "yes" if path.exists() else "no")
     return []
-
-
-def _say(result: dict[str, Any]) -> None:
-    from toolkit.cluster.doctor.ssh import answer
-
-    print(answer(result), flush=True)
-
-
-if __name__ == "__main__":
-    main()

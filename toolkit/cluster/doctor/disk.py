@@ -1,22 +1,20 @@
 """Disks: room for checkpoints, room and speed where optimizer and weights are swapped to, shared memory.
 
-speed(Path("/nvme"))        # Speed(write_gbs=2.1, read_gbs=3.4, direct=True), 256 MiB written and removed again
+speed(Path("/nvme"))        # DiskSpeed(write_gbs=2.1, read_gbs=3.4, direct=True), 256 MiB written and removed again
 """
 
-import errno
 import mmap
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
 
-from toolkit.cluster.doctor.finding import Finding, Job, existing, rated, unneeded
-from toolkit.cluster.doctor.size import checkpoint_bytes, parameters
+from toolkit.cluster.doctor.finding import Finding, enough, existing, rated, unneeded
+from toolkit.cluster.doctor.host_job import HostJob
 from toolkit.config.units import GIB, MIB, gib
 from toolkit.job import nvme
 
@@ -28,7 +26,7 @@ PREFETCH = 4  # batches a worker holds ready (toolkit/data/loader.py)
 
 
 @dataclass(frozen=True)
-class Speed:
+class DiskSpeed:
     """GB/s of one thread with blocks of 8 MiB; ``direct``: past the page cache, else synced and dropped from it."""
 
     write_gbs: float
@@ -36,62 +34,72 @@ class Speed:
     direct: bool
 
 
-@dataclass(frozen=True)
-class Swap:
-    """A disk that the job swaps to, what all ranks of this host write there (None: unknown), whether keys name it."""
-
-    disk: Path
-    needed: float | None
-    named: bool
-
-    @cached_property
-    def problem(self) -> str | None:
-        return refused(self.disk)
+def swap_checks(job: HostJob) -> list[Finding]:
+    """Of each disk that the job swaps to: room for what all ranks of this host write there, then speed."""
+    found: list[Finding] = []
+    for folder, size in nvme.bytes_per_parameter(job.ds).items():
+        disk, needed = folder.parent, None if job.parameters is None else size * job.parameters
+        found += [swap_space(disk, needed, named=disk != job.run_dir), swap_speed(disk, needed)]
+    return found or [unneeded("NVMe", "nothing is swapped to a drive")]
 
 
-def swaps(job: Job) -> list[Swap]:
-    sizes = nvme.bytes_per_parameter(job.ds)
-    count = parameters(job.config) if sizes else None
-    return [
-        Swap(folder.parent, None if count is None else size * count, folder.parent != job.run_dir)
-        for folder, size in sizes.items()
-    ]
-
-
-def swap_checks(job: Job) -> list[Finding]:
-    """Of each disk: room, then speed."""
-    found = swaps(job)
-    if not found:
-        return [unneeded("NVMe", "nothing is swapped to a drive")]
-    return [finding for swap in found for finding in (swap_space(swap), swap_speed(swap))]
-
-
-def swap_space(swap: Swap) -> Finding:
+def swap_space(disk: Path, needed: float | None, *, named: bool) -> Finding:
+    """``needed`` bytes (None: unknown); ``named``: by a key, which means a drive that is mounted there."""
+    there = existing(disk)
+    if named and there != disk and not refused(disk):
+        text = f"{disk} is not there: it would be a folder on the disk of {there}, {gib(_free(there))} free"
+        return Finding("NVMe space", "warn", text, "a mounted drive", f"Mount it, or mkdir {disk}.")
     way = "Name another drive: deepspeed.zero_optimization.offload_optimizer.nvme_path and offload_param.nvme_path."
-    if swap.problem:
-        return Finding("NVMe space", "fail", f"{swap.disk}: {swap.problem}", "a folder that can be written", way)
-    free, there = shutil.disk_usage(existing(swap.disk)).free, existing(swap.disk)
-    if swap.named and there != swap.disk:
-        text = f"{swap.disk} is not there: it would be a folder on the disk of {there}, {gib(free)} free"
-        return Finding("NVMe space", "warn", text, "a mounted drive", f"Mount it, or mkdir {swap.disk}.")
-    if swap.needed is None:
-        return Finding("NVMe space", "warn", f"{swap.disk}: {gib(free)} free", "the model's size is not known here")
-    rule = f"{gib(swap.needed)} will be written"
-    return rated("NVMe space", free >= swap.needed, f"{swap.disk}: {gib(free)} free", rule, way)
+    return _room("NVMe space", disk, needed, f"{gib(needed or 0)} will be written", way)
 
 
-def swap_speed(swap: Swap) -> Finding:
-    if swap.problem or shutil.disk_usage(existing(swap.disk)).free < 2 * SIZE:
+def swap_speed(disk: Path, needed: float | None) -> Finding:
+    if refused(disk) or _free(disk) < 2 * SIZE:
         return Finding("NVMe speed", "skipped", f"not measured: no {gib(2 * SIZE)} to write to")
     try:
-        found = speed(existing(swap.disk))
+        found = speed(existing(disk))
     except OSError as error:
-        return Finding("NVMe speed", "fail", f"{swap.disk}: {error.strerror or error}", "256 MiB", "Make room there.")
+        return Finding("NVMe speed", "fail", f"{disk}: {error.strerror or error}", "256 MiB", "Make room there.")
     how = "O_DIRECT" if found.direct else "synced, the cache dropped"
     value = f"write {found.write_gbs:.2f} GB/s, read {found.read_gbs:.2f} GB/s ({how})"
-    seconds = (swap.needed or 0) * (1 / found.write_gbs + 1 / found.read_gbs) / 1e9
-    rule = f"all of it there and back: {seconds:.1f} s" if swap.needed else ""
-    return Finding("NVMe speed", "ok", value, rule)
+    seconds = (needed or 0) * (1 / found.write_gbs + 1 / found.read_gbs) / 1e9
+    return Finding("NVMe speed", "ok", value, f"all of it there and back: {seconds:.1f} s" if needed else "")
+
+
+def checkpoints(job: HostJob) -> Finding:
+    """Room for those that are kept, the best, and the one that is being written."""
+    folder, one = Path(job.config.output_dir), job.checkpoint_bytes
+    several = job.config.train.keep_checkpoints + 1 + bool(job.config.task.metrics)
+    way = "Make room, lower train.keep_checkpoints, or name another output_dir."
+    rule = f"{several} x {gib(one or 0)}, {job.parameters or 0:,} parameters"
+    return _room("checkpoints", folder, None if one is None else several * one, rule, way)
+
+
+def _room(name: str, folder: Path, needed: float | None, rule: str, way_out: str) -> Finding:
+    if problem := refused(folder):
+        return Finding(name, "fail", f"{folder}: {problem}", "a folder that can be written", way_out)
+    return enough(name, _free(folder), needed, f"{folder}: {gib(_free(folder))} free", rule, way_out)
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(existing(folder)).free
+
+
+def shared_memory(job: HostJob, folder: Path = Path("/dev/shm")) -> Finding:
+    """For DeepSpeed's op between ranks on a CPU, for the batches that workers hand over, for NCCL."""
+    way = "docker run --shm-size=8g (compose: shm_size), in Kubernetes an emptyDir of medium Memory at /dev/shm."
+    if not folder.is_dir():
+        return Finding("shared memory", "fail", f"no {folder}", "a tmpfs", way)
+    usage = shutil.disk_usage(folder)
+    value = f"{folder}: {gib(usage.free)} of {gib(usage.total)} free"
+    together = "ShareMemCommBuilder" in job.ops and job.slots == job.world  # over several hosts it is not used
+    # Six columns of int64, as BERT's pretraining has; others have fewer
+    batch = 6 * 8 * job.config.batch.micro_size * job.config.data.max_length
+    needed = SHM_COMM * job.slots * together + job.slots * job.config.data.workers * PREFETCH * batch
+    if job.device == "cuda" and job.slots > 1 and usage.free >= needed:
+        return rated("shared memory", usage.total >= GIB, value, "1 GiB: NVIDIA's advice for NCCL", way, bad="warn")
+    rule = f"{gib(needed)} for {job.slots} ranks and their workers"
+    return rated("shared memory", usage.free >= needed, value, rule, way)
 
 
 def refused(folder: Path) -> str | None:
@@ -106,17 +114,22 @@ def refused(folder: Path) -> str | None:
     return None
 
 
-def speed(folder: Path, size: int = SIZE) -> Speed:
+def speed(folder: Path, size: int = SIZE) -> DiskSpeed:
     """Write and read ``size`` bytes at most, in ``SECONDS`` each at most. Raises OSError; leaves nothing behind."""
     block = mmap.mmap(-1, BLOCK)  # on a page's boundary, as O_DIRECT wants it
     block.write(os.urandom(BLOCK))  # what no drive compresses
-    with _opened(folder / f".doctor-{os.getpid()}") as (file, direct):
+    with tempfile.TemporaryFile(dir=folder) as opened:
+        file, direct = opened.fileno(), True
+        try:
+            fcntl(file, F_SETFL, fcntl(file, F_GETFL) | os.O_DIRECT)
+        except OSError:  # a file system that only knows its cache
+            direct = False
         written, seconds = _timed(lambda: os.write(file, block), size, lambda: os.fsync(file))
         os.lseek(file, 0, os.SEEK_SET)
         if not direct:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         read, read_seconds = _timed(lambda: os.readv(file, [block]), written, lambda: None)
-    return Speed(written / seconds / 1e9, read / read_seconds / 1e9, direct)
+    return DiskSpeed(written / seconds / 1e9, read / read_seconds / 1e9, direct)
 
 
 def _timed(move: Callable[[], int], size: int, finish: Callable[[], None]) -> tuple[int, float]:
@@ -126,57 +139,3 @@ def _timed(move: Callable[[], int], size: int, finish: Callable[[], None]) -> tu
         moved += step
     finish()
     return moved, time.monotonic() - start
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, bool]]:
-    """A new file that is gone afterwards, past the page cache where the file system can."""
-    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
-    try:
-        file, direct = os.open(path, flags | os.O_DIRECT, 0o600), True
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        path.unlink(missing_ok=True)  # made before the flag was refused
-        file, direct = os.open(path, flags, 0o600), False
-    try:
-        path.unlink()
-        yield file, direct
-    finally:
-        os.close(file)
-
-
-def checkpoints(job: Job) -> Finding:
-    """Room for those that are kept, the best, and the one that is being written."""
-    folder, keep = Path(job.config.output_dir), job.config.train.keep_checkpoints
-    way = "Make room, lower train.keep_checkpoints, or name another output_dir."
-    if problem := refused(folder):
-        return Finding("checkpoints", "fail", f"{folder}: {problem}", "a folder that can be written", way)
-    free, count = shutil.disk_usage(existing(folder)).free, parameters(job.config)
-    value = f"{folder}: {gib(free)} free"
-    if count is None:
-        return Finding("checkpoints", "warn" if free < GIB else "ok", value, "the model's size is not known here")
-    several = keep + 1 + bool(job.config.task.metrics)
-    one = checkpoint_bytes(job, count)
-    rule = f"{several} x {gib(one)}, {count:,} parameters"
-    return rated("checkpoints", free >= several * one, value, rule, way)
-
-
-def shared_memory(job: Job, folder: Path = Path("/dev/shm")) -> Finding:
-    """For DeepSpeed's op between ranks on a CPU, for the batches that workers hand over, for NCCL."""
-    way = "docker run --shm-size=8g (compose: shm_size), in Kubernetes an emptyDir of medium Memory at /dev/shm."
-    if not folder.is_dir():
-        return Finding("shared memory", "fail", f"no {folder}", "a tmpfs", way)
-    usage = shutil.disk_usage(folder)
-    value = f"{folder}: {gib(usage.free)} of {gib(usage.total)} free"
-    together = "ShareMemCommBuilder" in job.ops and job.slots == job.world  # over several hosts it is not used
-    needed = SHM_COMM * job.slots * together + job.slots * job.config.data.workers * PREFETCH * _batch_bytes(job)
-    if job.device == "cuda" and job.slots > 1 and usage.free >= needed:
-        return rated("shared memory", usage.total >= GIB, value, "1 GiB: NVIDIA's advice for NCCL", way, bad="warn")
-    rule = f"{gib(needed)} for {job.slots} ranks and their workers"
-    return rated("shared memory", usage.free >= needed, value, rule, way)
-
-
-def _batch_bytes(job: Job) -> int:
-    """Six columns of int64, as BERT's pretraining has; others have fewer."""
-    return 6 * 8 * job.config.batch.micro_size * job.config.data.max_length

@@ -1,17 +1,13 @@
-"""What a check found, and the job that it looks at.
+"""What a check found on a host.
 
 rated("open files", limit >= 1024, f"{limit}", "1024", "ulimit -n 65536")    # ok, or fail with its way out
+enough("checkpoints", free, needed, f"{gib(free)} free", "3 x 1.2 GiB", "Make room.")
 unneeded("libaio", "no NVMe offload")
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-from toolkit.config.schema import RunConfig
-from toolkit.deepspeed import ds_config
-from toolkit.deepspeed.facts import Facts
+from typing import Literal
 
 State = Literal["ok", "warn", "fail", "skipped"]
 
@@ -27,39 +23,16 @@ class Finding:
     way_out: str = ""
 
 
-@dataclass(frozen=True)
-class Job:
-    """The configuration as one host sees it: its device, its ranks of how many, on how many hosts."""
-
-    config: RunConfig
-    device: str
-    world: int
-    slots: int
-    hosts: int
-    build: bool
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.config.output_dir) / (self.config.name or self.config.task.name)
-
-    @cached_property
-    def ds(self) -> dict[str, Any]:
-        """Exactly what DeepSpeed would get. Raises ConfigError."""
-        return ds_config.complete(self.config, world=self.world, device=self.device, run_dir=self.run_dir)
-
-    @property
-    def facts(self) -> Facts:
-        return Facts(self.ds, self.world, self.device)
-
-    @property
-    def ops(self) -> list[str]:
-        """The class names of the op builders that the job loads."""
-        return ds_config.required_ops(self.ds, device=self.device, world=self.world)
-
-
 def rated(name: str, good: bool, value: str, rule: str, way_out: str, bad: State = "fail") -> Finding:
     """``ok``, or ``bad`` with the way out."""
     return Finding(name, "ok" if good else bad, value, rule, "" if good else way_out)
+
+
+def enough(name: str, free: float, needed: float | None, value: str, rule: str, way_out: str) -> Finding:
+    """Of room for the model: what it needs may be unknown (None), which is said and not taken for good."""
+    if needed is None:
+        return Finding(name, "warn", value, "the model's size is not known here")
+    return rated(name, free >= needed, value, rule, way_out)
 
 
 def unneeded(name: str, why: str) -> Finding:

@@ -3,20 +3,21 @@
 here(request)       # what `python -m toolkit.cluster.doctor` answers on every host
 """
 
+import math
 import os
 import resource
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from toolkit.cluster.doctor import disk, gpu
-from toolkit.cluster.doctor.finding import Finding, Job, rated, unneeded
-from toolkit.cluster.doctor.size import host_bytes
+from toolkit.cluster.doctor.finding import Finding, enough, rated, unneeded
+from toolkit.cluster.doctor.host_job import HostJob
 from toolkit.config.schema import load
 from toolkit.config.units import gib
 from toolkit.errors import ConfigError, PlanError
@@ -31,7 +32,7 @@ def here(request: dict[str, Any], console: Any) -> dict[str, Any]:
     os.environ |= {name: str(value) for name, value in size.items()}  # toolkit.job.ranks reads them
     os.environ.pop("LOCAL_WORLD_SIZE", None)
     device = ranks.device()
-    job = Job(load(request.pop("config")), device, **request)
+    job = HostJob(load(request.pop("config")), device, **request)
     return {
         "device": device,
         "findings": [vars(finding) for finding in findings(job, console)],
@@ -40,51 +41,40 @@ def here(request: dict[str, Any], console: Any) -> dict[str, Any]:
     }
 
 
-def findings(job: Job, console: Any) -> list[Finding]:
+def findings(job: HostJob, console: Any) -> list[Finding]:
+    """Of every check; what this configuration does not need says so."""
     try:
         ops_needed = len(job.ops)
     except ConfigError as error:  # DeepSpeed's node suits no such world or device
         refusals = [Finding("configuration", "fail", text) for text in str(error).splitlines()]
         return [*refusals, gpu.gpus(job), gpu.driver(job)]
     value = f"{job.config.task.name} on {job.device}, {job.slots} of {job.world} ranks, {ops_needed} ops"
-    return [Finding("configuration", "ok", value), *checks(job, console)]
-
-
-def checks(job: Job, console: Any) -> Iterator[Finding]:
-    """Every one; what this configuration does not need says so."""
-    simple: list[Callable[[Job], Finding]] = [
-        gpu.gpus, gpu.driver, compiler, libaio, disk.shared_memory, pinned, open_files, cores, memory, name,
-        disk.checkpoints,
+    return [
+        Finding("configuration", "ok", value), gpu.gpus(job), gpu.driver(job), compiler(job), libaio(job),
+        disk.shared_memory(job), pinned(job), open_files(job), cores(job), memory(job), name(job),
+        disk.checkpoints(job), *disk.swap_checks(job), built(job, console),
     ]  # fmt: skip
-    yield from (check(job) for check in simple)
-    yield from disk.swap_checks(job)
-    yield built(job, console)
 
 
-def compiler(job: Job) -> Finding:
+def compiler(job: HostJob) -> Finding:
     """For ops that are still to be built: a C++ compiler, ninja, and nvcc where they are CUDA's."""
     missing = ops.missing(job.ops)
     if not missing:
         return unneeded("compiler", "every op is built")
-    wanted = {"g++": os.environ.get("CXX", "c++"), "ninja": "ninja"}
-    wanted |= {"nvcc": "nvcc"} if job.device == "cuda" else {}
-    found = {name: _which(tool) or (_which("g++") if name == "g++" else None) for name, tool in wanted.items()}
-    absent = [name for name, path in found.items() if path is None]
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    path = f"{os.environ.get('PATH', '')}:{Path(sys.executable).parent}"
+    found = {tool: shutil.which(tool, path=path) for tool in ("g++", "ninja")}
+    found["g++"] = shutil.which(os.environ.get("CXX", "c++"), path=path) or found["g++"]
+    if job.device == "cuda":
+        found["nvcc"] = shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else None
     ways = {"g++": "apt install g++", "ninja": "pip install ninja", "nvcc": "install the CUDA toolkit, set CUDA_HOME"}
-    value = ", ".join(f"{name}: {path or 'missing'}" for name, path in found.items())
-    rule = f"to build {', '.join(missing)}"
-    return rated("compiler", not absent, value, rule, "; ".join(ways[name] for name in absent) + ".")
+    way = "; ".join(ways[tool] for tool, place in found.items() if place is None) + "."
+    value = ", ".join(f"{tool}: {place or 'missing'}" for tool, place in found.items())
+    return rated("compiler", all(found.values()), value, f"to build {', '.join(missing)}", way)
 
 
-def _which(tool: str) -> str | None:
-    if tool == "nvcc":
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        return shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else None
-    return shutil.which(tool, path=f"{os.environ.get('PATH', '')}:{Path(sys.executable).parent}")
-
-
-def built(job: Job, console: Any) -> Finding:
+def built(job: HostJob, console: Any) -> Finding:
     """DeepSpeed's ops, built here and now where asked for."""
     missing = ops.missing(job.ops)
     rule = ", ".join(op.removesuffix("Builder") for op in job.ops)
@@ -103,7 +93,7 @@ def built(job: Job, console: Any) -> Finding:
     return Finding("ops", "ok", "built", rule)
 
 
-def libaio(job: Job) -> Finding:
+def libaio(job: HostJob) -> Finding:
     if not job.facts.nvme:
         return unneeded("libaio", "nothing is swapped to a drive")
     try:
@@ -113,16 +103,21 @@ def libaio(job: Job) -> Finding:
     return Finding("libaio", "ok", "found", "for offload=nvme")
 
 
-def pinned(job: Job) -> Finding:
+def pinned(job: HostJob) -> Finding:
     """Memory that may be pinned: DeepSpeed's swap buffers (mlock, csrc/pin_memory/page_alloc.cpp), and RDMA's."""
-    why = "NVMe's swap buffers are pinned" if job.facts.nvme else "RDMA pins its buffers"
     if not job.facts.nvme and not (job.device == "cuda" and job.hosts > 1):
         return unneeded("memlock", "no NVMe offload, no RDMA")
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    free = limit == resource.RLIM_INFINITY or _may_pin_all()
-    value = "unlimited" if limit == resource.RLIM_INFINITY else gib(limit) + (" (not for this user)" if free else "")
+    why = "NVMe's swap buffers are pinned" if job.facts.nvme else "RDMA pins its buffers"
+    limit = _limit(resource.RLIMIT_MEMLOCK)
+    free = limit == math.inf or _may_pin_all()
+    value = "unlimited" if limit == math.inf else gib(limit) + (" (not for this user)" if free else "")
     way = "docker run --ulimit memlock=-1; on a host `* - memlock unlimited` in /etc/security/limits.conf."
     return rated("memlock", free, value, f"unlimited: {why}", way, bad="warn")
+
+
+def _limit(kind: int) -> float:
+    limit = resource.getrlimit(kind)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
 def _may_pin_all() -> bool:
@@ -130,44 +125,43 @@ def _may_pin_all() -> bool:
     return bool(int(next(x.split()[1] for x in lines if x.startswith("CapEff")), 16) >> CAP_IPC_LOCK & 1)
 
 
-def open_files(job: Job) -> Finding:
+def open_files(job: HostJob) -> Finding:
     """The first rank holds a connection to every other, data workers hand over file descriptors."""
-    limit, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 512 + 4 * job.world
-    good = limit == resource.RLIM_INFINITY or limit >= wanted
-    value = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
+    limit, wanted = _limit(resource.RLIMIT_NOFILE), 512 + 4 * job.world
+    value = "unlimited" if limit == math.inf else f"{limit:,}"
     way = "ulimit -n 65536; docker run --ulimit nofile=65536; `* - nofile 65536` in /etc/security/limits.conf."
-    return rated("open files", good, value, f"{wanted:,} for {job.world} ranks", way, bad="warn")
+    return rated("open files", limit >= wanted, value, f"{wanted:,} for {job.world} ranks", way, bad="warn")
 
 
-def cores(job: Job) -> Finding:
+def cores(job: HostJob) -> Finding:
     found, busy = len(os.sched_getaffinity(0)), job.slots * (1 + job.config.data.workers)
     wanted = job.slots if job.device == "cpu" else busy
     rule = f"{wanted} for {job.slots} ranks" + ("" if job.device == "cpu" else " and their data workers")
     return rated("cores", found >= wanted, f"{found}", rule, "Lower data.workers, or the ranks.", bad="warn")
 
 
-def memory(job: Job) -> Finding:
+def memory(job: HostJob) -> Finding:
     """What is offloaded to this host's memory, against what is free, in a container too."""
     if "cpu" not in (job.facts.offload, job.facts.param_offload):
         return unneeded("host memory", "nothing is offloaded to it")
-    free, needed = _free_memory(), host_bytes(job)
-    if needed is None:
-        return Finding("host memory", "ok", f"{gib(free)} free", "the model's size is not known here")
+    free, needed = _free_memory(), job.host_bytes
     way = "Use more hosts, offload=nvme, or offload=none on more GPUs."
-    return rated("host memory", free >= needed, f"{gib(free)} free", f"{gib(needed)} of optimizer and weights", way)
+    rule = f"{gib(needed or 0)} of optimizer and weights"
+    return enough("host memory", free, needed, f"{gib(free)} free", rule, way)
 
 
 def _free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Of the host, or of its container (cgroup version 2) where that is less."""
+    """Of the host, or of its container (cgroup version 2, then 1) where that is less."""
     free = psutil.virtual_memory().available
-    try:
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no limit is the word "max"
-        return int(free)
+    for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+        folder = group if limit == "max" else group / "memory"
+        with suppress(OSError, ValueError):  # not this version, or no limit: the word "max"
+            left = [int((folder / f"memory.{name}").read_text()) for name in (limit, used)]
+            free = min(free, left[0] - left[1])
+    return int(free)
 
 
-def name(job: Job) -> Finding:
+def name(job: HostJob) -> Finding:
     """gloo asks for the address of the host's own name."""
     if job.hosts == 1:
         return unneeded("host name", "one host")

@@ -1,6 +1,6 @@
 """The hosts of a hostfile, and commands on them as DeepSpeed's launcher over pdsh would start them.
 
-answer = ask(Host("node-1", slots=8), "toolkit.cluster.doctor", request, seconds=60, told=print)
+answer = ask(Host("node-1", slots=8), "host", request, seconds=60, told=print)
 
 Ports, keys and users are those of ~/.ssh/config, or options in PDSH_SSH_ARGS_APPEND, which pdsh reads too.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.cluster.doctor.finding import Finding
+from toolkit.cluster.doctor.finding import Finding, rated
 from toolkit.errors import ConfigError
 
 MARK = "toolkit.cluster.doctor: "  # before the one line of an answer; all other lines are said on the way
@@ -83,10 +83,10 @@ def _ssh(host: Host, line: str) -> list[str]:
         raise ConfigError(f"PDSH_SSH_ARGS_APPEND={more}: {error}. Write it as on a shell's line.") from error
 
 
-def ask(host: Host, module: str, request: dict[str, Any], *, seconds: int, told: Callable[[str], None]) -> Answer:
-    """Run ``python -m module`` there with this interpreter's path; ``request`` goes in, its answer comes out."""
-    request = request | {"environment": (forwarded() if host.remote else {}) | request["environment"]}
-    words = command(host, [sys.executable, "-m", module], seconds)
+def ask(host: Host, asked: str, request: dict[str, Any], *, seconds: int, told: Callable[[str], None]) -> Answer:
+    """Run toolkit.cluster.doctor there with this interpreter's path; ``request`` goes in, its answer comes out."""
+    request = request | {"asked": asked, "environment": (forwarded() if host.remote else {}) | request["environment"]}
+    words = command(host, [sys.executable, "-m", "toolkit.cluster.doctor"], seconds)
     result = None
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
@@ -104,11 +104,6 @@ def ask(host: Host, module: str, request: dict[str, Any], *, seconds: int, told:
         return Answer(result, "")
     last = f"no answer within {seconds} s" if process.returncode in (124, 137) else (said or ["no answer"])[-1]
     return Answer(result, f"{last} (exit code {process.returncode})")
-
-
-def answer(result: dict[str, Any]) -> str:
-    """The line that :func:`ask` waits for."""
-    return MARK + json.dumps(result)
 
 
 def reach(host: Host) -> tuple[list[Finding], str]:
@@ -135,7 +130,5 @@ def reach(host: Host) -> tuple[list[Finding], str]:
 def clock_finding(offset: float, error: float) -> Finding:
     """``offset`` from this host's clock, known to ``error`` seconds: half the round trip."""
     value, rule = f"{offset:+.2f} s (+-{error:.2f})", f"within {SKEW_SECONDS:g} s of this host's"
-    if abs(offset) - error > SKEW_SECONDS:
-        way = "Run chrony or systemd-timesyncd: logs and timelines of hosts do not fit together, TLS may refuse."
-        return Finding("clock", "warn", value, rule, way)
-    return Finding("clock", "ok", value, rule)
+    way = "Run chrony or systemd-timesyncd: logs and timelines of hosts do not fit together, TLS may refuse."
+    return rated("clock", abs(offset) - error <= SKEW_SECONDS, value, rule, way, bad="warn")

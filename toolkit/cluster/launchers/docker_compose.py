@@ -3,19 +3,17 @@
 compose(job).shown     # compose.yaml, for `docker compose -f runs/<name>/launch/compose.yaml up`
 """
 
-import json
 from typing import Any
 
 from toolkit.cluster.launchers.commands import ELASTIC, elastic
-from toolkit.cluster.launchers.job import LAUNCH, Job, Launch
+from toolkit.cluster.launchers.job import LAUNCH, Job, Launch, manifest
 
 
 def compose(job: Job) -> Launch:
     """compose.yaml; the nodes meet at service node0. Raises ConfigError without an image."""
-    path = job.directory / "compose.yaml"
-    text = dump({"name": job.label, "services": {f"node{i}": _service(job, i) for i in range(job.nodes)}})
-    up = ["docker", "compose", "-f", str(path), "up", "--abort-on-container-failure"]
-    return Launch(text, up, {path.name: text})
+    services = {f"node{node}": _service(job, node) for node in range(job.nodes)}
+    up = ["docker", "compose", "-f", "compose.yaml", "up", "--abort-on-container-failure"]
+    return manifest(job, "compose.yaml", [{"name": job.label, "services": services}], *up)
 
 
 def _service(job: Job, node: int) -> dict[str, Any]:
@@ -26,7 +24,7 @@ def _service(job: Job, node: int) -> dict[str, Any]:
         "working_dir": cluster.workdir,
         "command": ["torchrun", *elastic(job, "node0"), *job.arguments(LAUNCH)],
         # HF_TOKEN without a value: the shell's, if it has one; the file does not hold it
-        "environment": [*(f"{name}={value}" for name, value in (job.environment | ELASTIC).items()), "HF_TOKEN"],
+        "environment": [*(f"{name}={value}" for name, value in (cluster.variables | ELASTIC).items()), "HF_TOKEN"],
         "volumes": job.mounts,
         "shm_size": f"{cluster.shm_gib}gb",
         "stop_grace_period": "5m",  # SIGTERM: finish the step, save
@@ -37,11 +35,3 @@ def _service(job: Job, node: int) -> dict[str, Any]:
         gpus = {"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [gpus]}}}
     return service
-
-
-def dump(*documents: Any) -> str:
-    """YAML, in the order of the keys."""
-    import yaml
-
-    plain = json.loads(json.dumps(documents))  # no anchors for what stands there twice
-    return str(yaml.safe_dump_all(plain, sort_keys=False, width=120))

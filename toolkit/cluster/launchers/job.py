@@ -6,19 +6,24 @@
 `<output_dir>/<name>/launch/` holds config.yaml and what the launcher needs beside it.
 """
 
-import importlib.util
+import json
 import re
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from toolkit.cluster.hostfile import slots
 from toolkit.config.compose import compose
 from toolkit.config.schema import Cluster, RunConfig
+from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError
 from toolkit.run.directory import settled
-from toolkit.run.files import replace
+from toolkit.run.files import as_yaml, replace
 from toolkit.run.recipe import Recipe
 
 LAUNCH = "/launch"  # where a container sees the launch directory
@@ -48,11 +53,6 @@ class Job:
     def port(self) -> int:
         return self.cluster.master_port or 29500
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Variables of every rank."""
-        return self.cluster.variables
-
     def arguments(self, directory: Path | str) -> list[str]:
         """The recipe on the configuration that was saved in ``directory``."""
         return [str(self.recipe), "--config-path", str(directory), "--config-name", "config"]
@@ -60,22 +60,22 @@ class Job:
     @property
     def saved(self) -> str:
         """The text of config.yaml."""
-        from omegaconf import OmegaConf
+        return as_yaml(self.config.model_dump(mode="json"))
 
-        return str(OmegaConf.to_yaml(OmegaConf.create(self.config.model_dump(mode="json"))))
+    @property
+    def known_hosts(self) -> tuple[str, ...]:
+        """The hostfile's, or the only one. Raises ConfigError where several are meant and none is named."""
+        if self.nodes > 1 and not self.hosts:
+            raise ConfigError(
+                f"cluster.nodes={self.nodes}: which hosts? Set cluster.hostfile, with lines of `host slots=8`, "
+                "or for torchrun cluster.master_addr."
+            )
+        return self.hosts or (self.cluster.master_addr or "127.0.0.1",)
 
     @property
     def master(self) -> str:
-        """The first host's address. Raises ConfigError where several hosts are meant and none is named."""
-        if self.nodes > 1 and not (self.cluster.master_addr or self.hosts):
-            raise self.which_hosts()
-        return self.cluster.master_addr or next(iter(self.hosts), "127.0.0.1")
-
-    def which_hosts(self) -> ConfigError:
-        return ConfigError(
-            f"cluster.nodes={self.nodes}: which hosts? Set cluster.hostfile, with lines of `host slots=8`, "
-            "or for torchrun cluster.master_addr."
-        )
+        """The first host's address. Raises ConfigError."""
+        return self.cluster.master_addr or self.known_hosts[0]
 
     @property
     def image(self) -> str:
@@ -119,35 +119,33 @@ class Launch:
 
 def prepare(path: Path, overrides: Sequence[str], out: Path | None = None) -> Job:
     """Compose and check the configuration as the recipe would on its ranks, and settle its name. Raises ConfigError."""
-    from toolkit.deepspeed import ds_config
-
     recipe = load_recipe(path)
     config = compose(recipe.completed(list(overrides)), recipe.config)
     recipe.refuse_task(config, str(path))
-    named = config.cluster.hostfile
-    hosts = slots("cluster.hostfile", Path(named)) if named else {}
-    nodes = config.cluster.nodes or len(hosts) or config.machine.nodes
-    devices = config.cluster.devices_per_node or next(iter(hosts.values()), 1)
-    _check_hosts(config.cluster, hosts, nodes, devices)
+    cluster = config.cluster
+    hosts = slots("cluster.hostfile", Path(cluster.hostfile)) if cluster.hostfile else {}
+    nodes = cluster.nodes or len(hosts) or config.machine.nodes
+    devices = cluster.devices_per_node or next(iter(hosts.values()), 1)
+    if hosts and len(hosts) != nodes:
+        raise ConfigError(f"cluster.nodes={nodes}: {cluster.hostfile} has {len(hosts)} hosts. Drop one of the two.")
+    if odd := next((host for host, ranks in hosts.items() if ranks != devices), None):
+        raise ConfigError(
+            f"{cluster.hostfile}: {odd} slots={hosts[odd]}, but {devices} ranks start on each host. "
+            "Give all hosts the same slots; cluster.devices_per_node may say so, or stay unset."
+        )
     if recipe.engine:
-        ds_config.complete(config, world=nodes * devices, device=config.cluster.accelerator)
+        ds_config.complete(config, world=nodes * devices, device=cluster.accelerator)
     run = settled(config)
     config = config.model_copy(update={"name": run.name})
-    directory = (out or run / "launch").absolute()
-    return Job(run.name, path, config, tuple(hosts), nodes, devices, directory)
+    return Job(run.name, path, config, tuple(hosts), nodes, devices, (out or run / "launch").absolute())
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe that ``path`` defines as ``main``."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe. Name its file, e.g. recipes/pretrain.py.")
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe"] = module
     sys.path.insert(0, str(path.parent))
-    spec.loader.exec_module(module)
-    found = getattr(getattr(module, "main", None), "recipe", None)
+    found = getattr(runpy.run_path(str(path)).get("main"), "recipe", None)
     if not isinstance(found, Recipe):
         raise ConfigError(f"{path}: it has no function main with @recipe. See recipes/pretrain.py.")
     return found
@@ -163,12 +161,9 @@ def save(job: Job, launch: Launch) -> None:
         replace(job.directory / name, text)
 
 
-def _check_hosts(cluster: Cluster, hosts: Mapping[str, int], nodes: int, devices: int) -> None:
-    if hosts and len(hosts) != nodes:
-        raise ConfigError(f"cluster.nodes={nodes}: {cluster.hostfile} has {len(hosts)} hosts. Drop one of the two.")
-    for host, ranks in hosts.items():
-        if ranks != devices:
-            raise ConfigError(
-                f"{cluster.hostfile}: {host} slots={ranks}, but {devices} ranks start on each host. "
-                "Give all hosts the same slots; cluster.devices_per_node may say so, or stay unset."
-            )
+def manifest(job: Job, name: str, documents: Sequence[Mapping[str, Any]], *submit: str) -> Launch:
+    """``documents`` as a YAML file, in the order of their keys; ``submit`` is the command, ``name`` in it its path."""
+    plain = json.loads(json.dumps(documents))  # no anchors for what stands there twice
+    text = yaml.safe_dump_all(plain, sort_keys=False, width=120)
+    command = [str(job.directory / name) if word == name else word for word in submit]
+    return Launch(text, command, {name: text})

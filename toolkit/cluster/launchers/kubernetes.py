@@ -8,84 +8,71 @@ The run directory lies on the volume claim cluster.kubernetes.claim.
 from typing import Any
 
 from toolkit.cluster.launchers.commands import ELASTIC, SSH, deepspeed_env
-from toolkit.cluster.launchers.docker_compose import dump
-from toolkit.cluster.launchers.job import LAUNCH, Job, Launch
+from toolkit.cluster.launchers.job import LAUNCH, Job, Launch, manifest
 
 # With this key, which the MPI operator makes, the image's entrypoint starts sshd (docker/entrypoint.sh).
 KEYS, SSH_PORT = "/etc/mpi/keys", 2222
 NODE_RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+Tree = dict[str, Any]
 
 
 def kubernetes(job: Job) -> Launch:
     """manifest.yaml. Raises ConfigError without an image."""
-    kind = {"pytorchjob": _pytorchjob, "trainjob": _trainjob, "mpijob": _mpijob, "jobset": _jobset}
-    files = {"config.yaml": job.saved, "deepspeed_env": deepspeed_env(job)}
-    configuration = _named(job, "v1", "ConfigMap") | {"data": files}
-    text = dump(configuration, *kind[job.cluster.kubernetes.kind](job))
-    path = job.directory / "manifest.yaml"
-    return Launch(text, ["kubectl", "apply", "-f", str(path)], {path.name: text})
+    kinds = {"pytorchjob": _pytorchjob, "trainjob": _trainjob, "mpijob": _mpijob, "jobset": _jobset}
+    configuration = {"config.yaml": job.saved, "deepspeed_env": deepspeed_env(job)}
+    documents = [_object(job, "v1", "ConfigMap", data=configuration), *kinds[job.cluster.kubernetes.kind](job)]
+    return manifest(job, "manifest.yaml", documents, "kubectl", "apply", "-f", "manifest.yaml")
 
 
-def _pytorchjob(job: Job) -> list[dict[str, Any]]:
+def _pytorchjob(job: Job) -> list[Tree]:
     """Training operator, v1: it sets torchrun's PET_* variables."""
-    template = {"spec": _pod(job, "pytorch", ["torchrun", *job.arguments(LAUNCH)])}
-    restart = "OnFailure" if job.cluster.restarts else "Never"
-    counts = {"Master": 1, "Worker": job.nodes - 1}
-    replicas = {
-        name: {"replicas": count, "restartPolicy": restart, "template": template}
-        for name, count in counts.items()
-        if count
+    replica = {
+        "restartPolicy": "OnFailure" if job.cluster.restarts else "Never",
+        "template": {"spec": _pod(job, "pytorch", ["torchrun", *job.arguments(LAUNCH)])},
     }
+    counts = {"Master": 1, "Worker": job.nodes - 1}
+    # The operator adds up the restarts of all pods, and the ranks of all of them end when one fails.
+    restarts = job.cluster.restarts * job.nodes + bool(job.cluster.restarts)
     spec = {
         "nprocPerNode": str(job.devices),
-        # The operator adds up the restarts of all pods, and the ranks of all of them end when one fails.
-        "runPolicy": {
-            "backoffLimit": job.cluster.restarts * job.nodes + bool(job.cluster.restarts),
-            "cleanPodPolicy": "Running",
-        },
-        "pytorchReplicaSpecs": replicas,
+        "runPolicy": {"backoffLimit": restarts, "cleanPodPolicy": "Running"},
+        "pytorchReplicaSpecs": {name: {"replicas": count} | replica for name, count in counts.items() if count},
     }
-    return [_named(job, "kubeflow.org/v1", "PyTorchJob") | {"spec": spec}]
+    return [_object(job, "kubeflow.org/v1", "PyTorchJob", spec=spec)]
 
 
-def _trainjob(job: Job) -> list[dict[str, Any]]:
+def _trainjob(job: Job) -> list[Tree]:
     """Trainer, v2: a runtime of the job's own with the volumes, and the job that refers to it."""
     pods = _indexed(job, _pod(job, "node", ["torchrun", *job.arguments(LAUNCH)]))
     pods["template"]["metadata"] = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
-    template = {"spec": _restarted(job, [pods])}
-    policy = {"numNodes": job.nodes, "torch": {}}
-    runtime = _named(job, "trainer.kubeflow.org/v1alpha1", "TrainingRuntime")
-    trainer = {"numNodes": job.nodes, "numProcPerNode": job.devices}
+    runtime = {"mlPolicy": {"numNodes": job.nodes, "torch": {}}, "template": {"spec": _restarted(job, pods)}}
     reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": job.label}
+    trainer = {"numNodes": job.nodes, "numProcPerNode": job.devices}
     return [
-        runtime | {"spec": {"mlPolicy": policy, "template": template}},
-        _named(job, "trainer.kubeflow.org/v1alpha1", "TrainJob")
-        | {"spec": {"runtimeRef": reference, "trainer": trainer}},
+        _object(job, "trainer.kubeflow.org/v1alpha1", "TrainingRuntime", spec=runtime),
+        _object(job, "trainer.kubeflow.org/v1alpha1", "TrainJob", spec={"runtimeRef": reference, "trainer": trainer}),
     ]
 
 
-def _jobset(job: Job) -> list[dict[str, Any]]:
+def _jobset(job: Job) -> list[Tree]:
     """JobSet, v1alpha2: an indexed Job whose pods know the first one's name."""
     name = job.label
     options = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.devices)]
     options += ["--master-addr", f"{name}-node-0-0.{name}", "--master-port", str(job.port)]
     pod = _pod(job, "node", ["torchrun", *options, *job.arguments(LAUNCH)])
-    index = {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": NODE_RANK}}}
-    pod["containers"][0]["env"].append(index)
-    spec = {"network": {"enableDNSHostnames": True, "subdomain": name}} | _restarted(job, [_indexed(job, pod)])
-    return [_named(job, "jobset.x-k8s.io/v1alpha2", "JobSet") | {"spec": spec}]
+    pod["containers"][0]["env"].append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": NODE_RANK}}})
+    spec = {"network": {"enableDNSHostnames": True, "subdomain": name}} | _restarted(job, _indexed(job, pod))
+    return [_object(job, "jobset.x-k8s.io/v1alpha2", "JobSet", spec=spec)]
 
 
-def _mpijob(job: Job) -> list[dict[str, Any]]:
+def _mpijob(job: Job) -> list[Tree]:
     """MPI operator, v2beta1: its hostfile is of DeepSpeed's format, so that the image needs sshd and pdsh, no MPI."""
     options = ["--hostfile", "/etc/mpi/hostfile", "--no_ssh_check", "--force_multi", "--master_port", str(job.port)]
-    launcher = _pod(job, "launcher", ["deepspeed", *options, *job.arguments(LAUNCH)], gpus=False)
-    worker = _pod(job, "worker", ["sleep", "infinity"])
-    variables = {"DS_ENV_FILE": f"{LAUNCH}/deepspeed_env", "PDSH_SSH_ARGS_APPEND": SSH}
-    launcher["containers"][0]["env"] += [{"name": name, "value": value} for name, value in variables.items()]
+    key = {"CLUSTER_KEY": f"{KEYS}/id_rsa"}
+    own = {"DS_ENV_FILE": f"{LAUNCH}/deepspeed_env", "PDSH_SSH_ARGS_APPEND": SSH} | key
+    launcher = _pod(job, "launcher", ["deepspeed", *options, *job.arguments(LAUNCH)], own, gpus=False)
+    worker = _pod(job, "worker", ["sleep", "infinity"], key)
     worker["containers"][0]["readinessProbe"] = {"tcpSocket": {"port": SSH_PORT}}
-    for pod in (launcher, worker):
-        pod["containers"][0]["env"] += [{"name": "CLUSTER_KEY", "value": f"{KEYS}/id_rsa"}]
     pods = {"Launcher": (1, launcher), "Worker": (job.nodes, worker)}
     spec = {
         "slotsPerWorker": job.devices,
@@ -97,54 +84,50 @@ def _mpijob(job: Job) -> list[dict[str, Any]]:
             for name, (count, pod) in pods.items()
         },
     }
-    return [_named(job, "kubeflow.org/v2beta1", "MPIJob") | {"spec": spec}]
+    return [_object(job, "kubeflow.org/v2beta1", "MPIJob", spec=spec)]
 
 
-def _named(job: Job, version: str, kind: str) -> dict[str, Any]:
-    return {
-        "apiVersion": version,
-        "kind": kind,
-        "metadata": {"name": job.label, "namespace": job.cluster.kubernetes.namespace},
-    }
+def _object(job: Job, version: str, kind: str, **content: Any) -> Tree:
+    names = {"name": job.label, "namespace": job.cluster.kubernetes.namespace}
+    return {"apiVersion": version, "kind": kind, "metadata": names, **content}
 
 
-def _indexed(job: Job, pod: dict[str, Any]) -> dict[str, Any]:
+def _indexed(job: Job, pod: Tree) -> Tree:
     """A JobSet's replicated job of one pod a node."""
     counts = {"parallelism": job.nodes, "completions": job.nodes, "completionMode": "Indexed", "backoffLimit": 0}
     template = {"spec": counts | {"template": {"spec": {"restartPolicy": "Never"} | pod}}}
     return {"name": "node", "replicas": 1, "template": template}
 
 
-def _restarted(job: Job, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+def _restarted(job: Job, pods: Tree) -> Tree:
     """A JobSet's spec: any failed pod has all of them made anew."""
-    return {"failurePolicy": {"maxRestarts": job.cluster.restarts}, "replicatedJobs": jobs}
+    return {"failurePolicy": {"maxRestarts": job.cluster.restarts}, "replicatedJobs": [pods]}
 
 
-def _pod(job: Job, name: str, arguments: list[str], *, gpus: bool = True) -> dict[str, Any]:
-    """One container of the image, with shared memory, the configuration and the run directory."""
-    own = job.cluster.kubernetes
-    volumes: dict[str, tuple[str, dict[str, Any]]] = {
-        "shm": ("/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": f"{job.cluster.shm_gib}Gi"}}),
+def _pod(job: Job, name: str, arguments: list[str], own: dict[str, str] | None = None, *, gpus: bool = True) -> Tree:
+    """One container of the image, with shared memory, the configuration and the run directory; ``own`` variables."""
+    cluster, kubernetes = job.cluster, job.cluster.kubernetes
+    volumes: dict[str, tuple[str, Tree]] = {
+        "shm": ("/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": f"{cluster.shm_gib}Gi"}}),
         "launch": (LAUNCH, {"configMap": {"name": job.label}}),
-        "runs": (job.runs, {"persistentVolumeClaim": {"claimName": own.claim}}),
+        "runs": (job.runs, {"persistentVolumeClaim": {"claimName": kubernetes.claim}}),
     }
-    container: dict[str, Any] = {
+    variables = cluster.variables | ELASTIC | (own or {})
+    container: Tree = {
         "name": name,
         "image": job.image,
-        "workingDir": job.cluster.workdir,
+        "workingDir": cluster.workdir,
         "args": arguments,  # of the image's entrypoint, which passes signals on
-        "env": [{"name": key, "value": value} for key, value in (job.environment | ELASTIC).items()],
+        "env": [{"name": key, "value": value} for key, value in variables.items()],
         "volumeMounts": [{"name": key, "mountPath": path} for key, (path, _) in volumes.items()],
     }
-    if own.secret:
-        container["envFrom"] = [{"secretRef": {"name": own.secret}}]
-    if gpus and job.cluster.accelerator == "cuda":
+    if kubernetes.secret:
+        container["envFrom"] = [{"secretRef": {"name": kubernetes.secret}}]
+    if gpus and cluster.accelerator == "cuda":
         container["resources"] = {"limits": {"nvidia.com/gpu": str(job.devices)}}
-    selector = {"nodeSelector": dict(own.node_selector)} if own.node_selector else {}
-    grace = {"terminationGracePeriodSeconds": 300}  # SIGTERM: finish the step, save
     return {
         "containers": [container],
-        "volumes": [{"name": k} | v for k, (_, v) in volumes.items()],
-        **grace,
-        **selector,
+        "volumes": [{"name": key} | volume for key, (_, volume) in volumes.items()],
+        "terminationGracePeriodSeconds": 300,  # SIGTERM: finish the step, save
+        **({"nodeSelector": dict(kubernetes.node_selector)} if kubernetes.node_selector else {}),
     }

@@ -35,24 +35,30 @@ fi
 
 def slurm(job: Job) -> Launch:
     """job.sbatch. Raises ConfigError for a container without an image."""
-    script = job.directory / "job.sbatch"
-    lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in _options(job))]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
-    if cpus := {name.replace("_", "-"): value for name, value in job.cluster.slurm.items()}.get("cpus-per-task"):
-        lines += [
-            f"export SRUN_CPUS_PER_TASK={shlex.quote(str(cpus))}"
-        ]  # since 22.05 srun does not take it from sbatch
+    path, options, exports = job.directory / "job.sbatch", _options(job), dict(job.cluster.variables)
+    if cpus := options.get("cpus-per-task"):
+        exports["SRUN_CPUS_PER_TASK"] = str(cpus)  # since 22.05 srun does not take it from sbatch
+    lines = [f"#SBATCH --{name}{'' if value is True else f'={value}'}" for name, value in options.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     port = job.cluster.master_port or "$((20000 + SLURM_JOB_ID % 20000))"  # jobs may share a node
-    lines += ["MASTER_ADDR=$(hostname)", f"MASTER_PORT={port}", "export MASTER_ADDR MASTER_PORT"]
-    lines += [f"codes={shlex.quote(str(job.directory))}/codes.$SLURM_JOB_ID", 'rm -f "$codes"', "code=0"]
-    lines += [f"srun --kill-on-bad-exit=1 {shlex.join(_task(job))} || code=$?"]
-    lines += ['if [ -s "$codes" ]; then read -r code < "$codes"; fi']
-    restart = RESTART.format(restarts=job.cluster.restarts) if job.cluster.restarts else ""
-    text = "\n".join(lines) + f'\n{restart}exit "$code"\n'
-    return Launch(text, ["sbatch", str(script)], {script.name: text, "rank.sh": RANK})
+    head, restart = "\n".join(lines), RESTART.format(restarts=job.cluster.restarts) if job.cluster.restarts else ""
+    text = f"""\
+#!/bin/bash
+{head}
+MASTER_ADDR=$(hostname)
+MASTER_PORT={port}
+export MASTER_ADDR MASTER_PORT
+codes={shlex.quote(str(job.directory))}/codes.$SLURM_JOB_ID
+rm -f "$codes"
+code=0
+srun --kill-on-bad-exit=1 {shlex.join(_task(job))} || code=$?
+if [ -s "$codes" ]; then read -r code < "$codes"; fi
+{restart}exit "$code"
+"""
+    return Launch(text, ["sbatch", str(path)], {path.name: text, "rank.sh": RANK})
 
 
-def _options(job: Job) -> list[str]:
+def _options(job: Job) -> dict[str, str | bool]:
     """Ours, then those of cluster.slurm in their place; false leaves one out."""
     options: dict[str, str | bool] = {
         "job-name": re.sub(r"[^\w.-]", "-", job.name),
@@ -66,7 +72,7 @@ def _options(job: Job) -> list[str]:
         "requeue" if job.cluster.restarts else "no-requeue": True,
     }
     options |= {name.replace("_", "-"): value for name, value in job.cluster.slurm.items()}
-    return [name if value is True else f"{name}={value}" for name, value in options.items() if value is not False]
+    return {name: value for name, value in options.items() if value is not False}
 
 
 def _task(job: Job) -> list[str]:
@@ -80,7 +86,7 @@ def _task(job: Job) -> list[str]:
             )
         return [*rank, sys.executable, "-u", *job.arguments(job.directory)]
     if cluster.container == "pyxis":
-        names = ",".join([*job.environment, "MASTER_ADDR", "MASTER_PORT"])  # before what the image says of them
+        names = ",".join([*cluster.variables, "MASTER_ADDR", "MASTER_PORT"])  # before what the image says of them
         options = [f"--container-image={job.image}", f"--container-mounts={','.join(job.mounts)}"]
         options += [f"--container-workdir={cluster.workdir}", f"--container-env={names}"]
         return [*options, "sh", f"{LAUNCH}/rank.sh", *inside]

@@ -10,24 +10,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
-from toolkit.cluster.launchers.commands import deepspeed, mpi, torchrun
-from toolkit.cluster.launchers.docker_compose import compose
-from toolkit.cluster.launchers.job import prepare, save
-from toolkit.cluster.launchers.kubernetes import kubernetes
-from toolkit.cluster.launchers.slurm import slurm
+from toolkit.cluster.launchers import LAUNCHERS
+from toolkit.cluster.launchers.job import Launch, prepare, save
 from toolkit.config.schema import SECRET
 from toolkit.errors import ConfigError, nearest
-
-LAUNCHERS = {
-    "deepspeed": deepspeed,
-    "torchrun": torchrun,
-    "slurm": slurm,
-    "mpi": mpi,
-    "kubernetes": kubernetes,
-    "compose": compose,
-}
 
 
 def start(recipe: Path, overrides: Sequence[str], *, on: str, submit: bool = False, out: Path | None = None) -> None:
@@ -36,7 +25,7 @@ def start(recipe: Path, overrides: Sequence[str], *, on: str, submit: bool = Fal
         raise ConfigError(f"--on {on}: no such launcher.{nearest(on, LAUNCHERS)} Known: {', '.join(LAUNCHERS)}.")
     job = prepare(recipe, overrides, out)
     try:
-        launch = LAUNCHERS[on](job)
+        launch: Launch = getattr(import_module(f"toolkit.cluster.launchers.{LAUNCHERS[on]}"), on)(job)
         tool = launch.command[0]
         if submit and shutil.which(tool) is None:
             raise ConfigError(

@@ -4,21 +4,28 @@ report = examine(config, [Host("node-1", slots=8)], build=True, told=print)
 report.fits
 """
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from shutil import which
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from toolkit.cluster.doctor.allreduce import bus_gbs
-from toolkit.cluster.doctor.finding import Finding, rated
+from toolkit.cluster.doctor.finding import Finding, State, rated
 from toolkit.cluster.doctor.ssh import Answer, Host, ask, reach
 from toolkit.config.schema import RunConfig
 from toolkit.config.units import gib
+from toolkit.job.fingerprint import differences
+from toolkit.run.table import table
 
 HOST_SECONDS = 1800  # three ops, each minutes on a busy host
 REDUCE_SECONDS = 180
 PATIENCE_SECONDS = 45
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 Told = Callable[[str], None]
 Placed = tuple[str, Finding]
 
@@ -40,9 +47,36 @@ class Report:
     world: int
     findings: list[Placed]
 
+    def count(self, state: State) -> int:
+        return sum(finding.state == state for _, finding in self.findings)
+
     @property
     def fits(self) -> bool:
-        return not any(finding.state == "fail" for _, finding in self.findings)
+        return not self.count("fail")
+
+    @property
+    def verdict(self) -> str:
+        warnings = f"{self.count('warn')} warning{'s' * (self.count('warn') != 1)}"
+        return f"Fits, {warnings}." if self.fits else f"Does not fit: {self.count('fail')} failed, {warnings}."
+
+    def as_json(self) -> str:
+        """{"fits": …, "world": …, "findings": [{"host": …, "name", "state", "value", "rule", "way_out"}]}"""
+        findings = [{"host": host, **asdict(finding)} for host, finding in self.findings]
+        return json.dumps({"fits": self.fits, "world": self.world, "findings": findings}, indent=2)
+
+    def listing(self) -> Table:
+        """The hosts one after the other, a row for each check; what mends it stands below what was found."""
+        rows: list[tuple[str | Text, ...]] = []
+        for host in dict.fromkeys(host for host, _ in self.findings):
+            findings, label = [f for name, f in self.findings if name == host], host
+            rows += [()] if rows else []
+            for f in (f for f in findings if f.state != "skipped"):
+                found = Text.assemble(f.value, (f"\n{f.way_out}" if f.way_out else "", "bold"))
+                rows.append((label, f.name, Text(f.state, STYLES[f.state]), found, f.rule))
+                label = ""
+            if skipped := ", ".join(f.name for f in findings if f.state == "skipped"):
+                rows.append((label, Text("skipped", "dim"), "", Text(skipped, "dim"), ""))
+        return table(dict.fromkeys(("host", "check", "state", "found", "against"), ""), rows)
 
 
 def examine(config: RunConfig, hosts: list[Host], *, build: bool, address: str | None, told: Told) -> Report:
@@ -53,15 +87,18 @@ def examine(config: RunConfig, hosts: list[Host], *, build: bool, address: str |
     with ThreadPoolExecutor(len(hosts)) as pool:
         visits = list(pool.map(lambda host: _visit(host, request, told), hosts))
     placed = [(visit.host.name, finding) for visit in visits for finding in visit.findings]
-    placed += [*_launcher(hosts), *_software(visits)]
-    return Report(world, placed + _all_reduce(config, visits, world, address, told))
+    if len(hosts) > 1:  # what the deepspeed command itself needs, here, to reach them
+        way, path = "apt install pdsh, or launch otherwise (torchrun, Slurm).", which("pdsh")
+        pdsh = rated("pdsh", bool(path), path or "missing", "for deepspeed --hostfile", way, bad="warn")
+        placed.append(("this host", pdsh))
+    return Report(world, [*placed, *_software(visits), *_all_reduce(config, visits, world, address, told)])
 
 
 def _visit(host: Host, request: dict[str, Any], told: Told) -> Visit:
     reached, address = reach(host) if host.remote else ([], "127.0.0.1")
     if any(finding.state == "fail" for finding in reached):
         return Visit(host, reached)
-    answer = ask(host, "toolkit.cluster.doctor", request | {"slots": host.slots}, seconds=HOST_SECONDS, told=told)
+    answer = ask(host, "host", request | {"slots": host.slots}, seconds=HOST_SECONDS, told=told)
     if answer.result is None:
         way = "Put the same environment and checkout, of this very version, at the same paths there."
         rule = "this Python and toolkit, in this folder"
@@ -70,18 +107,8 @@ def _visit(host: Host, request: dict[str, Any], told: Told) -> Visit:
     return Visit(host, reached + findings, answer.result, address)
 
 
-def _launcher(hosts: list[Host]) -> list[Placed]:
-    """What the deepspeed command itself needs, here, to reach several hosts."""
-    if len(hosts) == 1:
-        return []
-    way, path = "apt install pdsh, or launch otherwise (torchrun, Slurm).", which("pdsh")
-    return [("this host", rated("pdsh", bool(path), path or "missing", "for deepspeed --hostfile", way, bad="warn"))]
-
-
 def _software(visits: list[Visit]) -> list[Placed]:
     """Python, packages, code and device of every host against the first's."""
-    from toolkit.job.fingerprint import differences
-
     found = [(v.host.name, v.answer["fingerprint"]) for v in visits if v.answer for _ in range(v.host.slots)]
     if len({name for name, _ in found}) < 2:
         return []
@@ -109,7 +136,7 @@ def _all_reduce(config: RunConfig, visits: list[Visit], world: int, address: str
     def start(visit: Visit) -> Answer:
         before = sum(v.host.slots for v in visits[: visits.index(visit)])
         mine = request | {"first": before, "slots": visit.host.slots}
-        return ask(visit.host, "toolkit.cluster.doctor.allreduce", mine, seconds=REDUCE_SECONDS, told=told)
+        return ask(visit.host, "all-reduce", mine, seconds=REDUCE_SECONDS, told=told)
 
     with ThreadPoolExecutor(len(visits)) as pool:
         answers = list(pool.map(start, visits))
