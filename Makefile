@@ -27,7 +27,7 @@ test: .venv/.installed
 		.venv/bin/pytest -m alone --durations 25 && exit $$first
 
 fast: .venv/.installed
-	.venv/bin/pytest -m "not launch and not alone"
+	.venv/bin/pytest -n 2 --dist loadgroup -m "not launch and not alone"
 
 lint: .venv/.installed
 	.venv/bin/ruff check

@@ -7,13 +7,13 @@ import inspect
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
 
 HERE = str(Path(__file__).parent)
-STARTS = {subprocess.Popen, subprocess.run}
+STARTS = (subprocess.Popen, subprocess.run)
 TOGETHER = {
     "checkpoint_runs": ("test_checkpoint", "test_checkpoint_stops", "test_export"),  # one training in every layout
     "cluster": ("test_doctor_hosts", "test_hosts", "test_launchers", "test_sweep"),  # network names, Slurm's daemons
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def launches(thing: Any, known: dict[Any, bool]) -> bool:
     """Whether a function or class of these tests leads to subprocess by the names that its code mentions."""
     thing = inspect.unwrap(thing) if callable(thing) else thing
-    if thing in STARTS:
+    if any(thing is start for start in STARTS):
         return True
     if not isinstance(thing, FunctionType | type) or not _file(thing).startswith(HERE):
         return False
@@ -55,19 +55,12 @@ def _file(thing: Any) -> str:
 
 
 def _uses(function: FunctionType) -> Iterator[Any]:
-    """The globals that its code mentions, and of modules their members."""
+    """The globals that its code mentions, and of modules the members."""
     for code in _codes(function.__code__):
-        for name in code.co_names:
-            if name not in function.__globals__:
-                continue
-            found = function.__globals__[name]
-            if found is subprocess:
-                found = subprocess.run
-            try:
-                hash(found)
-            except TypeError:  # a table
-                continue
-            yield found
+        found = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        yield from found
+        for module in (used for used in found if isinstance(used, ModuleType)):
+            yield from (vars(module)[name] for name in code.co_names if name in vars(module))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -160,7 +160,7 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         """The processes that train (not the launchers, not the data loaders' workers), in rank order."""
         if isinstance(self.process, Forked):
-            return [p for p in map(psutil.Process, self.process.ranks) if p.is_running()]
+            return [psutil.Process(rank) for rank in self.process.ranks if psutil.pid_exists(rank)]
         found: dict[int, psutil.Process] = {}
         for process in sorted(self.processes(), key=lambda p: p.pid):
             try:

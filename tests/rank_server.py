@@ -9,6 +9,7 @@ and answers with the exit code. The recipe's file runs in every rank as a launch
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -83,8 +84,12 @@ def warm_up() -> None:
                 importlib.import_module(module.name)
     for name in IMPORTS.split():
         importlib.import_module(name)
+    import cpuinfo  # a process and a second, each time that DeepSpeed loads an op of a CPU
+
     from toolkit.config.compose import compose
 
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
     compose(["experiment=demo"])
 
 

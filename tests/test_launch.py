@@ -111,7 +111,7 @@ def test_a_bug_keeps_its_traceback_on_the_terminal_and_in_the_log(tmp_path: Path
 
 def test_ranks_that_wait_for_one_that_hangs_end_and_say_where_they_stood(tmp_path: Path) -> None:
     """Suspended, a rank beats no more, but its peers hear of that late: the step is due before."""
-    with start(tmp_path, "train.steps=100000", "train.hang_minutes=0.05") as job:
+    with start(tmp_path, "train.steps=100000", "train.hang_minutes=0.1") as job:
         job.until_step(4)
         alive, lost = job.ranks()
         lost.suspend()
