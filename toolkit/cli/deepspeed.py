@@ -48,7 +48,7 @@ def check(file: Path, world: int | None, device: str, model: str | None, paramet
         world=world,
         device=device,
         parameters=count,
-        largest=max(p.size for p in shape.trained) if shape else None,
+        largest=max(p.size for layer in shape.layers for p in layer.parameters if p.trained) if shape else None,
     )
     print(as_json(file, found) if json else "\n".join(told(file, found)))
     if any(f.level == "problem" for f in found):

@@ -26,6 +26,7 @@ from toolkit.cluster.doctor.finding import existing
 from toolkit.config.compose import compose
 from toolkit.config.schema import Dtype, Machine, RunConfig
 from toolkit.config.units import MIB
+from toolkit.deepspeed import ds_config
 from toolkit.deepspeed.facts import BATCH_KEYS
 from toolkit.errors import ConfigError, OutOfMemory, PlanError, ToolkitError
 from toolkit.job import nvme, ranks
@@ -57,7 +58,9 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
         raise PlanError(f"--world {world}: this host has {here.devices_per_node} GPUs. Lower it, or leave it out.")
     here = here if cuda else here.model_copy(update={"devices_per_node": world})
     # What a plan refuses, before anything is started
-    planned = plan_for(here, config, model_shape(config), ranks=world, device="cuda" if cuda else "cpu")
+    shape, device = model_shape(config), "cuda" if cuda else "cpu"
+    ds = ds_config.complete(config, world=world, device=device, vocab_size=shape.vocab_size)
+    planned = plan_for(here, config, ds, shape, ranks=world, device=device)
     path = machines.stored(here)
     if problem := refused(path.parent):
         raise ConfigError(f"{path.parent}: {problem}. Set XDG_CACHE_HOME to a folder that can be written.")
