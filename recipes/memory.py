@@ -35,7 +35,7 @@ def given(typed: Mapping[str, Any]) -> list[str]:
 def main(config: Config) -> None:
     from rich.console import Console
     from rich.progress import Progress
-    from studies import memory
+    from studies import step_memory
 
     from toolkit.config.compose import compose, rebased
     from toolkit.deepspeed.ds_config import required_ops
@@ -51,11 +51,11 @@ def main(config: Config) -> None:
     task = build_task(run)
     rows = []
     with Progress(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
-        own = compose(memory.overrides(memory.chosen(config)), Config)
-        for options in bar.track(memory.combinations(config)):
-            name = memory.label(options)
+        own = compose(step_memory.overrides(step_memory.chosen(config)), Config)
+        for options in bar.track(step_memory.combinations(config)):
+            name = step_memory.label(options)
             try:
-                settings = rebased(config, own, compose(memory.overrides(options), Config))
+                settings = rebased(config, own, compose(step_memory.overrides(options), Config))
                 one = Run(run.dir, settings, Console(quiet=True))
                 ds = begin(one, task).ds
                 ops.ensure(required_ops(ds, device=ranks.device(), world=ranks.world()), run.console)
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
             except ToolkitError as error:
                 run.console.print(f"left out: {' '.join(name.values())}: {error}")
                 continue
-            found = memory.measure(engine, task.train_batches(start_sample=0))
+            found = step_memory.measure(engine, task.train_batches(start_sample=0))
             rows.append({**name, **dict(zip(found, ranks.largest(list(found.values())), strict=True))})
             run.console.print(f"{name['layout']:22} {name['activation']:18} {rows[-1]['peak_mib']:10,.1f} MiB  "
                               f"{rows[-1]['step_seconds']:.3f} s", highlight=False)  # fmt: skip
@@ -74,11 +74,11 @@ def main(config: Config) -> None:
     if not rows:
         raise ConfigError("no combination of zero, offload and activation is left to measure, see above.")
     run.write_csv("memory.csv", rows)
-    run.console.print(memory.listing(rows))
+    run.console.print(step_memory.listing(rows))
     if ranks.rank() == 0:
         (run.dir / "plan.json").unlink(missing_ok=True)  # of the last layout
         title = f"{config.model.num_hidden_layers} layers of {config.model.hidden_size}, {ranks.world()} ranks"
-        memory.plot(rows, run.dir / "memory", title)
+        step_memory.plot(rows, run.dir / "memory", title)
     run.console.print(f"Run directory: {run.dir}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 def train(arguments: list[str]) -> None:
     from deepspeed import comm
     from rich.console import Console
-    from studies.memory import Tracker, sizes
+    from studies.step_memory import Tracker, sizes
 
     from toolkit.config.compose import compose
     from toolkit.deepspeed.ds_config import complete, required_ops

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from launching import launch_many, read
-from studies.memory import Tracker
+from studies.step_memory import Tracker
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertLayer
 

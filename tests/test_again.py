@@ -7,7 +7,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from launching import ROOT
-from studies import memory, scaling
+from studies import scaling, step_memory
 
 from toolkit.cluster.launchers.job import Launch, load_recipe, prepare, save
 from toolkit.config.compose import compose, rebased
@@ -51,7 +51,7 @@ def further(recipe: str, config: Any) -> list[Any]:
     if recipe == "bert_init":
         return list(load_recipe(ROOT / "recipes/bert_init.py").main.__globals__["configs"](config, "below").values())
     if recipe == "memory":
-        return memory.combinations(config)
+        return step_memory.combinations(config)
     if recipe == "scaling":
         own = scaling.of_recipe(config, ROOT / f"recipes/{config.scaling.recipe}.py")
         modes = ("strong", "weak") if config.scaling.mode == "both" else (config.scaling.mode,)
@@ -101,8 +101,8 @@ def test_a_task_of_glue_is_its_preset_with_what_was_typed(task: str, data: list[
 def test_a_combination_of_memory_is_its_presets_with_what_was_typed(typed: list[str]) -> None:
     config = compose(typed)
     for options in ({"zero": "stage0", "offload": "none"}, {"zero": "stage3", "offload": "cpu_params"}):
-        other = memory.overrides(options | {"activation": "recompute"})
-        assert rebased(config, compose(memory.overrides(memory.chosen(config))), compose(other)) == compose(
+        other = step_memory.overrides(options | {"activation": "recompute"})
+        assert rebased(config, compose(step_memory.overrides(step_memory.chosen(config))), compose(other)) == compose(
             [*typed, *other]
         )
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from launching import ROOT, launch
-from studies import memory
-from studies.memory import MIB, Tracker, combinations, label
+from studies import step_memory
+from studies.step_memory import MIB, Tracker, combinations, label
 from torch import nn
 
 from toolkit.cluster.launchers.job import load_recipe
@@ -57,27 +57,27 @@ def test_the_layouts_to_compare_are_all_or_the_one_given() -> None:
         return combinations(compose(recipe.completed(list(typed)), recipe.config))
 
     every = compared("model=bert_mini")
-    assert len(every) == len(memory.LAYOUTS) * len(memory.ACTIVATIONS)
+    assert len(every) == len(step_memory.LAYOUTS) * len(step_memory.ACTIVATIONS)
     assert every[0] == {"zero": "stage0", "offload": "none", "activation": "none"}
     assert label(every[-1]) == {"layout": "stage3 + nvme", "activation": "recompute_offload"}
     assert every == compared("activation=null")
     for offload in ("none", "cpu", "cpu_params", "nvme"):
         one = {"zero": "stage3", "offload": offload, "activation": "offload_cpu"}
-        assert compared(*memory.overrides(one)) == [one]
+        assert compared(*step_memory.overrides(one)) == [one]
     given = compared("offload='cpu'")
-    assert [one["activation"] for one in given] == list(memory.ACTIVATIONS)
+    assert [one["activation"] for one in given] == list(step_memory.ACTIVATIONS)
     assert {label(one)["layout"] for one in given} == {"stage2 + cpu"}
 
 
 def test_the_recipe_measures_every_way_to_keep_activations(tmp_path: Path) -> None:
     result = launch(tmp_path, "zero=stage2", "offload=cpu", "model.num_hidden_layers=6", recipe="memory")
     rows = {r["activation"]: r for r in csv.DictReader((result.dir / "memory.csv").open())}
-    assert list(rows) == list(memory.ACTIVATIONS)
+    assert list(rows) == list(step_memory.ACTIVATIONS)
     none, recompute, moved, both = (
         {k: float(v) for k, v in r.items() if k.endswith(("_mib", "_seconds"))} for r in rows.values()
     )
     for row in (none, recompute, moved, both):
-        assert row["peak_mib"] == pytest.approx(sum(row[f"{c}_mib"] for c in memory.DEVICE))
+        assert row["peak_mib"] == pytest.approx(sum(row[f"{c}_mib"] for c in step_memory.DEVICE))
         assert row["weights_mib"] == none["weights_mib"] > 0
         assert row["optimizer_mib"] == 0 and row["offloaded_mib"] > 1.5 * row["weights_mib"], "a half of 12 bytes"
         assert row["step_seconds"] > 0
@@ -89,12 +89,12 @@ def test_the_recipe_measures_every_way_to_keep_activations(tmp_path: Path) -> No
     assert "recompute_offload" in result.stdout
 
 
-@pytest.mark.parametrize("keys", [["peak_mib"], ["peak_mib", *(f"{c}_mib" for c in memory.DEVICE)]])
+@pytest.mark.parametrize("keys", [["peak_mib"], ["peak_mib", *(f"{c}_mib" for c in step_memory.DEVICE)]])
 def test_what_a_gpu_tells_is_plotted_as_well(keys: list[str], tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"layout": layout, "activation": "none", "step_seconds": 0.1, **dict.fromkeys(keys, 5.0)}
         for layout in ("stage0", "stage3")
     ]
-    memory.plot(rows, tmp_path / "memory", "two layouts")
+    step_memory.plot(rows, tmp_path / "memory", "two layouts")
     assert "stage3   none" in (tmp_path / "memory.svg").read_text()
-    assert memory.table(rows).row_count == 2
+    assert step_memory.listing(rows).row_count == 2

@@ -95,7 +95,7 @@ def main(runs: str, found: str, limit: str = "") -> None:
 def peak(overrides: list[str]) -> int | None:
     """Of a step, but for what earlier runs have left; None: out of memory."""
     from rich.console import Console
-    from studies.memory import MIB, measure
+    from studies.step_memory import MIB, measure
 
     from toolkit.deepspeed.ds_config import required_ops
     from toolkit.engine.start import start_engine

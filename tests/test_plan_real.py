@@ -10,7 +10,7 @@ import pytest
 import torch
 from launching import launch_many, read
 from omegaconf import OmegaConf
-from studies.memory import Tracker
+from studies.step_memory import Tracker
 
 from toolkit.config.compose import compose
 from toolkit.config.schema import RunConfig, load
