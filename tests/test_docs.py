@@ -1,0 +1,120 @@
+"""The site of docs/ builds strictly, and what the pages name is there: links, files, options, keys."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import ROOT
+from pages import TEXTS
+from pydantic import BaseModel
+
+from toolkit.cluster.launchers.job import load_recipe
+from toolkit.config.schema import RunConfig
+
+SPANS = sorted({(page, span) for page, text in TEXTS.items() for span in re.findall(r"`([^`\n]+)`", text)})
+OWN = re.compile(r"\b(mine|ours|my_\w+|reviews|stage2_small)\b")  # of examples that a reader would write
+FOLDERS = ("toolkit", "conf", "recipes", "tests", "docker", "docs")
+GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+
+
+@cache
+def models() -> list[type[BaseModel]]:
+    """The configuration, and those of the recipes that add a node."""
+    recipes = [load_recipe(path).config for path in sorted((ROOT / "recipes").glob("*.py"))]
+    return [RunConfig, *(model for model in recipes if model is not RunConfig)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages as HTML."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_has_every_page(site: Path) -> None:
+    pages = {str(Path(page).with_suffix("").relative_to("docs")) for page in TEXTS if page.startswith("docs/")}
+    assert all((site / page / "index.html").exists() for page in pages | {"parity"}) and (site / "index.html").exists()
+
+
+def test_every_key_stands_in_the_reference_with_its_comment(site: Path) -> None:
+    text = (site / "configuration" / "index.html").read_text()
+    missing = [key for model in models() for key in keys(model) if f"<code>{key}</code>" not in text]
+    assert not missing
+    assert "evaluations without a better task.best before training ends early" in text
+
+
+def keys(model: type[BaseModel], node: str = "") -> list[str]:
+    """All that can be typed, ``data.columns.text``."""
+    found = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        found += keys(inner, f"{node}{name}.") if nested else [f"{node}{name}"]  # type: ignore[arg-type]
+    return found
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_to_a_file_leads_to_one(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[page])
+    here = (ROOT / page).parent
+    assert not [link for link in links if "://" not in link and not (here / link).exists()]
+
+
+def test_every_file_that_is_named_exists() -> None:
+    named = [
+        (page, s) for page, s in SPANS if re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w./*-]+", s) and not OWN.search(s)
+    ]
+    assert named and not [(page, path) for page, path in named if not list(ROOT.glob(path))]
+
+
+def test_every_option_that_is_named_exists() -> None:
+    named = {
+        (group, option)
+        for text in TEXTS.values()
+        for group, option in re.findall(r"(?<![\w.])(\w+)=([\w/]*\w)(?!/)\b", text)
+    }
+    named = {(group, option) for group, option in named if group in GROUPS and not OWN.search(option)}
+    absent = [f"{g}={o}" for g, o in named if not (ROOT / "conf" / g / f"{o}.yaml").exists()]
+    assert len(named) > 40 and not absent
+
+
+def test_every_key_that_is_named_exists() -> None:
+    nodes = {name for model in models() for name, field in model.model_fields.items() if is_node(field.annotation)}
+    named = {
+        (page, key)
+        for page, text in TEXTS.items()
+        for key in re.findall(r"(?<![\w./])([a-z_]+(?:\.[a-z_]+)+)(?==|`)", text)
+    }
+    named = {
+        (page, key)
+        for page, key in named
+        if key.split(".")[0] in nodes and not key.endswith((".py", ".json", ".yaml", ".csv", ".svg", ".png"))
+    }
+    assert len(named) > 40 and not [(page, key) for page, key in named if not any(is_key(m, key) for m in models())]
+
+
+def is_node(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def is_key(model: Any, key: str) -> bool:
+    """Also what is below a mapping, as in cluster.slurm.partition."""
+    first, _, rest = key.partition(".")
+    if first not in model.model_fields:
+        return False
+    inner = model.model_fields[first].annotation
+    return not rest or (is_key(inner, rest) if is_node(inner) else "dict[" in str(inner))
