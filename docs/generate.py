@@ -15,9 +15,9 @@ import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -54,12 +54,10 @@ def keys() -> Iterator[str]:
             yield from tables(model, "", inherited=set(RunConfig.model_fields), recipe=path.stem)
 
 
-def tables(model: type[BaseModel], node: str, inherited: set[str] = frozenset(), recipe: str = "") -> Iterator[str]:
+def tables(model: type[BaseModel], node: str, inherited: Collection[str] = (), recipe: str = "") -> Iterator[str]:
     """The keys of ``model`` that it does not inherit; then its nodes, each under a heading of its own."""
-    from toolkit.config.schema import Strict
-
     said, types = comments(model), model.model_json_schema()
-    nodes = {n: f.annotation for n, f in model.model_fields.items() if n not in inherited and is_node(f.annotation)}
+    nodes = {n: f.annotation for n, f in model.model_fields.items() if is_node(f.annotation) and n not in inherited}
     rows = [
         f"| `{node}{name}` | {words(types['properties'][name], types)} | {default(field.get_default())} "
         f"| {said.get(name, '')} |"
@@ -72,21 +70,20 @@ def tables(model: type[BaseModel], node: str, inherited: set[str] = frozenset(),
         yield f"{inspect.cleandoc(model.__doc__ or '').replace('``', '`')}\n"
         yield "| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     for name, inner in nodes.items():
-        assert issubclass(inner, Strict)
         yield from tables(inner, f"{node}{name}.")
 
 
-def is_node(annotation: Any) -> bool:
+def is_node(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def comments(model: type[BaseModel]) -> dict[str, str]:
     """What stands as a comment above each field of ``model`` and on its lines."""
     source = textwrap.dedent(inspect.getsource(model))
-    said = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
-            if t.type == tokenize.COMMENT}  # fmt: skip
-    fields, found, last = ast.parse(source).body[0].body, {}, 0  # type: ignore[attr-defined]
-    for field in fields:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    said = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    found, last = {}, 0
+    for field in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         lines = [said[n] for n in range(last + 1, (field.end_lineno or 0) + 1) if n in said]
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             found[field.target.id] = escaped(" ".join(lines))

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 from launching import ROOT
 from pages import TEXTS
 from pydantic import BaseModel
 
+from toolkit import errors
 from toolkit.cluster.launchers.job import load_recipe
 from toolkit.config.schema import RunConfig
 
@@ -58,13 +59,18 @@ def keys(model: type[BaseModel], node: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         inner = field.annotation
-        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
-        found += keys(inner, f"{node}{name}.") if nested else [f"{node}{name}"]  # type: ignore[arg-type]
+        found += keys(inner, f"{node}{name}.") if is_node(inner) else [f"{node}{name}"]
     return found
 
 
 def test_the_readme_is_one_page() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
+def test_every_exit_code_is_told() -> None:
+    rows = re.findall(r"^\| (\d+) \|", TEXTS["docs/errors.md"], re.MULTILINE)
+    kinds = [kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")]
+    assert sorted(map(int, rows)) == sorted({0, errors.BUG, errors.LOST, *kinds})
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -107,7 +113,7 @@ def test_every_key_that_is_named_exists() -> None:
     assert len(named) > 40 and not [(page, key) for page, key in named if not any(is_key(m, key) for m in models())]
 
 
-def is_node(annotation: Any) -> bool:
+def is_node(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

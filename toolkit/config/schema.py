@@ -161,7 +161,7 @@ class Task(Strict):
     """What the model learns."""
 
     name: str = "pretrain"
-    kind: Annotated[str, AfterValidator(known)] = "pretrain"
+    kind: Annotated[str, AfterValidator(known)] = "pretrain"  # one of toolkit/config/kinds.py
     objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
     metrics: tuple[str, ...] = ()
     best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics
