@@ -38,6 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links as GitHub follows them, made the site's; the tables of keys."""
+    markdown = markdown.replace("](../README.md", "](index.md")
     markdown = re.sub(r"\]\((?:docs/|\.\./tests/|tests/(?=parity))", "](", markdown)
     markdown = re.sub(r"\[([^]]+)\]\((CHANGELOG|CONTRIBUTING)\.md\)", r"`\1`", markdown)
     return markdown.replace(HERE, "\n".join(keys())) if HERE in markdown else markdown
