@@ -11,7 +11,6 @@ import pytest
 from launching import ROOT, TINY, data_cache, typed
 from pages import COMMANDS, TEXTS
 
-from toolkit.cli.main import main
 from toolkit.cluster.launchers.job import load_recipe
 from toolkit.config.compose import compose, permissive
 from toolkit.config.kinds import KINDS
@@ -64,19 +63,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, command: str) -> None:
-    """``command`` as a reader types it, but small; of the toolkit's own in this process."""
+    """``command`` as a reader types it, but small."""
     if any(part in command for part in COMPOSED):
         check(command)
-    elif command.startswith("toolkit"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            main([*shlex.split(command)[1:], *(SMALL if command.startswith("toolkit prepare") else [])])
-    else:
-        launch(folder, command)
-
-
-def launch(folder: Path, command: str) -> None:
-    small = [] if "--config-path" in command else SMALL
+        return
+    small = SMALL if "recipes/" in command or command.startswith("toolkit prepare") else []
+    small = [] if "--config-path" in command else small
     small = [*small, *(["data.rows=2000"] if "data=synthetic" in command else [])]
     small = [*small, *(o for name, own in OWN.items() if f"/{name}.py" in command for o in own)]
     line = " ".join([command, *(f"'{o}'" for o in small)])
