@@ -1,16 +1,18 @@
 """The site of docs/ builds strictly, and what the pages name is there: links, files, options, keys."""
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import pytest
 from launching import ROOT
-from pages import TEXTS
+from pages import COMMANDS, TEXTS
 from pydantic import BaseModel
 
 from toolkit import errors
+from toolkit.cli.main import main
 from toolkit.cluster.launchers.job import load_recipe
 from toolkit.config.schema import RunConfig
 
@@ -69,6 +71,19 @@ def test_every_exit_code_is_told() -> None:
     rows = re.findall(r"^\| (\d+) \|", TEXTS["docs/errors.md"], re.MULTILINE)
     kinds = [kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")]
     assert sorted(map(int, rows)) == sorted({0, errors.BUG, errors.LOST, *kinds})
+
+
+@pytest.mark.parametrize("asked", ["machine.nodes=4", "--search"])
+def test_a_printed_plan_is_what_the_command_prints(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = next(c for c in COMMANDS if c.startswith("toolkit plan") and c.endswith(asked))
+    main(shlex.split(command)[1:])
+    printed = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    page = TEXTS["docs/planning.md"].replace("\\\n", "")
+    shown = next(s for s in re.split(r"```bash\n", page) if asked in s.partition("```")[0])
+    first = next(b for b in re.findall(r"(?:^    .*\n(?:\n(?=    ))?)+", shown, re.MULTILINE))
+    assert len(first.splitlines()) > 5 and not [
+        x for x in first.splitlines() if " ".join(x.split()) not in printed | {"…"}
+    ]
 
 
 @pytest.mark.parametrize("page", TEXTS)
