@@ -13,7 +13,7 @@ IMAGE_ARGS ?=
 CPU_ARGS := --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg RUNTIME_IMAGE=ubuntu:24.04
 BUILDER ?= $(shell docker info > /dev/null 2>&1 && echo docker || command -v podman || command -v buildah)
 
-.PHONY: demo check test fast lint image image-test clean
+.PHONY: demo check test fast lint docs image image-test clean
 demo: .venv/.installed
 	$(LAUNCH) --log_level error recipes/pretrain.py experiment=demo $(OVERRIDES)
 
@@ -33,6 +33,10 @@ lint: .venv/.installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+# The pages of docs/ as a site, in build/site; a broken link or a stale reference fails.
+docs: .venv/.installed
+	.venv/bin/mkdocs build --strict
 
 image:
 	$(if $(BUILDER),,$(error make image needs docker, podman or buildah))

@@ -1,6 +1,6 @@
 """Pretrain BERT with masked LM and next sentence prediction.
 
-deepspeed recipes/pretrain.py model=bert_base zero=stage2 data=text data.path='docs/*.txt'
+deepspeed recipes/pretrain.py model=bert_base zero=stage2 data=text data.path='texts/*.txt'
 """
 
 from toolkit.config.schema import RunConfig

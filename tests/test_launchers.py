@@ -20,6 +20,7 @@ import yaml
 from launching import ROOT, TINY, Job, build_ops, data_cache, launch, logs, read, toolkit_command
 from manifest_schemas import problems
 from omegaconf import OmegaConf
+from pages import COMMANDS, TEXTS
 from slurm_cluster import Cluster, needs_slurm, slurm_cluster
 
 from toolkit.cluster.launchers import LAUNCHERS
@@ -416,13 +417,11 @@ def test_overrides_may_stand_on_both_sides_of_the_options(tmp_path: Path) -> Non
     assert "unrecognized arguments: --subnit" in done.stderr
 
 
-PAGE = (ROOT / "docker" / "README.md").read_text().split("## Clusters")[1]
-CLAIMS = re.findall(r"```yaml\n(apiVersion.*?)```", PAGE, re.DOTALL)
-EXAMPLES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+CLAIMS = re.findall(r"```yaml\n(apiVersion.*?)```", TEXTS["docs/clusters.md"], re.DOTALL)
 
 
-@pytest.mark.parametrize("command", [c for c in EXAMPLES if c.startswith("toolkit launch")])
-def test_a_command_of_the_cluster_pages_prints(command: str, tmp_path: Path, printed: Callable[..., str]) -> None:
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("toolkit launch")])
+def test_a_command_of_the_pages_prints(command: str, tmp_path: Path, printed: Callable[..., str]) -> None:
     recipe, *overrides, _, on = shlex.split(command)[2:]
     (tmp_path / "hosts").write_text("node-1 slots=8\nnode-2 slots=8\n")
     given = [o.replace("hostfile=", f"hostfile={tmp_path}/") for o in overrides]
@@ -430,5 +429,5 @@ def test_a_command_of_the_cluster_pages_prints(command: str, tmp_path: Path, pri
 
 
 @pytest.mark.parametrize("text", CLAIMS)
-def test_a_manifest_of_the_cluster_pages_is_valid(text: str) -> None:
+def test_a_manifest_of_the_pages_is_valid(text: str) -> None:
     assert not problems(yaml.safe_load(text))

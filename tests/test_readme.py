@@ -1,17 +1,21 @@
-"""Every command of the two READMEs runs, from a folder of its own, with a model small enough to wait for."""
+"""Every command of README and docs runs, from a folder of its own, with a model small enough to wait for."""
 
+import json
 import re
-import subprocess
+import shlex
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from launching import ROOT, TINY, data_cache, typed
+from pages import COMMANDS, TEXTS
+
+from toolkit.cluster.launchers.job import load_recipe
+from toolkit.config.compose import compose, permissive
+from toolkit.config.kinds import KINDS
 
 DOCUMENT = "The sea was calm that day. Nobody spoke for a while. Then the captain laughed, and all of us with him."
-PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md"]
-BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
-LINES = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
-COMMANDS = [" ".join(line.split("  #")[0].split()) for line in LINES]
 # What else makes a recipe small, by its name
 OWN = {
     "reductions": ["reductions.rows=20000", "reductions.repeats=1"],
@@ -21,6 +25,10 @@ OWN = {
     "batch_size": ["batch_size.max_steps=4", "batch_size.sizes=[8,16]", "batch_size.extend=0"],
 }
 SMALL = [*(o for o in TINY if not o.startswith("experiment")), "train.steps=2", f"data.cache_dir={data_cache()}"]
+# Composed only: what differs from a command that runs in scale alone, or needs hosts
+COMPOSED = ("reductions.rows=4_000_000", "mcmc.chains=64", "spatial_conv.rows=2", "--hostfile hosts")
+# `toolkit launch` and the hosts that it is given are test_launchers.py's
+HERE = [c for c in COMMANDS if not c.startswith(("make", "toolkit launch", "printf"))]
 
 
 def command_id(command: str) -> str:
@@ -32,9 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout as a reader has it, with documents, labelled rows and a finished run called first."""
     path = tmp_path_factory.mktemp("readme")
     (path / "recipes").symlink_to(ROOT / "recipes")
-    (path / "docs").mkdir()
+    (path / "texts").mkdir()
     for i in range(8):
-        (path / "docs" / f"{i}.txt").write_text("\n\n".join(f"{DOCUMENT} It was day {i} of {j}." for j in range(40)))
+        (path / "texts" / f"{i}.txt").write_text("\n\n".join(f"{DOCUMENT} It was day {i} of {j}." for j in range(40)))
     houses = [f"{i % 7},Street {i},{i % 5},{i % 7 + i % 11}" for i in range(60)]
     (path / "houses.csv").write_text("\n".join(["rooms,street,age,price", *houses]) + "\n")
     rows = [f"{DOCUMENT[:40]},{i % 3}" for i in range(60)]
@@ -54,29 +62,59 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
-    small = [] if "--config-path" in command or "export" in command else SMALL
-    if any(
-        name in command
-        for name in ("build-ops", "doctor", "timeline", "curves", "machines", "toolkit plan", "toolkit check")
-    ):
-        small = []
+def run(folder: Path, command: str) -> None:
+    """``command`` as a reader types it, but small."""
+    if any(part in command for part in COMPOSED):
+        check(command)
+        return
+    small = SMALL if "recipes/" in command or command.startswith("toolkit prepare") else []
+    small = [] if "--config-path" in command else small
     small = [*small, *(["data.rows=2000"] if "data=synthetic" in command else [])]
     small = [*small, *(o for name, own in OWN.items() if f"/{name}.py" in command for o in own)]
     line = " ".join([command, *(f"'{o}'" for o in small)])
     done = typed(line, folder)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
-def test_the_readme_has_its_commands() -> None:
-    starts = {command.split()[0] for command in COMMANDS}
-    assert starts == {"make", "deepspeed", "torchrun", "python", "toolkit"}
+def check(command: str) -> None:
+    """Compose what ``command`` says, without a run."""
+    words = shlex.split(command)
+    overrides = [word for word in words if re.match(r"[\w.]+=", word)]
+    if words[0] == "toolkit":
+        compose(overrides)
+    else:
+        recipe = load_recipe(ROOT / next(word for word in words if word.startswith("recipes/")))
+        compose(permissive(recipe.completed(overrides)), recipe.config)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make")], ids=command_id)
-def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
+def test_the_pages_have_their_commands() -> None:
+    assert {command.split()[0] for command in HERE} == {"deepspeed", "torchrun", "python", "toolkit"}
+    makefile = (ROOT / "Makefile").read_text()
+    for command in (c for c in COMMANDS if c.startswith("make")):
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
+    for part in COMPOSED:
+        assert any(part in command for command in HERE), f"{part}: no command has it any more"
+
+
+@pytest.mark.parametrize("command", HERE, ids=command_id)
+def test_a_command_of_the_pages_runs(command: str, folder: Path) -> None:
     run(folder, command)
+
+
+def described() -> Iterator[str]:
+    """The keys that the page of metrics has, as patterns: ``eval_bleu_4_beams`` is for any number."""
+    for cell in re.findall(r"^\|(?:[^|\n]*\|)? ?((?:`\w+`(?:, )?)+) \|", TEXTS["docs/metrics.md"], re.MULTILINE):
+        yield from (re.sub(r"_\d+", "_*", key) for key in re.findall(r"`(\w+)`", cell))
+
+
+def test_every_key_of_the_records_is_described(folder: Path) -> None:
+    records = [json.loads(line) for path in folder.rglob("metrics.jsonl") for line in path.read_text().splitlines()]
+    found = {key for record in records for key in record} | {
+        f"eval_{n}" for kind in KINDS.values() for n in kind.metrics
+    }
+    assert {"loss", "mlm_loss", "step_seconds", "eval_loss", "checkpoint"} <= found
+    known = list(described())
+    assert not [key for key in sorted(found) if not any(fnmatch(key, pattern) for pattern in known)]
 
 
 def options(group: Path) -> set[str]:
@@ -85,7 +123,7 @@ def options(group: Path) -> set[str]:
 
 
 def test_the_options_of_every_group_are_listed() -> None:
-    section = (ROOT / "README.md").read_text().split("## Configuration")[1].split("\n## ")[0]
+    section = TEXTS["README.md"].split("## Groups")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
     folders = [p for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "reproduce"]  # published numbers
     groups = {p.name: options(p) for p in folders}

@@ -66,8 +66,10 @@ def split_dimension(shard: torch.Tensor, whole: torch.Tensor) -> str:
     return halved[0] if halved else "replicated"
 
 
-def test_the_readme_says_what_is_split_and_what_is_replicated(whole: Path) -> None:
-    rows = re.findall(r"^\| `([\w.*]+)` \| (0|1|replicated)\b", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_pages_say_what_is_split_and_what_is_replicated(whole: Path) -> None:
+    rows = re.findall(
+        r"^\| `([\w.*]+)` \| (0|1|replicated)\b", (ROOT / "docs" / "pipelines.md").read_text(), re.MULTILINE
+    )
     model = BertForPreTraining(BertConfig.from_pretrained(whole / "stage0" / "model")).state_dict()
     for name in VOCABULARY:
         assert split_dimension(shards(whole / "stage2-vocabulary")[0][name], model[name]) == "1"

@@ -1,4 +1,4 @@
-"""toolkit prepare data=text data.path='docs/*.txt'    # corpus -> token ids, with an audit"""
+"""toolkit prepare data=text data.path='texts/*.txt'    # corpus -> token ids, with an audit"""
 
 from toolkit.cli.command import OVERRIDES, Commands, add, console
 
@@ -6,7 +6,7 @@ from toolkit.cli.command import OVERRIDES, Commands, add, console
 def add_to(commands: Commands) -> None:
     command = add(
         commands, prepare, "prepare a task's data and print what is in it",
-        "toolkit prepare data=text data.path='docs/*.txt'", "toolkit prepare task=multi30k",
+        "toolkit prepare data=text data.path='texts/*.txt'", "toolkit prepare experiment=multi30k data.path=multi30k",
     )  # fmt: skip
     command.add_argument("overrides", nargs="*", help=OVERRIDES.format("data.max_length=512"))
 

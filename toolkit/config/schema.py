@@ -161,7 +161,7 @@ class Task(Strict):
     """What the model learns."""
 
     name: str = "pretrain"
-    kind: Annotated[str, AfterValidator(known)] = "pretrain"
+    kind: Annotated[str, AfterValidator(known)] = "pretrain"  # one of toolkit/config/kinds.py
     objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
     metrics: tuple[str, ...] = ()
     best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics
@@ -305,7 +305,7 @@ class Cluster(Strict):
             if re.search(SECRET, name) or re.match(SECRET_VALUE, text):  # not ValueError: it would show the value
                 raise ConfigError(
                     f"cluster.environment.{name}: looks like a secret, and scripts, manifests and logs would show it. "
-                    "Export it in the shell or mount it (docker/README.md, Clusters)."
+                    "Export it in the shell or mount it (docs/clusters.md)."
                 )
             if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.fullmatch(r"[\w@%+=:,./ -]*", text):
                 raise ValueError(f"{name} must be a name, and its value of letters, digits, blanks and @%+=:,./_-")
