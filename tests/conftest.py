@@ -4,6 +4,7 @@ With pytest-xdist's `-n 2 --dist loadgroup` a file's tests stay together, and so
 """
 
 import inspect
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads of two processes that wait for each other spin
 
 HERE = str(Path(__file__).parent)
 STARTS = (subprocess.Popen, subprocess.run)

@@ -118,7 +118,7 @@ def initialise(model: Any, seed: int) -> None:
         seen.update(id(p) for p in own)
         with _whole(own), torch.random.fork_rng(devices=[]):
             digest = hashlib.sha256(f"{seed}/{hf_name(name)}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # the CPU's, and no other
             _draw(model, module, own)
 
 
