@@ -35,10 +35,16 @@ def on_ranks(world: int, folder: Path, work: Callable[[int], Any]) -> list[Ended
     port = free_port()
     store = dist.TCPStore("127.0.0.1", port, world, is_master=True, wait_for_workers=False)
     children = [_fork(rank, world, port, folder, work) for rank in range(world)]
-    codes = [_code(child) for child in children]
+    end = time.monotonic() + PATIENCE
+    codes = [_code(child, end) for child in children]
     del store
+    if None in codes:
+        said = "\n".join((folder / f"said{r}").read_text() for r in range(world))
+        raise TimeoutError(f"a rank did not end in {PATIENCE} s\n{said}")
     return [
-        Ended(code, _read(folder / f"result{r}"), (folder / f"said{r}").read_text()) for r, code in enumerate(codes)
+        Ended(code, _read(folder / f"result{r}"), (folder / f"said{r}").read_text())
+        for r, code in enumerate(codes)
+        if code is not None
     ]
 
 
@@ -65,14 +71,16 @@ def _fork(rank: int, world: int, port: int, folder: Path, work: Callable[[int], 
 
 
 def _join(rank: int, world: int, port: int) -> None:
+    import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)  # those of OpenMP, which a test before may have started, do not survive a fork
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
     dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world)
 
 
-def _code(child: int) -> int:
-    end = time.monotonic() + PATIENCE
+def _code(child: int, end: float) -> int | None:
+    """None of one that had to be killed."""
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -80,7 +88,7 @@ def _code(child: int) -> int:
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    raise TimeoutError(f"a rank did not end in {PATIENCE} s")
+    return None
 
 
 def _read(path: Path) -> Any:
