@@ -1,4 +1,5 @@
-# make demo: train a BERT here and now.  make check: lint, types, quick tests.  make test: all tests.  All set up .venv.
+# make demo: train a BERT here and now.  make check: lint, types, quick tests.  make test: all tests.  make mutants: can
+# they fail?  All set up .venv.
 
 PYTHON ?= python3
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -13,7 +14,7 @@ IMAGE_ARGS ?=
 CPU_ARGS := --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg RUNTIME_IMAGE=ubuntu:24.04
 BUILDER ?= $(shell docker info > /dev/null 2>&1 && echo docker || command -v podman || command -v buildah)
 
-.PHONY: demo check test fast lint docs image image-test clean
+.PHONY: demo check test fast lint mutants docs image image-test clean
 demo: .venv/.installed
 	$(LAUNCH) --log_level error recipes/pretrain.py experiment=demo $(OVERRIDES)
 
@@ -37,6 +38,10 @@ lint: .venv/.installed
 # The pages of docs/ as a site, in build/site; a broken link or a stale reference fails.
 docs: .venv/.installed
 	.venv/bin/mkdocs build --strict
+
+# Do tests fail? Chosen lines are broken one at a time, in a copy, and a test goes red for each. ONLY=checkpoint
+mutants: .venv/.installed
+	DS_ACCELERATOR=cpu .venv/bin/python tests/mutants.py $(ONLY)
 
 image:
 	$(if $(BUILDER),,$(error make image needs docker, podman or buildah))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from toolkit.checkpoint import checkpoint, ds_state, export
 from toolkit.checkpoint.checkpoint import State
 from toolkit.errors import CheckpointError
+from toolkit.job import ranks
 
 FILE = f"{ds_state.TAG}/weights.pt"
 
@@ -58,6 +59,25 @@ def test_what_is_wrong_with_a_checkpoint_is_said_and_the_one_before_it_is_taken(
     DAMAGES[problem](before)
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         checkpoint.newest(tmp_path)
+
+
+def test_resuming_takes_the_newest_whole_checkpoint_and_never_starts_over_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "gathered", lambda value: [value])
+    monkeypatch.setattr(ranks, "from_rank0", lambda value: value)
+    said: list[str] = []
+    run: Any = SimpleNamespace(dir=tmp_path, config=SimpleNamespace(resume="auto"), records=lambda: [])
+    run.console = SimpleNamespace(print=said.append)
+    assert checkpoint._chosen(run) is None, "a run that has saved nothing begins"
+    before, path = whole(tmp_path / "checkpoints", 9), whole(tmp_path / "checkpoints", 10)
+    assert checkpoint._chosen(run) == path and not said
+    flip(path / FILE)
+    assert checkpoint._chosen(run) == before
+    assert said == [f"Checkpoint {path} is broken ({FILE} has changed since it was written); trying the one before it."]
+    flip(before / FILE)
+    with pytest.raises(CheckpointError, match="this run has saved checkpoints, and none is whole"):
+        checkpoint._chosen(run)
 
 
 def test_every_rank_gets_its_own_random_state_back_and_the_place_in_the_data(

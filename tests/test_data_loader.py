@@ -82,6 +82,7 @@ def test_an_epoch_has_every_sample_once_and_the_next_one_another_order(pairs: Ma
     assert sorted(first) == [[0, i] for i in range(n)] and sorted(second) == [[1, i] for i in range(n)]
     assert [i for _, i in first] != [i for _, i in second]
     assert order.keys(n - 3, 6).tolist() == first[-3:] + second[:3]
+    assert next(order.from_sample(0)).tolist() == first[:GLOBAL], "none is passed over"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])

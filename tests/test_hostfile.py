@@ -10,6 +10,7 @@ from toolkit.errors import ConfigError
 
 WRONG = [
     ("alpha slots=2\n-oProxyCommand=reboot slots=1\n", "hosts, line 2: '-oProxyCommand=reboot slots=1': must be `host"),
+    ("-V slots=2\n", "hosts, line 1: '-V slots=2': must be"),  # a name but for its dash
     ("-l@alpha slots=2\n", "hosts, line 1: '-l@alpha slots=2': must be"),
     ("alpha;reboot slots=2\n", "hosts, line 1: .*must be"),
     ("$(reboot) slots=2\n", "hosts, line 1: .*must be"),

@@ -1,5 +1,6 @@
 """BERT as a pipeline: its layers and cuts; what it computes is held by test_parity, test_checkpoint and test_export."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_runs import assert_same_state, copy_run, trained
+from forks import on_ranks
 from launching import launch, launch_many, python, read, toolkit_command
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
@@ -111,6 +113,32 @@ def test_parts_hold_about_equally_many_parameters() -> None:
 def test_a_stage_without_layers_is_refused(how: Any, stages: int) -> None:
     with pytest.raises(ConfigError, match=r"pipeline.partition=.* of 9 \(0 and 1 embed, 8 is the heads\)"):
         partition(layers_of(PairBert), how, stages, None)
+
+
+def test_clipping_takes_the_norm_of_all_stages_and_a_tied_weight_once(tmp_path: Path) -> None:
+    layers, cut = layers_of(PairBert), [0, 4, 11]
+
+    def work(rank: int) -> tuple[float, int]:
+        import deepspeed
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None  # gloo does, and the op might have to be built
+        deepspeed.init_distributed(verbose=False)
+        with no_init_weights():
+            pipe = Pipe(layers, cut, PairBert(CONFIG), 2)
+        for p in pipe.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        return float(clip_grad_norm_(pipe.parameters(), 1e9, mpu=pipe.mpu())), sum(p.numel() for p in pipe.parameters())
+
+    ended = on_ranks(2, tmp_path, work)
+    assert {e.code for e in ended} == {0}, [e.printed for e in ended]
+    with torch.device("meta"):
+        model = PairBert(CONFIG)
+    model.tie_weights()
+    whole = sum(p.numel() for p in model.parameters())
+    assert sum(e.result[1] for e in ended) == whole + CONFIG.vocab_size * CONFIG.hidden_size
+    assert [e.result[0] for e in ended] == pytest.approx([0.5 * whole**0.5] * 2)
 
 
 def test_a_run_logs_its_bubbles_and_keeps_its_timeline(tmp_path: Path) -> None:

@@ -131,6 +131,20 @@ def test_a_pipeline_has_its_bubble() -> None:
     assert shares["pipeline bubble"] == pytest.approx((shares["computing"] + shares["small products"]) * 3 / 32)
 
 
+def test_a_stage_holds_the_micro_batches_that_are_under_way() -> None:
+    """1F1B: as many as there are stages from here on; GPipe: all (Narayanan et al. 2021, section 2.2)."""
+    shape = model_shape(compose(list(LARGE)))
+    for schedule, under_way in (("1f1b", [4, 3, 2, 1]), ("gpipe", [32] * 4)):
+        pipeline = ("zero=stage1", "pipeline.stages=4", f"pipeline.schedule={schedule}")
+        layout = planned(*pipeline, "pipeline.partition=[7,13,19]", "batch.micro_size=16", world=8).layout
+        held = [
+            next(p for p in memory_of(shape, layout, stage).parts if p.name == "activations" and "b" in p.moments)
+            for stage in range(4)
+        ]
+        assert [int(part.formula.split()[0]) for part in held] == under_way
+        assert held[1].bytes / under_way[1] == pytest.approx(held[2].bytes / under_way[2]), "six layers each"
+
+
 def test_hours_follow_from_steps() -> None:
     found = planned("train.steps=3600")
     assert found.hours == pytest.approx(found.speed.step_seconds)

@@ -14,6 +14,8 @@ import pytest
 from launching import ROOT, TINY, data_cache, read
 from slurm_cluster import needs_slurm, slurm_cluster
 
+from toolkit.errors import OutOfMemory
+from toolkit.run import sweep as sweeps
 from toolkit.run.sweep import Begin, finish
 
 # Fails by its seed, until the file `mended` is there; a recipe of its own, for a training takes longer.
@@ -70,6 +72,22 @@ def test_a_sweep_goes_on_past_what_fails_and_the_same_command_takes_it_up_again(
     ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
     assert [seed for seed, _ in ran] == ["1", "2", "3", "4", "2", "3", "4"]
     assert len({name for _, name in ran}) == 4  # under the same name again: checkpoints are found
+
+
+def test_a_record_says_how_it_ended_and_another_configuration_is_not_done(tmp_path: Path) -> None:
+    record = tmp_path / "job.json"
+    assert sweeps.read(record) == {}
+    with pytest.raises(OutOfMemory), sweeps.recorded(record, {"config": "a"}):
+        assert sweeps.read(record)["state"] == "running"
+        raise OutOfMemory("no room")
+    found = sweeps.read(record)
+    assert (found["state"], found["code"]) == ("out of memory", 71) and not sweeps.done(found, "a")
+    with pytest.raises(KeyError), sweeps.recorded(record, {}):
+        raise KeyError("of ours")
+    assert (sweeps.read(record)["state"], sweeps.read(record)["code"]) == ("failed", 1)
+    with sweeps.recorded(record, {"config": "a"}):
+        pass
+    assert sweeps.done(sweeps.read(record), "a") and not sweeps.done(sweeps.read(record), "b")
 
 
 def test_the_name_of_a_sweep_is_the_beginning_of_its_runs_names(tmp_path: Path) -> None:

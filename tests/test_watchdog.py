@@ -56,7 +56,7 @@ def test_a_rank_that_makes_no_step_in_time_is_named_and_all_stacks_are_shown(tmp
 
 
 def stuck_here() -> None:
-    time.sleep(60)
+    time.sleep(20)
 
 
 def test_a_rank_that_asked_for_no_step_is_never_late(tmp_path: Path) -> None:
