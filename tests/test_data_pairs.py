@@ -307,7 +307,7 @@ def test_pairs_need_another_document(tmp_path: Path) -> None:
     message = r"task.objective=mlm_nsp with data.holdout=0.0: .* 1 document\(s\); .* need 2.*objective=sop or mlm"
     with pytest.raises(DataError, match=message):
         prepare(toy(tmp_path, [[5, 5, 5]]))
-    assert prepare(toy(tmp_path, [[5, 5, 5]], objective="mlm")).train_samples == 1
+    assert len(dataset(toy(tmp_path, [[5, 5, 5]], objective="mlm"))) == 1
 
 
 def test_entropies_are_those_of_the_definition(tmp_path: Path) -> None:

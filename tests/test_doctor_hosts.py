@@ -50,7 +50,7 @@ def test_what_is_wrong_on_one_host_is_said_of_that_host(tmp_path: Path) -> None:
     """Another code, a /dev/shm too small for a batch, an output_dir of its own, a clock that is ahead."""
     changed, late, runs = tmp_path / "changed", tmp_path / "late", tmp_path / "runs"
     shutil.copytree(ROOT / "toolkit", changed)
-    with (changed / "train.py").open("a") as file:
+    with (changed / "errors.py").open("a") as file:
         file.write("# drifted\n")
     late.mkdir()
     (late / "date").write_text("#!/bin/sh\nexec /bin/date -d '+90 seconds' \"$@\"\n")

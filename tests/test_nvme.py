@@ -123,7 +123,7 @@ def test_two_runs_on_one_disk_do_not_meet_and_a_killed_one_is_cleaned_up(tmp_pat
         assert 0.8 < written / (sum(needed.values()) * 3_156_994) < 1  # parameters
         killed.kill()
         kept.until_step(4)
-        kept.process.send_signal(signal.SIGTERM)
+        kept.ranks()[0].send_signal(signal.SIGTERM)
         end = kept.wait()
     assert end.code == 75 and [p.name.split("-")[1] for p in disk.glob("swap-*")] == ["killed"]
     alone = launch(tmp_path, *more, "name=alone", "train.steps=4", ranks=0)

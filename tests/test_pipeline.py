@@ -195,7 +195,8 @@ import json, deepspeed, torch
 from types import SimpleNamespace
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import groups
-from toolkit.job import ranks
+from toolkit.job import ops, ranks
+ops.directory()  # DeepSpeed's own may hold the lock of a killed build
 ranks.complete_environment()
 with ranks.joined():
     second = SimpleNamespace(get_model_parallel_rank=lambda: 1, get_model_parallel_group=lambda: None)

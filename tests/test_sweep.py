@@ -106,7 +106,7 @@ def test_a_stopped_sweep_lets_its_training_save(number: int, tmp_path: Path) -> 
             assert process.poll() is None
             time.sleep(0.1)
         os.killpg(process.pid, number)
-        assert process.wait(30) in (-number, 128 + number, 1)
+        assert process.wait(30) in (-number, 128 + number, 1, 75)  # 75: a shell's background job ignores Ctrl-C
     assert (tmp_path / "saved").exists()
     (record,) = [json.loads(p.read_text()) for p in (tmp_path / "sweep/jobs").glob("*.json")]
     assert (record["state"], record["code"]) == ("stopped", 75)
