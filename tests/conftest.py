@@ -3,6 +3,7 @@
 With pytest-xdist's `-n 2 --dist loadgroup` a file's tests stay together, and so do files that share something dear.
 """
 
+import gc
 import inspect
 import os
 import subprocess
@@ -23,6 +24,12 @@ TOGETHER = {
     "cluster": ("test_doctor_hosts", "test_hosts", "test_launchers", "test_sweep"),  # network names, Slurm's daemons
 }
 GROUPS = {file: group for group, files in TOGETHER.items() for file in files}
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays; to look it through again and again for garbage is a fifth of a composition."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

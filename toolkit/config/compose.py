@@ -12,6 +12,8 @@ from toolkit.config.overrides import permissive
 from toolkit.config.schema import RunConfig, conf_dir, load, schema
 from toolkit.errors import ConfigError
 
+_schemas: dict[type[RunConfig], Any] = {}  # Hydra's node of each
+
 
 def compose(overrides: list[str], model: type[RunConfig] = RunConfig) -> RunConfig:
     """The checked configuration of these command-line overrides. Raises ConfigError."""
@@ -44,7 +46,11 @@ def register_schema(model: type[RunConfig] = RunConfig) -> None:
     """Give Hydra the defaults (schema.py, and a recipe's own node) as the base of the composition."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store("schema", schema(model))
+    store = ConfigStore.instance()
+    if model not in _schemas:  # to build one is a fifth of a composition
+        store.store("schema", schema(model))
+        _schemas[model] = store.repo["schema.yaml"]
+    store.repo["schema.yaml"] = _schemas[model]
 
 
 def _composed(overrides: list[str], model: type[RunConfig], *, return_hydra_config: bool = False) -> Any:

@@ -24,6 +24,7 @@ SKIPPED = {
     "lib2to3",
     "__pycache__",
 }
+BODIES = ("body", "handlers", "orelse", "finalbody", "cases")  # where statements lie within statements
 CODE = re.compile(r"::=|^\s*(>>>|\.\.\. |\$ |\.\. )|^\W+$|\s=\s.*\(|^[\s\w.]+\(.*\)( -> .*)?$", re.MULTILINE)
 ROLE = re.compile(r":[\w:]+:`[!~]?([^`<]+?)\s*(?:<[^>]*>)?`")
 MARKUP = re.compile(r"``|`|(?<!\w)\*{1,2}(?=\w)|(?<=\w)\*{1,2}(?!\w)|^\s*(?:[-*•+]|\d+[.)]|:param|@param)\s+")
@@ -54,9 +55,12 @@ def _docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # templates and bad-syntax samples of the library's own tools
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ast.get_docstring(node) or ""
+    level: list[ast.AST] = [tree]
+    while level:
+        for node in level:
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield ast.get_docstring(node) or ""
+        level = [inner for node in level for part in BODIES for inner in getattr(node, part, ())]
 
 
 def _prose(text: str) -> list[str]:
