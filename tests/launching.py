@@ -274,17 +274,17 @@ def toolkit_command(
 
 
 def typed(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command as a reader types it: toolkit, python and deepspeed on one host in such processes, others in bash."""
+    """A command as a reader types it: toolkit and Python on one host in such processes, others in bash."""
     words = shlex.split(line)
     plain = not re.search(r"[$|;&<>]|--multirun| -m |--hostfile", line)
     if plain and words[0] == "toolkit":
         return toolkit_command(*words[1:], cwd=cwd)
     if plain and words[0] == "python":
         return python(*words[1:], cwd=cwd)
-    if plain and words[0] == "deepspeed":
+    if plain and words[0] in (numbers := {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}):
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        options = words[1:script]
-        ranks = int(options[options.index("--num_gpus") + 1]) if "--num_gpus" in options else 1
+        options, number = words[1:script], numbers[words[0]]
+        ranks = int(options[options.index(number) + 1]) if number in options else 1
         return python(*words[script:], ranks=ranks, cwd=cwd)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=env, capture_output=True, text=True, check=False)

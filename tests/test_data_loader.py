@@ -63,7 +63,7 @@ def assert_same(left: list[Step], right: list[Step]) -> None:
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (2, 1), (4, 0)])
 def test_another_world_size_sees_the_same_samples_and_masks(pairs: MaskedText, world: int, workers: int) -> None:
     assert_same(steps(pairs, 3, world=world, workers=workers), steps(pairs, 3))
 

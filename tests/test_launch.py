@@ -60,12 +60,9 @@ def test_keys_that_no_option_mentions_reach_deepspeed() -> None:
     assert config.deepspeed["zero_optimization"]["stage"] == 2
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "python"])
-def test_other_launchers_train_too(launcher: str, tmp_path: Path) -> None:
-    result = launch(tmp_path, "train.steps=2", launcher=launcher, ranks=2 if launcher == "torchrun" else 1)
-    assert [r["step"] for r in result.steps] == [1, 2]
-    env = json.loads((result.dir / "env.json").read_text())
-    assert env["world_size"] == (2 if launcher == "torchrun" else 1)
+def test_what_is_noted_of_the_environment_holds_no_secrets(tmp_path: Path) -> None:
+    env = json.loads((launch(tmp_path, "train.steps=2").dir / "env.json").read_text())
+    assert env["world_size"] == 2
     assert not any("TOKEN" in key or "HOME" in key for key in env)
 
 

@@ -153,7 +153,7 @@ def test_least_squares_and_hubers_limits() -> None:
 
 # Training ------------------------------------------------------------------------------------------------------------
 
-COMMON = ("task=linear", "train.steps=400", "train.log_every=1", "deepspeed.optimizer.params.lr=0.1")
+COMMON = ("task=linear", "train.steps=80", "train.log_every=1", "deepspeed.optimizer.params.lr=0.1")
 LAYOUTS = {
     "ZeRO 0": ("zero=stage0",),
     "ZeRO 1": ("zero=stage1",),
@@ -173,7 +173,7 @@ LOSSES = ("mae", "mse", "huber")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("linear")
     runs = {name: (*COMMON, *given) for name, given in runnable(LAYOUTS).items()}
-    runs |= {loss: (*COMMON, f"loss={loss}") for loss in LOSSES}
+    runs |= {loss: (*COMMON, f"loss={loss}", "train.steps=400") for loss in LOSSES}  # to the end
     # 11 features over two ranks: one has a column of zeros more.
     odd = (*COMMON, "data=synthetic", "data.rows=2000", "data.features=11", "loss=mae")
     runs |= {"odd": odd, "odd split": (*odd, "parallel=features")}
@@ -182,21 +182,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", [n for n in LAYOUTS if n in runnable(LAYOUTS)])
-def test_every_layout_reaches_the_closed_form_by_the_same_steps(layout: str, trained: Path) -> None:
-    records = read(trained / layout / "metrics.jsonl")
-    (last,) = (r for r in records if "train_loss" in r)
-    assert last["optimum_loss"] <= last["train_loss"] * (1 + 1e-6)
-    assert last["train_loss"] == pytest.approx(last["optimum_loss"], rel=1e-4)
+def test_every_layout_takes_the_same_steps(layout: str, trained: Path) -> None:
     losses, whole = (
         [r["loss"] for r in read(trained / n / "metrics.jsonl") if "loss" in r] for n in (layout, "ZeRO 0")
     )
-    assert len(losses) == 400 and losses == pytest.approx(whole, rel=2e-5)
+    assert len(losses) == 80 and losses == pytest.approx(whole, rel=2e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_reaches_its_optimum(loss: str, trained: Path) -> None:
     (last,) = (r for r in read(trained / loss / "metrics.jsonl") if "train_loss" in r)
-    assert last["train_loss"] == pytest.approx(last["optimum_loss"], rel=5e-4)
+    assert last["optimum_loss"] <= last["train_loss"] * (1 + 1e-6)
+    assert last["train_loss"] == pytest.approx(last["optimum_loss"], rel=5e-4 if loss == "mae" else 1e-4)
     data = compose(["task=linear"]).data
     rows = regression.read(data, 42)
     parts = regression.Parts(rows.size, data.holdout)
@@ -224,7 +221,7 @@ def test_the_steps_are_those_of_plain_pytorch(trained: Path) -> None:
     adam = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0, eps=1e-6)
     losses = []
     for step in range(20):
-        adam.param_groups[0]["lr"] = 0.1 * (1 - step / 400)
+        adam.param_groups[0]["lr"] = 0.1 * (1 - step / 80)
         loss = torch.nn.functional.mse_loss(model(features)[:, 0], target)
         losses.append(loss.item() * scale**2)
         adam.zero_grad(), loss.backward(), adam.step()
@@ -235,14 +232,14 @@ def test_the_steps_are_those_of_plain_pytorch(trained: Path) -> None:
 def test_the_recipe_prints_and_draws_what_it_learned(tmp_path: Path) -> None:
     """Stopped and gone on with, over epochs of two unequal steps."""
     given = (
-        "train.steps=300",
+        "train.steps=120",
         "batch.global_size=256",
         "batch.micro_size=64",
         "train.log_every=1",
         "schedule=constant",
     )
     whole = launch(tmp_path, *given, "name=whole", recipe="linear_regression", bare=True)
-    launch(tmp_path, *given, "train.steps=151", recipe="linear_regression", bare=True)
+    launch(tmp_path, *given, "train.steps=61", recipe="linear_regression", bare=True)
     result = launch(tmp_path, *given, recipe="linear_regression", bare=True)
     assert [r["loss"] for r in result.steps] == [r["loss"] for r in whole.steps]
     rates = result.steps[-1]
