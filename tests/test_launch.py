@@ -112,7 +112,7 @@ def test_ranks_that_wait_for_one_that_hangs_end_and_say_where_they_stood(tmp_pat
         job.until_step(4)
         alive, lost = job.ranks()
         lost.suspend()
-        job.until(lambda: not alive.is_running() or alive.status() == psutil.STATUS_ZOMBIE, "the end of rank 0")
+        job.until(lambda: not psutil.pid_exists(alive.pid), "the end of rank 0")  # a zombie may have threads yet
         log = (job.dir / "log.rank0.txt").read_text()
         assert "made no step in time" in log and "train.py" in log and "in fit" in log
         lost.kill()
