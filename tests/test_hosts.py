@@ -84,19 +84,19 @@ def test_a_host_that_disappears_ends_the_run_and_the_next_goes_on(pair: list[Hos
 
 
 def test_a_rank_that_fails_ends_the_job_with_its_code_and_last_words(pair: list[Host], tmp_path: Path) -> None:
-    for exception, code in (("KeyError('of ours')", 1), ("DataError('train.jsonl, line 3: no text')", 2)):
-        script = tmp_path / "broken.py"
-        script.write_text(
-            "import os, time\nfrom toolkit.errors import DataError\nfrom toolkit.run.recipe import recipe\n"
-            "@recipe()\ndef main(config):\n    from toolkit.job import ranks\n"
-            f"    if os.environ['RANK'] == '1':\n        raise {exception}\n    ranks.wait()\nmain()\n"
-        )
-        started_at = time.monotonic()
-        result = on(pair, tmp_path, recipe=str(script))
-        assert result.code == code
-        assert time.monotonic() - started_at < 40
-        assert "error: rank 1 on n2 failed:" in result.stderr
-        assert exception.split("'")[1] in "".join(x for x in result.stderr.splitlines() if "n1: error:" in x)
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import os, time\nfrom toolkit.errors import DataError\nfrom toolkit.run.recipe import recipe\n"
+        "@recipe()\ndef main(config):\n    from toolkit.job import ranks\n"
+        "    if os.environ['RANK'] == '1':\n        raise DataError('train.jsonl, line 3: no text')\n"
+        "    ranks.wait()\nmain()\n"
+    )
+    started_at = time.monotonic()
+    result = on(pair, tmp_path, recipe=str(script))
+    assert result.code == 2
+    assert time.monotonic() - started_at < 40
+    assert "error: rank 1 on n2 failed:" in result.stderr
+    assert "train.jsonl, line 3" in "".join(x for x in result.stderr.splitlines() if "n1: error:" in x)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

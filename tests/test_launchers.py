@@ -83,16 +83,25 @@ def slurm() -> Iterator[Cluster]:
         yield cluster
 
 
-def sbatch(slurm: Cluster, *words: str, code: int = 0) -> str:
-    """Submit and wait for the end; the job's number."""
-    environment = ENVIRONMENT | slurm.environment | {"SBATCH_WAIT": "1"}
-    return toolkit_launch(*words, "--on", "slurm", "--submit", env=environment, code=code).stdout.split()[-1]
+def sbatch(slurm: Cluster, *words: str) -> dict[str, str]:
+    """Submit and wait for the end: the job as it ended."""
+    done = toolkit_launch(*words, "--on", "slurm", "--submit", env=ENVIRONMENT | slurm.environment)
+    return ended(slurm, int(done.stdout.split()[-1]))
+
+
+def ended(slurm: Cluster, number: int) -> dict[str, str]:
+    """Sbatch's own --wait asks more and more seldom, up to every half minute."""
+    end = time.monotonic() + 150
+    while (job := slurm.job(number))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+        assert time.monotonic() < end, job
+        time.sleep(0.2)
+    return job
 
 
 @needs_slurm
 def test_a_slurm_job_on_two_nodes_gives_them_too(tmp_path: Path, slurm: Cluster, reference: list[float]) -> None:
     nodes = ["cluster.nodes=2", "cluster.devices_per_node=1", "cluster.slurm.partition=test"]
-    job = slurm.job(int(sbatch(slurm, *arguments(tmp_path, *nodes))))
+    job = sbatch(slurm, *arguments(tmp_path, *nodes))
     assert (job["JobState"], job["ExitCode"], job["NodeList"]) == ("COMPLETED", "0:0", "n[1-2]")
     assert losses(tmp_path / "x") == reference, logs(tmp_path / "x")
 
@@ -124,10 +133,8 @@ def until(condition: Callable[[], Any], tmp_path: Path, seconds: float = 150) ->
 
 @needs_slurm
 def test_the_exit_code_of_a_refused_slurm_job_is_2(tmp_path: Path, slurm: Cluster) -> None:
-    number = sbatch(
-        slurm, *arguments(tmp_path, "data=text", f"data.path={tmp_path}/none.txt", "cluster.restarts=1"), code=2
-    )
-    assert slurm.job(int(number))["ExitCode"] == "2:0" and slurm.job(int(number))["Restarts"] == "0"
+    job = sbatch(slurm, *arguments(tmp_path, "data=text", f"data.path={tmp_path}/none.txt", "cluster.restarts=1"))
+    assert job["ExitCode"] == "2:0" and job["Restarts"] == "0"
     [output] = tmp_path.glob("x/launch/slurm-*.out")
     assert "error: " in output.read_text() and "none.txt" in output.read_text()
 
@@ -143,7 +150,7 @@ def test_a_python_in_a_batch_script_is_alone_and_one_under_srun_is_a_rank(tmp_pa
     script = tmp_path / "ranks.sh"
     step = f"MASTER_ADDR=n1 srun -n3 {python} | sort"
     script.write_text(f"#!/bin/bash\n#SBATCH -N2 -n3 -o {tmp_path}/out\n{python}\nsrun -N1 -n1 {python}\n{step}\n")
-    slurm.run("sbatch", "--wait", str(script))
+    ended(slurm, int(slurm.run("sbatch", "--parsable", str(script))))
     alone, step_of_one, *ranks = (tmp_path / "out").read_text().splitlines()
     assert alone == step_of_one == "0 1 0 1"
     assert ranks == ["0 3 0 2", "1 3 1 2", "2 3 0 1"]

@@ -122,7 +122,7 @@ def test_only_recipes_that_train_once_are_compared() -> None:
     (["scaling.recipe=scaling"], "no recipe that trains"),
     (["scaling.ranks=[1,3]"], "ranks-3-batch-16: batch.global_size=16 is no multiple of batch.micro_size=4 x 3 ranks"),
     (["scaling.rank=[1]"], "scaling.rank: unknown key. Did you mean 'ranks'?"),
-    (["scaling.ranks=[1]", "train.steps=2"], "has no timed step. Raise train.steps"),
+    (["scaling.ranks=[1]", "scaling.launcher=python", "train.steps=2"], "has no timed step. Raise train.steps"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
     result = launch(tmp_path, *overrides, ranks=0, recipe="scaling", check=False)

@@ -153,7 +153,7 @@ def test_an_error_of_rank_0_alone_is_the_only_one_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.weights=nowhere", "model.weights=nowhere: neither a folder with a config.json, nor a run"),
+        ("model.weights=no/such/run", "model.weights=no/such/run: neither a folder with a config.json, nor a run"),
         ("batch.global_size=40000", "the corpus gives only"),
     ],
 )
