@@ -120,6 +120,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Add storages not seen before; those known as workspace get their better name."""
+        grown = False
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
@@ -132,7 +133,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._live[known] -= size
             self._category[key] = category
             self._live[category] += size
-        self.peak |= self._live  # the larger of each
+            grown = True
+        if not grown:  # most operations make no storage
+            return
+        if self._live[category] > self.peak[category]:
+            self.peak[category] = self._live[category]
         on_device = {name: self._live[name] for name in DEVICE}
         if sum(on_device.values()) > sum(self.at_peak.values()):
             self.at_peak = on_device
