@@ -28,7 +28,7 @@ def main(config: RunConfig) -> None:
 
     from toolkit.errors import ConfigError
     from toolkit.job import ranks
-    from toolkit.report import curves
+    from toolkit.report import figures
     from toolkit.run.directory import Run
     from toolkit.train.several import in_turn
 
@@ -40,7 +40,7 @@ def main(config: RunConfig) -> None:
         table = rows(runs, KEYS)
         whole.write_csv("bert_init.csv", table)
         whole.write_text("bert_init.md", markdown(table))
-        curves.plot(runs, KEYS, whole.dir / "bert_init", "Translators made of two BERTs, by what they begin with")
+        figures.curves(runs, KEYS, whole.dir / "bert_init", "Translators made of two BERTs, by what they begin with")
     whole.console.print(f"Run directory: {whole.dir}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.cli.main import main
-from toolkit.report import curves
+from toolkit.report import figures
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_every_loss_and_metric_with_a_course_is_drawn(run: Path, capsys: pytest.
 
 
 def test_of_a_step_that_comes_twice_the_last_counts(run: Path) -> None:
-    assert curves.curve(run, "loss") == [(0, 5), (1, 4), (2, 2.5), (3, 2)]
+    assert figures.curve(run, "loss") == [(0, 5), (1, 4), (2, 2.5), (3, 2)]
 
 
 @pytest.mark.parametrize(

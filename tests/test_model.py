@@ -113,8 +113,8 @@ def test_the_flops_formula_counts_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         output = model(**b)
         (output["mlm"].sum() + output["pair"].sum()).backward()
-    formula = flops.bert(SHAPE, vocab_size=VOCAB, length=LENGTH)
-    expected = formula.step(sequences=ROWS, predictions=ROWS * PREDICTIONS, pairs=ROWS)
+    counts = {"sequences": ROWS, "predictions": ROWS * PREDICTIONS, "pairs": ROWS}
+    expected = flops.bert(SHAPE, vocab_size=VOCAB, length=LENGTH, **counts)
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
 
 
@@ -122,7 +122,7 @@ def test_the_flops_formula_gives_deepspeeds_published_rates() -> None:
     """BERT-large on one V100: 272 samples/s at length 128 are 64 TFLOP/s, 52 at 512 are 53 (deepspeed.ai)."""
     large = Model(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
     for length, predictions, samples, published in ((128, 20, 272, 64), (512, 80, 52, 53)):
-        rate = flops.bert(large, vocab_size=30522, length=length).step(
-            sequences=samples, predictions=samples * predictions, pairs=samples
+        rate = flops.bert(
+            large, vocab_size=30522, length=length, sequences=samples, predictions=samples * predictions, pairs=samples
         )
         assert rate / 1e12 == pytest.approx(published, rel=0.025)  # the page rounds, and hides its share of predictions

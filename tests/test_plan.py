@@ -20,13 +20,13 @@ from toolkit.errors import ConfigError, PlanError
 from toolkit.plan import flops
 from toolkit.plan.activations import block_bytes
 from toolkit.plan.assumptions import LAUNCH_US
+from toolkit.plan.layout import balanced
 from toolkit.plan.machines import table
 from toolkit.plan.memory import memory_of
 from toolkit.plan.paper import zero_bytes
 from toolkit.plan.plan import Plan, place_of_job, plan
-from toolkit.plan.products import products, seconds_of
 from toolkit.plan.shapes import model_shape
-from toolkit.plan.stages import balanced
+from toolkit.plan.speed import products
 from toolkit.report.plan import show
 from toolkit.train.own_plan import line
 
@@ -74,7 +74,7 @@ def test_pipe_stages_are_cut_as_deepspeed_cuts_them() -> None:
     for _ in range(50):
         sizes = [draws.choice([1, 3, 3, 3, 8, 20]) for _ in range(draws.randint(3, 14))]
         count = draws.randint(2, min(5, len(sizes) - 1))
-        assert balanced(sizes, count) == partition_balanced(sizes, count)
+        assert balanced(tuple(sizes), count) == partition_balanced(sizes, count)
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
@@ -199,14 +199,16 @@ def test_the_largest_micro_batch_is_held_to_the_limits_that_are_known() -> None:
 
 
 def test_a_product_takes_its_launch_and_what_it_computes_or_moves() -> None:
-    machine, peak, bandwidth, size = planned().machine, 312e12 * 0.45, 2039e9, 2
+    peak, bandwidth, size = 312e12 * 0.45, 2039e9, 2
     for overrides in ((), ("batch.micro_size=1",), ("model.attention=eager",), ("batch.micro_size=64",)):
-        layout = planned(*overrides).layout
-        for one in products(model_shape(compose(list(LARGE))), layout):
-            took = seconds_of(one, rate=peak, bandwidth=bandwidth, size=size, launch=LAUNCH_US / 1e6)
-            assert took == LAUNCH_US / 1e6 + max(one.flops / peak, one.elements * size / bandwidth)
-            assert took >= LAUNCH_US / 1e6 + max(one.flops / 312e12, one.elements * size / bandwidth)
-    assert machine.peak_tflops["bf16"] == 312 and machine.bandwidth_gbs == 2039
+        found = planned(*overrides)
+        every = products(model_shape(compose(list(LARGE))), found.layout)
+        longest = [(one.times, max(one.flops / peak, one.elements * size / bandwidth)) for one in every]
+        seconds = sum(3 * times * (LAUNCH_US / 1e6 + each) for times, each in longest)  # backward has two of each
+        shares = {s.name: s.seconds for s in found.speed.shares}
+        total = shares["computing"] + shares["small products"]
+        assert total == pytest.approx(seconds * found.layout.accumulation), overrides
+    assert found.machine.peak_tflops["bf16"] == 312 and found.machine.bandwidth_gbs == 2039
 
 
 def test_a_projection_by_hand_on_one_device() -> None:
@@ -223,15 +225,16 @@ def test_a_projection_by_hand_on_one_device() -> None:
 @pytest.mark.parametrize("overrides", [(), ("activation=recompute",), ("zero=stage1", "parallel=tensor")])
 def test_products_add_up_to_the_flops_that_are_counted_otherwise(overrides: tuple[str, ...]) -> None:
     found = planned(*overrides)
-    counted = flops.bert(compose(list(LARGE)).model, vocab_size=30522, length=512)
-    assert found.speed.flops == counted.step(sequences=1024, predictions=1024 * 20)
+    model = compose(list(LARGE)).model
+    counted = flops.bert(model, vocab_size=30522, length=512, sequences=1024, predictions=1024 * 20)
+    assert found.speed.flops == counted
     marian = plan(compose(["task=translate", "model=transformer_base", "machine=h100"]))
     shape, tokens = marian.layout, marian.layout.samples * marian.layout.length
     own = flops.Seq2SeqShape(
         512, 512, 2048, 6, 6, model_shape(compose(["task=translate", "model=transformer_base"])).vocab_size
     )
     squares = dict.fromkeys(("source_source", "target_target", "target_source"), tokens * shape.length)
-    assert marian.speed.flops == flops.seq2seq(own).step({"source": tokens, "target": tokens, **squares})
+    assert marian.speed.flops == own.step({"source": tokens, "target": tokens, **squares})
 
 
 def test_a_measured_launch_takes_the_place_of_the_assumed_one() -> None:

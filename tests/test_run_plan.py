@@ -16,7 +16,7 @@ from toolkit.config.schema import load
 from toolkit.deepspeed.ds_config import complete
 from toolkit.errors import PlanError
 from toolkit.job import ranks
-from toolkit.plan.plan import Plan, place_of_job, plan, plan_for
+from toolkit.plan.plan import Plan, place_of_job, plan, plan_on
 from toolkit.plan.shapes import model_shape
 from toolkit.run.directory import Run
 from toolkit.train import own_plan
@@ -215,7 +215,7 @@ def test_ranks_of_several_hosts_share_each_hosts_memory() -> None:
     machine = place_of_job(config, world=4, per_node=2, device="cpu")
     assert (machine.nodes, machine.devices_per_node) == (2, 2)
     ds = complete(config, world=4, device="cpu")
-    assert plan_for(machine, config, ds, model_shape(config), ranks=4, device="cpu").device_limit_gib == 4
+    assert plan_on(machine, config, ds, model_shape(config), ranks=4, device="cpu").device_limit_gib == 4
 
 
 def test_a_gpu_named_for_a_run_on_cpus_is_not_its_memory() -> None:

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from toolkit.config.schema import Model, Tokenizer
 from toolkit.data import subwords
 from toolkit.models import seq2seq
-from toolkit.plan import flops
 from toolkit.tasks.translate import summed_loss
 
 WORDS = ["rot", "blau", "grün", "alt", "neu", "groß", "klein", "Hund", "Katze", "Haus", "Baum", "Tisch"]
@@ -309,7 +308,7 @@ def test_the_formula_counts_what_torch_counts(name: str) -> None:
         "target_target": n * t * t,
         "target_source": n * s * t,
     }
-    assert flops.seq2seq(seq2seq.shape(config)).step(counts) == counter.get_total_flops()
+    assert seq2seq.shape(config).step(counts) == counter.get_total_flops()
 
 
 def test_positions_are_sinusoids_and_stay_as_they_are(runs: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.report.curves import curve
+from toolkit.report.figures import curve
 
 
 def rows(runs: Mapping[str, Path], keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from toolkit.checkpoint.export import export
-from toolkit.report import curves, figures
+from toolkit.report import figures
 from toolkit.run.directory import Run
 from toolkit.run.table import table
 
@@ -40,9 +40,9 @@ def listing(rows: list[dict[str, Any]]) -> Table:
 def plot(run: Run, rows: list[dict[str, Any]], stem: Path) -> None:
     """``stem``.png and .svg: the loss by step, and what a deviation of each feature does, learned and at best."""
     figure, panels = figures.new(2, f"Linear regression, loss={run.config.task.loss}")
-    steps = curves.curve(run.dir, "loss")
+    steps = figures.curve(run.dir, "loss")
     panels[0].plot([s for s, _ in steps], [v for _, v in steps], color=figures.COLOURS[0], label="training batches")
-    if best := curves.curve(run.dir, "optimum_loss"):
+    if best := figures.curve(run.dir, "optimum_loss"):
         panels[0].axhline(best[-1][1], color=figures.COLOURS[1], ls="--", label="optimum")
     shown = rows[1:25]
     for place, key, marker in ((0, "learned", "o"), (1, "optimum", "|")):

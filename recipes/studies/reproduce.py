@@ -14,7 +14,7 @@ from rich.table import Table
 from studies import largest, superlinear
 from studies.published import Row, published
 from toolkit.engine.pipe_events import bubble_share, formula
-from toolkit.plan.paper import zero_bytes, zero_largest, zero_volume
+from toolkit.plan.paper import zero_bytes, zero_volume
 from toolkit.report import figures
 from toolkit.run.table import table
 
@@ -32,7 +32,7 @@ def _table1(data: Data) -> list[Row]:
 
 def _table2(data: Data) -> list[Row]:
     memory, world = data["device_gb"] * 1e9, data["data_parallel"]
-    most = [zero_largest(memory, stage=stage, world=world) / 1e9 for stage in range(4)]
+    most = [memory / zero_bytes(1, stage=stage, world=world) / 1e9 for stage in range(4)]
     return [
         Row(f"{column}, model parallel {split}", printed, split * ours, "billion parameters")
         for split, numbers in data["billions"].items()

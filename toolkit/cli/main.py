@@ -8,10 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from toolkit.cli import cluster, data, deepspeed, plan, runs
+from toolkit.cli import jobs, plan, runs
 from toolkit.errors import ToolkitError, leave, memory_told
-
-LESS_MEMORY = "Use a host with more, or a smaller configuration."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Everything that needs no accelerator. `toolkit <command> --help` has examples.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for group in (plan, data, runs, deepspeed, cluster):
+    for group in (plan, runs, jobs):
         group.add_to(commands)
     chosen, rest = parser.parse_known_args(arguments)
     given = vars(chosen)
@@ -31,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given["overrides"] += rest  # those after an option: argparse takes them before or after, not both
     call = given.pop("call")
     try:
-        with memory_told(LESS_MEMORY):
+        with memory_told("Use a host with more, or a smaller configuration."):
             call(**given)
     except ToolkitError as error:
         leave(error)

@@ -5,12 +5,12 @@ toolkit plan machine=h100 --search
 toolkit machines
 """
 
-import json
 import sys
+from json import dumps as as_json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.cli.command import OVERRIDES, Commands, add, console, stem
+from toolkit.cli import OVERRIDES, Commands, add, console, stem
 from toolkit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -61,10 +61,11 @@ def plan(
     for option, number in (("--top", top), ("--world", world)):
         if number is not None and number < 1:
             raise ConfigError(f"{option} {number}: must be 1 or more.")
+    told = console(soft_wrap=True)
     if not search and len(overrides) == 1 and Path(overrides[0]).is_dir():
         from toolkit.train.own_plan import beside
 
-        console(soft_wrap=True).print(beside(Path(overrides[0])))
+        told.print(beside(Path(overrides[0])))
         return
     if calibrate:
         from toolkit.cluster.calibrate import calibrate as measured
@@ -72,31 +73,25 @@ def plan(
         world = measured(overrides, world, console(stderr=True, soft_wrap=True))
     if search:
         _search(overrides, world, json, top or 20, csv, plot)
-    else:
-        _one(overrides, world, json, explain)
-
-
-def _one(overrides: list[str], world: int | None, as_json: bool, explain: bool) -> None:
+        return
     from toolkit.config.compose import compose
     from toolkit.plan.plan import plan
     from toolkit.report.plan import show
 
     found = plan(compose(overrides), world=world)
-    if as_json:
-        print(json.dumps(found.as_json(), indent=1))
+    if json:
+        print(as_json(found.as_json(), indent=1))
     else:
-        show(found, console(soft_wrap=True), explain=explain)
+        show(found, told, explain=explain)
 
 
-def _search(
-    overrides: list[str], world: int | None, as_json: bool, top: int, csv: Path | None, plot: Path | None
-) -> None:
+def _search(overrides: list[str], world: int | None, json: bool, top: int, csv: Path | None, plot: Path | None) -> None:
     from toolkit.plan.search import search
     from toolkit.report import search as report
 
     found = search(overrides, world=world)
-    if as_json:
-        print(json.dumps(report.as_json(found), indent=1))
+    if json:
+        print(as_json(report.as_json(found), indent=1))
     else:
         report.show(found, console(width=250), top=top)  # a terminal breaks lines so that they can be copied
     try:
@@ -109,13 +104,13 @@ def _search(
 
 
 def machines(name: str | None, dtype: "Dtype") -> None:
-    from toolkit.plan import machines
-    from toolkit.report.machines import listing, source
+    from toolkit.plan.machines import table
+    from toolkit.report.plan import machines, source
 
-    every = {m.name: m for m in machines.table()}
+    every = {m.name: m for m in table()}
     if name and name not in every:
         raise ConfigError(f"{name}: no such machine.{nearest(name, every)} Known: {', '.join(every)}.")
     chosen = [every[name]] if name else list(every.values())
     told = console(soft_wrap=True)
-    told.print(listing(chosen, dtype))
+    told.print(machines(chosen, dtype))
     told.print(*map(source, chosen), sep="\n", highlight=False)

@@ -1,5 +1,6 @@
-"""What is made of a run: its weights as a folder, its curves, a pipeline's schedule.
+"""A run's data, and what is made of a run: its weights as a folder, its curves, a pipeline's schedule.
 
+toolkit prepare data=text data.path='texts/*.txt'    # corpus -> token ids, with an audit
 toolkit export runs/bert
 toolkit curves runs/multi30k
 toolkit timeline runs/bert
@@ -8,11 +9,17 @@ toolkit timeline runs/bert
 import os
 from pathlib import Path
 
-from toolkit.cli.command import Commands, add, stem
+from toolkit.cli import OVERRIDES, Commands, add, console, stem
 from toolkit.errors import ConfigError, nearest
 
 
 def add_to(commands: Commands) -> None:
+    command = add(
+        commands, prepare, "prepare a task's data and print what is in it",
+        "toolkit prepare data=text data.path='texts/*.txt'", "toolkit prepare experiment=multi30k data.path=multi30k",
+    )  # fmt: skip
+    command.add_argument("overrides", nargs="*", help=OVERRIDES.format("data.max_length=512"))
+
     command = add(
         commands, export, "write a run's best or newest checkpoint as a Hugging Face folder",
         "toolkit export runs/bert", "toolkit export runs/bert --out models/bert",
@@ -41,6 +48,18 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--out", type=Path, help="where to, without suffix (default: <run>/timeline or ./timeline)")
 
 
+def prepare(overrides: list[str]) -> None:
+    from toolkit.config.compose import compose
+    from toolkit.data.audit import format_audit
+    from toolkit.tasks import task_class
+
+    told, config = console(), compose(overrides)
+    kind = task_class(config.task.kind)
+    prepared = kind.prepare(config, told)
+    lines = [format_audit(prepared.audit)] if "entropy" in prepared.audit else prepared.notes
+    told.print(*lines, f"Prepared {kind.prepares}: {prepared.path}", sep="\n", highlight=False)
+
+
 def export(run: Path, out: Path | None) -> None:
     from toolkit.checkpoint import export
 
@@ -48,19 +67,19 @@ def export(run: Path, out: Path | None) -> None:
 
 
 def curves(runs: list[Path], key: list[str] | None, out: Path | None) -> None:
-    from toolkit.report import curves
+    from toolkit.report import figures
 
-    found = curves.keys(runs)
+    found = figures.keys(runs)
     if missing := [k for k in key or [] if k not in found]:
         raise ConfigError(
             f"--key {missing[0]}: no record has it.{nearest(missing[0], found)} Known: {', '.join(found)}."
         )
     drawn = [k for k in found if k == "loss" or (k.startswith("eval_") and k != "eval_seconds")]
-    chosen = key or [k for k in drawn if any(len(curves.curve(run, k)) > 1 for run in runs)]
+    chosen = key or [k for k in drawn if any(len(figures.curve(run, k)) > 1 for run in runs)]
     if not chosen:
         raise ConfigError(f"{runs[0]}: no run with records (metrics.jsonl). Name a run directory.")
     place = out or runs[0] / "curves"
-    curves.plot({run.name: run for run in runs}, chosen, place)
+    figures.curves({run.name: run for run in runs}, chosen, place)
     print(f"Drawn: {place}.png, {place}.svg")
 
 
@@ -70,50 +89,51 @@ def timeline(
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here; DeepSpeed warns when it finds no GPU
     place = stem(out) if out else (run or Path()) / "timeline"
     if run is None:
-        _draw_schedules(schedule, 4 if stages is None else stages, 8 if micro_batches is None else micro_batches, place)
+        files = _draw_schedules(
+            schedule, 4 if stages is None else stages, 8 if micro_batches is None else micro_batches, place
+        )
     elif schedule or stages is not None or micro_batches is not None:
         raise ConfigError(
             f"{run} has its own schedule, stages and micro-batches: give a run or these options, not both."
         )
     else:
-        _draw_run(run, place)
+        files = _draw_run(run, place)
+    print(f"Drawn: {', '.join(map(str, files))}")
 
 
-def _draw_run(run: Path, out: Path) -> None:
+def _draw_run(run: Path, out: Path) -> list[Path]:
     from toolkit.engine.pipe_events import bubble_share, load, mean_seconds, span
     from toolkit.report.timeline import LABELS, draw
 
     measured = load(run / "timeline.json")
     from toolkit.engine.pipe_schedule import ideal  # DeepSpeed comes with it
 
-    stages, micro_batches = measured.stages, measured.micro_batches
+    stages, micro_batches, label = measured.stages, measured.micro_batches, LABELS[measured.schedule]
     forward, backward = mean_seconds(measured, "forward"), mean_seconds(measured, "backward")
-    schedule = ideal(measured.schedule, stages, micro_batches, forward=forward, backward=backward)
-    label = LABELS[measured.schedule]
-    timelines = {f"{label}, stages of equal speed": schedule, f"{label}, measured": measured.events}
+    equal = ideal(measured.schedule, stages, micro_batches, forward=forward, backward=backward)
+    timelines = {f"{label}, stages of equal speed": equal, f"{label}, measured": measured.events}
     for name, events in timelines.items():
         start, end = span(events)
         print(f"{name}: {100 * bubble_share(events, stages):.1f} % bubbles in {end - start:.4g} s")
     title = f"{run.name}, step {measured.step}: {stages} stages, {micro_batches} micro-batches"
-    print(f"Drawn: {', '.join(map(str, draw(timelines, out, title=title, unit='seconds')))}")
+    return draw(timelines, out, title=title, unit="seconds")
 
 
-def _draw_schedules(names: list[str] | None, stages: int, micro_batches: int, out: Path) -> None:
+def _draw_schedules(names: list[str] | None, stages: int, micro_batches: int, out: Path) -> list[Path]:
     from toolkit.engine.pipe_events import bubble_share
-    from toolkit.engine.pipe_schedule import SCHEDULES, check, ideal
+    from toolkit.engine.pipe_schedule import SCHEDULES, ideal
     from toolkit.report.timeline import LABELS, draw
 
     timelines = {}
     for name in names or SCHEDULES:
         try:
-            check(name, stages, micro_batches)
+            events = ideal(name, stages, micro_batches)
         except ConfigError as error:
             if names or name == "1f1b":
                 raise
             print(f"Left out: {error}")
             continue
-        timelines[LABELS[name]] = ideal(name, stages, micro_batches)
-        print(f"{LABELS[name]}: {100 * bubble_share(timelines[LABELS[name]], stages):.1f} % bubbles")
+        timelines[LABELS[name]] = events
+        print(f"{LABELS[name]}: {100 * bubble_share(events, stages):.1f} % bubbles")
     title = f"{stages} stages, {micro_batches} micro-batches"
-    files = draw(timelines, out, title=title, unit="forward of a stage = 1, backward = 2")
-    print(f"Drawn: {', '.join(map(str, files))}")
+    return draw(timelines, out, title=title, unit="forward of a stage = 1, backward = 2")

@@ -31,7 +31,7 @@ from toolkit.deepspeed.facts import BATCH_KEYS
 from toolkit.errors import ConfigError, OutOfMemory, PlanError, ToolkitError
 from toolkit.job import nvme, ranks
 from toolkit.plan import machines
-from toolkit.plan.plan import plan_for, plan_on
+from toolkit.plan.plan import plan_on
 from toolkit.plan.shapes import model_shape
 from toolkit.plan.speed import product_dtype
 from toolkit.run.files import as_yaml, replace
@@ -60,7 +60,7 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     # What a plan refuses, before anything is started
     shape, device = model_shape(config), "cuda" if cuda else "cpu"
     ds = ds_config.complete(config, world=world, device=device, vocab_size=shape.vocab_size)
-    planned = plan_for(here, config, ds, shape, ranks=world, device=device)
+    planned = plan_on(here, config, ds, shape, ranks=world, device=device)
     path = machines.stored(here)
     if problem := refused(path.parent):
         raise ConfigError(f"{path.parent}: {problem}. Set XDG_CACHE_HOME to a folder that can be written.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from toolkit.plan.layout import Layout
 from toolkit.plan.shapes import LayerShape, ModelShape
 
+BLOCKS = ("encoder", "decoder")
 LAYER_NORM = 8  # mean and reciprocal of the deviation of each token, in fp32
 ID = 8  # int64
 RNG_STATE = {"cpu": 5056, "cuda": 16}  # that recomputing puts back, of each layer
@@ -37,11 +38,11 @@ class Activations:
 
 def activations(shape: ModelShape, layout: Layout, layers: Sequence[LayerShape]) -> Activations:
     """Of these layers and one micro-batch, under recomputation and offload if the layout has them."""
-    tokens = layout.tokens
-    blocks = [block_bytes(shape, layout, layer.kind) for layer in layers if layer.kind in ("encoder", "decoder")]
-    entry = tokens * shape.hidden * layout.bytes  # a block's input
-    embedded = embedding_bytes(shape, layout, tokens) if layers[0].kind == "embeddings" else 0
-    head, loss = head_bytes(shape, layout, tokens) if layers[-1].kind == "head" else (0, 0)
+    blocks = [block_bytes(shape, layout, layer.kind) for layer in layers if layer.kind in BLOCKS]
+    entry = layout.entry_bytes(shape.hidden)
+    embedded = _embedding_bytes(shape, layout) if layers[0].kind == "embeddings" else 0
+    head, loss = _head_bytes(shape, layout) if layers[-1].kind == "head" else (0, 0)
+    operation, backward = _work(shape, layout)
     inside, largest = sum(blocks), max(blocks, default=0)
     each, once, moved = embedded + inside, 0, 0
     said = f"{len(blocks)} layers of {largest:,} B"
@@ -50,40 +51,38 @@ def activations(shape: ModelShape, layout: Layout, layers: Sequence[LayerShape])
         said = f"{len(blocks)} inputs of {entry:,} B and once the inside of a layer, {once:,} B"
     if layout.offload_activations:
         moved = len(blocks) * entry if layout.recompute else inside
-        each, once = embedded, once + entry if layout.recompute else _at_work(shape, layout)
+        each, once = embedded, once + entry if layout.recompute else operation
         said = f"{moved:,} B of {len(blocks)} layers on the host, {once:,} B of the layer at work"
-    backward = _backward_work(shape, layout) if blocks else 0
     formula = f"{said}; embeddings {embedded:,} B; heads {head:,} B"
-    return Activations(each, head, once, moved, loss, backward, formula)
+    return Activations(each, head, once, moved, loss, backward if blocks else 0, formula)
 
 
 def block_bytes(shape: ModelShape, layout: Layout, kind: str) -> int:
-    """A layer of post-norm Transformer: its attention (two in a decoder) and its feed-forward part."""
-    return attention_bytes(shape, layout) * (2 if kind == "decoder" else 1) + feed_forward_bytes(shape, layout)
+    """Of an encoder's layer, or of a decoder's, which has attention twice."""
+    attention = _attention_bytes(shape, layout)
+    return attention * (2 if kind == "decoder" else 1) + _feed_forward_bytes(shape, layout)
 
 
-def feed_forward_bytes(shape: ModelShape, layout: Layout) -> int:
+def _feed_forward_bytes(shape: ModelShape, layout: Layout) -> int:
     """Input, the activation function's input and output (ReLU's output alone), the sum that LayerNorm reads."""
     inner = shape.intermediate // layout.tensor * (1 if layout.act == "relu" else 2)
     per_token = (inner + 2 * shape.hidden) * layout.bytes + shape.hidden * _mask(layout) + LAYER_NORM
     return layout.tokens * per_token
 
 
-def attention_bytes(shape: ModelShape, layout: Layout) -> int:
+def _attention_bytes(shape: ModelShape, layout: Layout) -> int:
     """Input, the heads' output, the sum that LayerNorm reads; query, key, value and what else the kernel saves."""
-    rows, length = layout.micro * layout.sequences, layout.length
     h, heads, size = shape.hidden, shape.heads // layout.tensor, layout.bytes
-    inner = h // layout.tensor
+    inner, squares = h // layout.tensor, layout.rows * layout.length**2
     per_token = (2 * h + inner) * size + h * _mask(layout) + LAYER_NORM
-    squares = rows * length * length
     if fused(layout):
         # q, k, v; the logarithm of the sums; the padding mask as numbers, made anew in each layer
-        kernel = rows * length * (3 * inner * size + 4 * heads) + squares * size
+        kernel = layout.tokens * (3 * inner * size + 4 * heads) + squares * size
     else:
         inside = 4 if layout.device == "cpu" and layout.attention == "sdpa" else size  # its unfused path is fp32
         dropped = inside + _mask(layout, inside) if layout.attention_dropout else 0
-        kernel = rows * length * 3 * inner * inside + squares * heads * (inside + dropped)
-    return rows * length * per_token + kernel
+        kernel = layout.tokens * 3 * inner * inside + squares * heads * (inside + dropped)
+    return layout.tokens * per_token + kernel
 
 
 def fused(layout: Layout) -> bool:
@@ -91,44 +90,34 @@ def fused(layout: Layout) -> bool:
     return layout.attention != "eager" and not (layout.device == "cpu" and layout.attention_dropout)
 
 
-def embedding_bytes(shape: ModelShape, layout: Layout, tokens: int) -> int:
+def _embedding_bytes(shape: ModelShape, layout: Layout) -> int:
     """The sum that LayerNorm reads, the dropout's mask, and ids: of words, and of BERT's types."""
     if shape.type == "marian":  # both sides, without LayerNorm
-        return 2 * tokens * (shape.hidden * _mask(layout) + ID)
-    return tokens * (shape.hidden * (layout.bytes + _mask(layout)) + LAYER_NORM + 2 * ID)
+        return 2 * layout.tokens * (shape.hidden * _mask(layout) + ID)
+    return layout.tokens * (shape.hidden * (layout.bytes + _mask(layout)) + LAYER_NORM + 2 * ID)
 
 
-def head_bytes(shape: ModelShape, layout: Layout, tokens: int) -> tuple[int, int]:
+def _head_bytes(shape: ModelShape, layout: Layout) -> tuple[int, int]:
     """(kept, and what the loss takes while its backward pass begins)."""
-    rows = layout.micro * layout.sequences
-    predicted = rows * layout.predictions
-    logits = 2 * 4 * predicted * shape.vocab_size  # gradients of the loss and of the logarithm, in fp32
+    predicted, hidden = layout.rows * layout.predictions, shape.hidden * layout.bytes
     probabilities = 4 * predicted * shape.vocab_size
-    last = tokens * shape.hidden * layout.bytes  # the last hidden states
-    if shape.type == "marian":
-        return last + probabilities, logits
-    transform = predicted * (4 * shape.hidden * layout.bytes + LAYER_NORM + ID)
-    return last + transform + probabilities + 2 * rows * shape.hidden * layout.bytes, logits
+    kept = layout.entry_bytes(shape.hidden) + probabilities  # the last hidden states are the head's input
+    if shape.type == "bert":
+        kept += predicted * (4 * hidden + LAYER_NORM + ID) + 2 * layout.rows * hidden
+    return kept, 2 * probabilities  # gradients of the loss and of the logarithm, in fp32
 
 
-def _at_work(shape: ModelShape, layout: Layout) -> int:
-    """What the largest operation of a layer has on the device while the rest of the layer is on the host."""
-    entry, inner, matrix = _sizes(shape, layout)
-    return entry + max(2 * inner, 2 * matrix + entry)
+def _work(shape: ModelShape, layout: Layout) -> tuple[int, int]:
+    """(What a layer's largest operation has on the device while the rest is on the host, gradients within the last).
 
-
-def _backward_work(shape: ModelShape, layout: Layout) -> int:
-    """Gradients within the last layer: of its feed-forward part, or of its attention when that part's are gone."""
-    entry, inner, matrix = _sizes(shape, layout)
-    return max(2 * inner + entry, 3 * matrix + 4 * entry - feed_forward_bytes(shape, layout))
-
-
-def _sizes(shape: ModelShape, layout: Layout) -> tuple[int, int, int]:
-    """Bytes of a layer's input, of its feed-forward part's inside, of its attention matrices where they are written."""
-    matrix = layout.micro * layout.sequences * layout.length**2 * (shape.heads // layout.tensor)
-    written = 0 if fused(layout) else 4 if layout.device == "cpu" else layout.bytes
+    The latter are of its feed-forward part, or of its attention when that part's are gone.
+    """
+    entry = layout.entry_bytes(shape.hidden)
     inner = layout.tokens * (shape.intermediate // layout.tensor) * layout.bytes
-    return layout.tokens * shape.hidden * layout.bytes, inner, matrix * written
+    written = 0 if fused(layout) else 4 if layout.device == "cpu" else layout.bytes
+    matrix = layout.rows * layout.length**2 * (shape.heads // layout.tensor) * written
+    backward = max(2 * inner + entry, 3 * matrix + 4 * entry - _feed_forward_bytes(shape, layout))
+    return entry + max(2 * inner, 2 * matrix + entry), backward
 
 
 def _mask(layout: Layout, size: int | None = None) -> int:

@@ -20,10 +20,10 @@ from toolkit.errors import ConfigError, PlanError
 
 def table() -> list[Machine]:
     """Every machine of conf/machine, oldest first; ``this`` is none."""
-    from omegaconf import OmegaConf
+    import yaml
 
     files = [f for f in (conf_dir() / "machine").glob("*.yaml") if f.stem != "this"]
-    machines = [Machine.model_validate(OmegaConf.to_container(OmegaConf.load(f))) for f in files]
+    machines = [Machine.model_validate(yaml.safe_load(f.read_text())) for f in files]
     return sorted(machines, key=lambda m: (m.year or 0, m.bandwidth_gbs or 0, m.name))
 
 
@@ -76,11 +76,11 @@ def stored(machine: Machine) -> Path:
 
 
 def calibrated(machine: Machine, given: Collection[str]) -> Machine:
-    """``machine`` with the rates that are stored for it, but for the keys ``given``. Raises PlanError."""
+    """The host at hand with the rates that are stored for it, but for the keys ``given``. Raises PlanError."""
     from yaml import YAMLError
 
     path = stored(machine)
-    if not path.exists():
+    if machine.name != "this" or machine.measured or not path.exists():
         return machine
     try:
         found = parsed(path.read_text())
@@ -125,14 +125,9 @@ def peak_tflops(machine: Machine, dtype: Dtype, device_name: str | None) -> floa
 
 @lru_cache
 def measured_tflops(
-    dtype: Dtype,
-    size: int = 1024,
-    repeats: int = 10,
-    device: str = "cpu",
-    at_once: int = 1,
-    seconds: float = float("inf"),
+    dtype: Dtype, size: int = 1024, device: str = "cpu", at_once: int = 1, seconds: float = float("inf")
 ) -> float:
-    """Of products of two square matrices, the best of ``repeats`` times ``at_once``, with this process's threads.
+    """Of products of two square matrices, the best of ten times ``at_once``, with this process's threads.
 
     After ``seconds`` no further repeat begins. tf32 is the caller's to set, by torch.set_float32_matmul_precision.
     """
@@ -142,7 +137,7 @@ def measured_tflops(
     a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in "ab")  # no draws: dropout's come next
     wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     best, end = float("inf"), time.perf_counter() + seconds
-    for repeat in range(repeats + 1):  # the first one warms up
+    for repeat in range(11):  # the first one warms up
         wait()
         start = time.perf_counter()
         if repeat > 1 and start > end:

@@ -12,16 +12,14 @@ in fp32 where it is told to (4 bytes instead of 2: 18), keeps those in bf16 besi
 half precision into fp32 for the optimizer (20).
 """
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from functools import cached_property, partial
+from math import ceil, prod
 
 from toolkit.plan.activations import activations
-from toolkit.plan.elements import Elements
-from toolkit.plan.layout import BYTES, Layout
-from toolkit.plan.shapes import LayerShape, ModelShape
-from toolkit.plan.stages import stages
+from toolkit.plan.layout import BYTES, Elements, Layout, elements
+from toolkit.plan.shapes import ModelShape
 
 MOMENTS = {
     "b": "the loss begins the backward pass",
@@ -30,6 +28,7 @@ MOMENTS = {
     "o": "the optimizer works",
 }
 ALL = "bgro"
+PLACE = {"none": "device", "cpu": "host", "nvme": "nvme"}
 ALLREDUCE = 500_000_000  # elements that stage 0 flattens at a time (runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE)
 
 
@@ -55,7 +54,7 @@ class Memory:
     def at(self, moment: str) -> tuple[Part, ...]:
         return tuple(p for p in self.parts if p.place == "device" and moment in p.moments)
 
-    @functools.cached_property
+    @cached_property
     def moment(self) -> str:
         """When the device holds most."""
         return max(MOMENTS, key=lambda m: sum(p.bytes for p in self.at(m)))
@@ -63,6 +62,12 @@ class Memory:
     @property
     def at_peak(self) -> tuple[Part, ...]:
         return self.at(self.moment)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Bytes at the peak by group."""
+        groups = dict.fromkeys(p.group for p in self.at_peak)
+        return {group: sum(p.bytes for p in self.at_peak if p.group == group) for group in groups}
 
     @property
     def peak(self) -> int:
@@ -79,20 +84,13 @@ class Memory:
 
 def memory_of(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> Memory:
     """Of a rank of this pipe stage. What the CUDA context and the allocator take is not in it: see assumptions."""
-    layers = stages(shape, count=layout.pipe, how=layout.partition)[pipe_stage]
-    own = Elements.of(layers, layout)
+    own = elements(shape, layout, pipe_stage)
     rules = {0: _stage0, 1: _bf16_optimizer if layout.bf16_optimizer else _stage1_2, 2: _stage1_2, 3: _stage3}
-    found = [*rules[layout.stage](own, layout), *_activations(shape, layout, layers, pipe_stage, _left(own, layout))]
+    found = (*rules[layout.stage](own, layout), *_activations(own, shape, layout, pipe_stage))
     return Memory(tuple(p for p in found if p.bytes))
 
 
-def _left(own: Elements, layout: Layout) -> float:
-    """Of the backward pass, when the first bucket is full; without buckets all is reduced after it."""
-    buckets = layout.stage > 0 and layout.pipe == 1 and not layout.bf16_optimizer
-    return max(0.0, 1 - layout.zero["reduce_bucket_size"] / own.count) if buckets else 0.0
-
-
-def _part(group: str, name: str, count: float, size: float, *, why: str = "", moments: str = ALL, place: str = "device",
+def _part(group: str, name: str, count: float, size: float, why: str = "", moments: str = ALL, place: str = "device",
           pinned: bool = False) -> Part:  # fmt: skip
     formula = f"{int(count):,} x {size:g} B" + (f": {why}" if why else "")
     return Part(name, group, place, int(count * size), formula, moments, pinned)
@@ -104,12 +102,12 @@ def _stage0(own: Elements, layout: Layout) -> Iterator[Part]:
     before = ALL if layout.accumulation > 1 else "ro"
     yield _part("gradients", "gradients", count, size, moments=before)
     if layout.dtype != "fp32":  # runtime/fp16/fused_optimizer.py
-        yield _part("optimizer", "master weights", count, 4, why="fp32")
-        yield _part("workspace", "fp32 gradients", own.group, 4, why="one group at a time", moments="o")
-    yield _part("optimizer", "optimizer states", count * own.states, 4, why=layout.optimizer)
+        yield _part("optimizer", "master weights", count, 4, "fp32")
+        yield _part("workspace", "fp32 gradients", own.group, 4, "one group at a time", "o")
+    yield _part("optimizer", "optimizer states", count * own.states, 4, layout.optimizer)
     if layout.data > 1:
         flat = min(count, ALLREDUCE)
-        yield _part("buffers", "all-reduce buffer", flat, size, why="gradients flattened", moments="r")
+        yield _part("buffers", "all-reduce buffer", flat, size, "gradients flattened", "r")
         if layout.communication_dtype != layout.dtype:
             yield _part("buffers", "all-reduce copy", flat, BYTES[layout.communication_dtype], moments="r")
     yield from _torch_work(own, layout, count)
@@ -117,50 +115,44 @@ def _stage0(own: Elements, layout: Layout) -> Iterator[Part]:
 
 def _stage1_2(own: Elements, layout: Layout) -> Iterator[Part]:
     """runtime/zero/stage_1_and_2.py."""
-    count, size, shard = own.count, layout.bytes, own.shard(layout)
+    count, size, shard, share = own.count, layout.bytes, own.shard(layout), f"of {layout.data} shares"
     sums, wire = BYTES[layout.accumulation_dtype], BYTES[layout.communication_dtype]
     apart = layout.accumulation_dtype != layout.dtype  # sums in a type of their own
-    offload, several = layout.offload != "none", layout.accumulation > 1
-    share = f"of {layout.data} shares"
-    yield _part("weights", "weights", count + own.frozen, size, why="flat, whole on every rank")
+    several = layout.accumulation > 1
+    yield _part("weights", "weights", count + own.frozen, size, "flat, whole on every rank")
     yield from _master(own, layout, shard)
     bucket, staged = layout.zero["reduce_bucket_size"], sums if layout.stage == 1 and apart else size
     buffers = 2 if layout.overlap or layout.pipe > 1 else 1
     first = 1 if layout.pipe > 1 else buffers  # a pipeline makes the second one when it reduces
     said = f"{first} bucket{'s' * (first > 1)}"
     if several and layout.stage == 1:
-        yield _part("gradients", "gradients", count, sums, why="summed whole, reduced once a step", moments="bg")
+        yield _part("gradients", "gradients", count, sums, "summed whole, reduced once a step", "bg")
         left = count - own.touched(layout)  # they go as they are reduced
-        yield _part("gradients", "gradients", left, sums, why="but for this rank's", moments="r")
-        yield _part("buffers", "reduction buckets", first * bucket, staged, why=f"{said}, kept", moments="b")
-    yield _part("buffers", "reduction buckets", first * bucket, staged, why=said, moments="g")
-    yield _part("buffers", "reduction buckets", buffers * bucket, staged, why=f"{buffers} buckets", moments="r")
+        yield _part("gradients", "gradients", left, sums, "but for this rank's", "r")
+        yield _part("buffers", "reduction buckets", first * bucket, staged, f"{said}, kept", "b")
+    yield _part("buffers", "reduction buckets", first * bucket, staged, said, "g")
+    yield _part("buffers", "reduction buckets", buffers * bucket, staged, f"{buffers} buckets", "r")
     yield _part("workspace", "bucket while reduced", min(bucket, count), wire, moments="r")
     yield _part("workspace", "largest gradient", own.largest, size, moments="r")
     after = ALL if several and layout.stage == 2 else "ro" if layout.pipe > 1 else "gro"
     if apart:
-        yield _part("gradients", "gradient sums", shard, sums, why=share, moments=after)
-    elif not offload:
+        yield _part("gradients", "gradient sums", shard, sums, share, after)
+    elif layout.offload == "none":
         touched = own.touched(layout)
-        yield _part("gradients", "gradient sums", touched, sums, why="whole parameters, " + share, moments=after)
+        yield _part("gradients", "gradient sums", touched, sums, "whole parameters, " + share, after)
         if several and layout.stage == 2:
-            yield _part("gradients", "gradients of a micro-batch", touched, size, why=share, moments="r")
-    if offload:
-        yield from _offload1_2(own, layout, shard, accumulates=several and layout.stage == 2 and not apart)
-    else:
-        yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
+            yield _part("gradients", "gradients of a micro-batch", touched, size, share, "r")
+    if layout.offload == "none":
+        yield _part("workspace", "flat gradients", own.group / layout.data, 4, "one group at a time", "o")
         yield from _torch_work(own, layout, shard)
-
-
-def _offload1_2(own: Elements, layout: Layout, shard: int, accumulates: bool) -> Iterator[Part]:
-    size = layout.bytes
-    host = functools.partial(_part, place="host", pinned=layout.pinned)
-    yield _part("buffers", "gradient on its way", own.largest, size, why="largest parameter")
-    yield host("gradients", "host gradients", shard, 4, why="fp32, of this rank's share")
+        return
+    host = partial(_part, place="host", pinned=layout.pinned)
+    yield _part("buffers", "gradient on its way", own.largest, size, "largest parameter")
+    yield host("gradients", "host gradients", shard, 4, "fp32, of this rank's share")
     yield host("buffers", "host weights to send", shard, size)
     yield host("buffers", "host gradient on its way", own.largest, size)
-    if accumulates:
-        yield host("gradients", "host gradient sums", own.touched(layout), size, why="over micro-batches")
+    if several and layout.stage == 2 and not apart:
+        yield host("gradients", "host gradient sums", own.touched(layout), size, "over micro-batches")
 
 
 def _bf16_optimizer(own: Elements, layout: Layout) -> Iterator[Part]:
@@ -168,7 +160,7 @@ def _bf16_optimizer(own: Elements, layout: Layout) -> Iterator[Part]:
     count, shard = own.count, own.shard(layout)
     yield _part("weights", "weights", count + own.frozen, layout.bytes)
     yield from _master(own, layout, shard)
-    yield _part("gradients", "gradient sums", count, 4, why="fp32, whole on every rank")
+    yield _part("gradients", "gradient sums", count, 4, "fp32, whole on every rank")
     before = ALL if layout.accumulation > 1 else "ro"
     yield _part("gradients", "gradients", count, layout.bytes, moments=before)
     if layout.data > 1:
@@ -177,59 +169,47 @@ def _bf16_optimizer(own: Elements, layout: Layout) -> Iterator[Part]:
 
 
 def _stage3(own: Elements, layout: Layout) -> Iterator[Part]:
-    """runtime/zero/stage3.py and partitioned_param_coordinator.py."""
-    size, shard, zero = layout.bytes, own.shard(layout), layout.zero
+    """runtime/zero/stage3.py and partitioned_param_coordinator.py; runtime/swap_tensor for NVMe."""
+    size, shard, zero, share = layout.bytes, own.shard(layout), layout.zero, f"of {layout.data} shares"
     sums, wire = BYTES[layout.accumulation_dtype], BYTES[layout.communication_dtype]
-    offload = layout.offload != "none"
-    share = f"of {layout.data} shares"
     whole = sum(s for s in own.sizes if s <= zero["stage3_param_persistence_threshold"])
-    place = {"none": "device", "cpu": "host", "nvme": "nvme"}
-    frozen = ceil(own.frozen / layout.data)
-    yield _part("weights", "weights", shard + frozen, size, why=share, place=place[layout.offload_params],
-                pinned=layout.offload_params == "cpu" and layout.pinned)  # fmt: skip
-    yield _part("weights", "whole weights", whole, size, why="never shared: below the persistence threshold")
+    pinned = layout.offload_params == "cpu" and layout.pinned
+    yield _part("weights", "weights", shard + ceil(own.frozen / layout.data), size, share,
+                place=PLACE[layout.offload_params], pinned=pinned)  # fmt: skip
+    yield _part("weights", "whole weights", whole, size, "never shared: below the persistence threshold")
     # The prefetcher passes over weights that are there and keeps them for their next use: all stay to the end
     live = min(own.count - whole, max(zero["stage3_max_live_parameters"], own.largest))
-    yield _part("weights", "gathered weights", live, size, why="up to stage3_max_live_parameters", moments="bg")
+    yield _part("weights", "gathered weights", live, size, "up to stage3_max_live_parameters", "bg")
     ahead = min(live, own.largest + zero["stage3_prefetch_bucket_size"])
     still = max(ahead, live * _left(own, layout))
-    yield _part("weights", "gathered weights", still, size, why="for the rest of the backward pass", moments="r")
+    yield _part("weights", "gathered weights", still, size, "for the rest of the backward pass", "r")
     yield from _master(own, layout, shard)
-    yield _part("gradients", "gradient sums", shard, sums, why=share, place="host" if offload else "device",
-                pinned=layout.pinned)  # fmt: skip
-    yield _part("buffers", "reduction buckets", zero["reduce_bucket_size"], wire, why="one bucket")
+    summed = "device" if layout.offload == "none" else "host"
+    yield _part("gradients", "gradient sums", shard, sums, share, place=summed, pinned=layout.pinned)
+    yield _part("buffers", "reduction buckets", zero["reduce_bucket_size"], wire, "one bucket")
     yield _part("workspace", "bucket while reduced", min(zero["reduce_bucket_size"], own.count), wire, moments="r")
     yield _part("workspace", "largest gradient", own.largest, size, moments="r")
     if layout.offload == "cpu":
-        yield _part("gradients", "host gradients", shard, 4, why="fp32", place="host", pinned=layout.pinned)
+        yield _part("gradients", "host gradients", shard, 4, "fp32", place="host", pinned=layout.pinned)
     elif layout.offload == "none":
-        yield _part("workspace", "flat gradients", own.group / layout.data, 4, why="one group at a time", moments="o")
+        yield _part("workspace", "flat gradients", own.group / layout.data, 4, "one group at a time", "o")
         yield from _torch_work(own, layout, shard)
-    if "nvme" in (layout.offload, layout.offload_params):
-        yield from _swap_buffers(own, layout)
+    # Pinned memory through which everything goes to and from NVMe
+    host = partial(_part, "buffers", place="host", pinned=True)
+    if layout.offload == "nvme":
+        yield host("swap buffers", layout.swap_buffers * ceil(own.largest / layout.data), 4, "optimizer")
+    if layout.offload_params == "nvme":
+        yield host("weight swap buffers", prod(layout.param_swap), size)
 
 
 def _master(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
     """Weights in fp32 and the optimizer's states; on NVMe the gradients lie beside them."""
-    place = {"none": "device", "cpu": "host", "nvme": "nvme"}[layout.offload]
-    share = f"of {layout.data} shares"
+    place, share = PLACE[layout.offload], f"of {layout.data} shares"
     pinned = place == "host" and layout.pinned and layout.stage < 3
-    yield _part("optimizer", "master weights", shard, 4, why=f"fp32, {share}", place=place, pinned=pinned)
-    yield _part("optimizer", "optimizer states", shard * own.states, 4, why=f"{layout.optimizer}, {share}", place=place)
+    yield _part("optimizer", "master weights", shard, 4, f"fp32, {share}", place=place, pinned=pinned)
+    yield _part("optimizer", "optimizer states", shard * own.states, 4, f"{layout.optimizer}, {share}", place=place)
     if place == "nvme":
-        yield _part("gradients", "swapped gradients", shard, 4, why=share, place=place)
-
-
-def _swap_buffers(own: Elements, layout: Layout) -> Iterator[Part]:
-    """runtime/swap_tensor: pinned memory through which everything goes to and from NVMe."""
-    if layout.offload == "nvme":
-        part = ceil(own.largest / layout.data)
-        yield _part(
-            "buffers", "swap buffers", layout.swap_buffers * part, 4, why="optimizer", place="host", pinned=True
-        )
-    if layout.offload_params == "nvme":
-        count, elements = layout.param_swap
-        yield _part("buffers", "weight swap buffers", count * elements, layout.bytes, place="host", pinned=True)
+        yield _part("gradients", "swapped gradients", shard, 4, share, place=place)
 
 
 def _torch_work(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
@@ -238,23 +218,26 @@ def _torch_work(own: Elements, layout: Layout, shard: int) -> Iterator[Part]:
         yield _part("workspace", "optimizer's work", own.group * shard / max(1, own.count), 4, moments="o")
 
 
-def _activations(
-    shape: ModelShape, layout: Layout, layers: Sequence[LayerShape], pipe_stage: int, left: float
-) -> Iterator[Part]:
-    kept = activations(shape, layout, layers)
+def _left(own: Elements, layout: Layout) -> float:
+    """Of the backward pass, when the first bucket is full; without buckets all is reduced after it."""
+    buckets = layout.stage > 0 and layout.pipe == 1 and not layout.bf16_optimizer
+    return max(0.0, 1 - layout.zero["reduce_bucket_size"] / own.count) if buckets else 0.0
+
+
+def _activations(own: Elements, shape: ModelShape, layout: Layout, pipe_stage: int) -> Iterator[Part]:
+    kept, left, cuda = activations(shape, layout, own.layers), _left(own, layout), layout.device == "cuda"
     waiting = {"1f1b": min(layout.pipe - pipe_stage, layout.accumulation), "gpipe": layout.accumulation}
     flight = waiting[layout.schedule] if layout.pipe > 1 else 1
     why = f"{flight} micro-batch{'es' * (flight > 1)} of {layout.micro}: {kept.formula}"
     begin = flight * (kept.each + kept.head)
-    yield Part("activations", "activations", "device", begin, why, "b")
-    yield Part("activations", "activations", "device", begin - kept.head + kept.once, why, "g")
-    yield Part(
-        "activations", "activations", "device", int(left * kept.each) + kept.once, f"{left:.0%} left: {why}", "r"
-    )
-    yield Part("moved activations", "activations", "host", flight * kept.moved, why, "bg", layout.device == "cuda")
+    held = partial(Part, "activations", "activations", "device")
+    yield held(begin, why, "b")
+    yield held(begin - kept.head + kept.once, why, "g")
+    yield held(int(left * kept.each) + kept.once, f"{left:.0%} left: {why}", "r")
+    yield Part("moved activations", "activations", "host", flight * kept.moved, why, "bg", cuda)
     yield Part("work of the loss", "workspace", "device", kept.loss, "two gradients of the logits in fp32", "b")
     yield Part("work of a layer", "workspace", "device", kept.backward, "gradients within the last layer", "g")
     if layout.pipe > 1:
         count = (flight if pipe_stage < layout.pipe - 1 else 0) + 1
-        size = layout.tokens * shape.hidden * layout.bytes
-        yield _part("buffers", "between pipe stages", count, size, why="outputs and a gradient", moments="bgr")
+        yield _part("buffers", "between pipe stages", count, layout.entry_bytes(shape.hidden), "outputs and a gradient",
+                    "bgr")  # fmt: skip

@@ -8,22 +8,11 @@ fp32). What DeepSpeed 0.19.8 holds differs, see toolkit/plan/memory.py.
 """
 
 
-def zero_bytes(parameters: float, *, stage: int, world: int, optimizer: float = 12) -> float:
-    """Bytes of model states on each of ``world`` devices; ``optimizer`` is the paper's K."""
-    return parameters * zero_bytes_per_parameter(stage=stage, world=world, optimizer=optimizer)
-
-
-def zero_bytes_per_parameter(*, stage: int, world: int, optimizer: float = 12) -> float:
-    """Each stage shares out one thing more: optimizer states, gradients, weights."""
-    weights, gradients, states = (
-        size / world if stage >= first else size for first, size in ((3, 2), (2, 2), (1, optimizer))
-    )
-    return weights + gradients + states
-
-
-def zero_largest(memory: float, *, stage: int, world: int, optimizer: float = 12) -> float:
-    """The most parameters whose states fit into ``memory`` bytes of each device."""
-    return memory / zero_bytes_per_parameter(stage=stage, world=world, optimizer=optimizer)
+def zero_bytes(parameters: float, *, stage: int, world: int) -> float:
+    """Bytes of model states on each of ``world`` devices; each stage shares out one thing more."""
+    shared_from = ((3, 2), (2, 2), (1, 12))
+    weights, gradients, states = (size / world if stage >= first else size for first, size in shared_from)
+    return parameters * (weights + gradients + states)
 
 
 def zero_volume(parameters: float, *, stage: int) -> float:

@@ -38,7 +38,6 @@ AXES = {
 GROUPS = ("weights", "gradients", "optimizer", "buffers", "activations", "workspace")
 LAYOUT = ("stage", "offload", "offload_params", "recompute", "offload_activations", "pipe", "tensor", "data", "micro",
           "accumulation")  # fmt: skip
-PLACES = {"memory_gib": "device", "host_memory_gib": "host", "nvme_gib": "nvme"}
 RATES = ("samples_per_second", "tokens_per_second", "step_seconds", "mfu")
 MICRO_RULES = {"batch_split", "batch_twice", "dualpipev_micro_batches"}  # that another micro-batch may keep
 
@@ -58,7 +57,7 @@ class Candidate:
     @property
     def over(self) -> tuple[str, float]:
         """The place (device, host, nvme) that lacks most and how many GiB; below 0, what is left there."""
-        known = [(PLACES[key], need - limit) for key, (need, limit) in self.plan.needs.items() if limit is not None]
+        known = [(place, need - limit) for place, (need, limit) in self.plan.needs.items() if limit is not None]
         return max(known, key=lambda found: found[1], default=("device", -inf))
 
     def as_row(self) -> dict[str, Any]:
@@ -66,17 +65,17 @@ class Candidate:
         plan, (place, over) = self.plan, self.over
         place = place if over > 0 else "device"
         parts = plan.memory.at_peak if place == "device" else [p for p in plan.memory.parts if p.place == place]
-        groups = {f"{g}_gib": sum(p.bytes for p in plan.memory.at_peak if p.group == g) / GIB for g in GROUPS}
-        return (
-            {"overrides": shlex.join(self.overrides), "fits": plan.fits}
-            | {name: getattr(plan.layout, name) for name in LAYOUT}
-            | {name: getattr(plan.speed, name) for name in RATES}
-            | {"hours": plan.hours, "unknown": " ".join(plan.speed.unknown)}
-            | {"device_gib": plan.device_gib, "left_gib": plan.left_gib, "host_gib": plan.host_gib}
-            | {"nvme_gib": plan.nvme_gib, "over_gib": max(0.0, over), "over_of": place if over > 0 else None}
-            | {"largest_part": max(parts, key=lambda part: part.bytes).name if parts else None}
-            | {**groups, "context_gib": plan.device_gib - sum(groups.values())}
-        )
+        groups = {f"{group}_gib": plan.memory.groups.get(group, 0) / GIB for group in GROUPS}
+        return {
+            "overrides": shlex.join(self.overrides), "fits": plan.fits,
+            **{name: getattr(plan.layout, name) for name in LAYOUT},
+            **{name: getattr(plan.speed, name) for name in RATES},
+            "hours": plan.hours, "unknown": " ".join(plan.speed.unknown),
+            "device_gib": plan.device_gib, "left_gib": plan.left_gib, "host_gib": plan.host_gib,
+            "nvme_gib": plan.nvme_gib, "over_gib": max(0.0, over), "over_of": place if over > 0 else None,
+            "largest_part": max(parts, key=lambda part: part.bytes).name if parts else None,
+            **groups, "context_gib": plan.device_gib - sum(groups.values()),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,20 @@ def _layouts(
     overrides: list[str], base: RunConfig, fixed: set[str], ranks: int
 ) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
     """(what is typed for it, configuration) of each layout, legal or not, with the micro-batch still to be chosen."""
-    zeros, offloads, activations = (_options(axis, fixed) for axis in ("zero", "offload", "activation"))
+
+    def typed_for(group: str) -> list[tuple[str, ...]]:
+        files = sorted((conf_dir() / group).glob("*.yaml"))
+        return [()] if group in fixed else [(f"{group}={file.stem}",) for file in files]
+
+    zeros, offloads, activations = map(typed_for, ("zero", "offload", "activation"))
     kept = {a: (compose([*overrides, *a]) if a else base).activation for a in activations}
-    tensors = {(): {}} if "parallel" in fixed else _tensors(overrides, ranks)
+    tensors: dict[tuple[str, ...], dict[str, Any]] = {(): {}}  # what it changes in the DeepSpeed config
+    if "parallel" not in fixed:
+        preset = compose([*overrides, "parallel=tensor"]).deepspeed["tensor_parallel"]
+        tensors = {("parallel=none",): {}}
+        for size in divisors(ranks)[1:]:
+            more = [f"deepspeed.tensor_parallel.autotp_size={size}"] * (size != preset["autotp_size"])
+            tensors[("parallel=tensor", *more)] = {"tensor_parallel": preset | {"autotp_size": size}}
     whole = next(iter(tensors))
     stages = [base.pipeline.stages] if "pipeline" in fixed else divisors(ranks)
     usual = {f"{group}={option}" for group, option in options(overrides).items() if group != "zero"}
@@ -154,22 +164,28 @@ def _layouts(
             yield tuple(o for o in typed if o not in usual), composed.model_copy(update=update)
 
 
-def _tensors(overrides: list[str], ranks: int) -> dict[tuple[str, ...], dict[str, Any]]:
-    """What is typed for every tensor size, the first for none, and what it changes in the DeepSpeed config."""
-    block = compose([*overrides, "parallel=tensor"]).deepspeed["tensor_parallel"]
-    found: dict[tuple[str, ...], dict[str, Any]] = {("parallel=none",): {}}
-    for size in divisors(ranks)[1:]:
-        more = [f"deepspeed.tensor_parallel.autotp_size={size}"] * (size != block["autotp_size"])
-        found[("parallel=tensor", *more)] = {"tensor_parallel": block | {"autotp_size": size}}
-    return found
-
-
 def _plans(
     config: RunConfig, micros: list[int], refused: Counter[str], *, machine: Machine, shape: ModelShape, ranks: int,
     device: str,
 ) -> Iterator[Plan]:  # fmt: skip
-    """Of these micro-batches, largest first, the largest that fits and the powers of two. Raises PlanError."""
-    legal = dict(_legal(config, micros, refused, shape=shape, ranks=ranks, device=device))
+    """Of the legal ones of these micro-batches, largest first, the largest that fits and the powers of two.
+
+    Raises PlanError.
+    """
+    legal: dict[int, tuple[RunConfig, dict[str, Any]]] = {}  # with its configuration, completed
+    ds: dict[str, Any] = {}
+    given = any(key in config.deepspeed for key in BATCH_KEYS)
+    for micro in micros:
+        tried = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": micro})})
+        if not ds or given:  # all rules are asked until one is legal
+            completed = ds_config.examine(tried, world=ranks, device=device, vocab_size=shape.vocab_size)
+            refused.update([*dict.fromkeys(problem.text for problem in completed.problems)])
+            if {problem.rule for problem in completed.problems} - MICRO_RULES:
+                break
+            if completed.problems:
+                continue
+            ds = completed.ds
+        legal[micro] = tried, ds | ds_config.batch_sizes(tried, ranks // config.split)
 
     @cache
     def planned(micro: int) -> Plan:
@@ -180,34 +196,10 @@ def _plans(
 
     found = list(legal)
     # Memory grows with the micro-batch, but for the largest: with one a step no gradients wait for the next
-    best = 0 if found and fits(found[0]) else bisect_left(found, True, lo=1, key=fits) if found else 0
+    best = 0 if found and fits(found[0]) else bisect_left(found, True, lo=1, key=fits)
     for at, micro in enumerate(found):
         if at == best or len(micros) == 1 or micro & (micro - 1) == 0:
             yield planned(micro)
-
-
-def _legal(
-    config: RunConfig, micros: list[int], refused: Counter[str], *, shape: ModelShape, ranks: int, device: str
-) -> Iterator[tuple[int, tuple[RunConfig, dict[str, Any]]]]:
-    """Each legal micro-batch with its configuration, completed. All rules are asked until one is legal."""
-    ds: dict[str, Any] = {}
-    given = any(key in config.deepspeed for key in BATCH_KEYS)
-    for micro in micros:
-        tried = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": micro})})
-        if not ds or given:
-            completed = ds_config.examine(tried, world=ranks, device=device, vocab_size=shape.vocab_size)
-            refused.update([*dict.fromkeys(problem.text for problem in completed.problems)])
-            if {problem.rule for problem in completed.problems} - MICRO_RULES:
-                return
-            if completed.problems:
-                continue
-            ds = completed.ds
-        yield micro, (tried, ds | ds_config.batch_sizes(tried, ranks // config.split))
-
-
-def _options(group: str, fixed: set[str]) -> list[tuple[str, ...]]:
-    """What is typed for each option of the group; nothing if it is fixed."""
-    return [()] if group in fixed else [(f"{group}={f.stem}",) for f in sorted((conf_dir() / group).glob("*.yaml"))]
 
 
 def _micros(config: RunConfig, ranks: int) -> list[int]:

@@ -1,11 +1,11 @@
-"""How large a model is: every parameter by name and shape, layer by layer, from the keys or a Hugging Face config.json.
+"""How large a model is: every parameter's shape, layer by layer, from the keys or a Hugging Face config.json.
 
 shape = model_shape(config)                  # of config.model, with the heads of config.task
 shape.parameters                             # 336,226,108 for bert_large
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -14,7 +14,7 @@ from typing import Any
 
 from toolkit.config.compose import compose
 from toolkit.config.kinds import KINDS, Kind
-from toolkit.config.schema import Model, RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.errors import PlanError, nearest
 
 TYPES = ("bert", "marian")
@@ -24,10 +24,10 @@ TYPES = ("bert", "marian")
 class Parameter:
     """One tensor; ``split`` is the axis along which tensor parallelism cuts it, None where every rank has it whole."""
 
-    name: str
     shape: tuple[int, ...]
     split: int | None = None
     trained: bool = True
+    embedding: bool = False
 
     @cached_property
     def size(self) -> int:
@@ -66,16 +66,15 @@ class ModelShape:
     def parameters(self) -> int:
         return sum(layer.size for layer in self.layers)
 
-    def count(self, kind: str) -> int:
-        """Layers of a kind."""
-        return sum(layer.kind == kind for layer in self.layers)
+    @property
+    def words(self) -> int:
+        """Elements of the word embedding."""
+        return self.layers[0].parameters[0].size
 
     def by_part(self) -> dict[str, int]:
         """Parameters of the embeddings, of all encoder layers, of all decoder layers, of the heads."""
-        parts: dict[str, int] = {}
-        for layer in self.layers:
-            parts[layer.kind] = parts.get(layer.kind, 0) + layer.size
-        return parts
+        kinds = dict.fromkeys(layer.kind for layer in self.layers)
+        return {kind: sum(layer.size for layer in self.layers if layer.kind == kind) for kind in kinds}
 
 
 def model_shape(config: RunConfig) -> ModelShape:
@@ -86,7 +85,7 @@ def model_shape(config: RunConfig) -> ModelShape:
     model, kind = config.model, KINDS[config.task.kind]
     if "plan" not in kind.can:
         raise PlanError(f"task.kind={kind.name}: there is no plan for it. Use a task on text.")
-    keys = _own_keys(model, config.tokenizer.vocab_size) if model.weights is None else _read(model.weights)
+    keys = _own_keys(config) if model.weights is None else _read(model.weights)
     if keys["model_type"] not in TYPES:
         raise PlanError(
             f"model.weights={model.weights}: a {keys['model_type']} model cannot be planned. Known: {', '.join(TYPES)}."
@@ -108,11 +107,7 @@ def named_shape(name: str) -> ModelShape:
 
     Raises ConfigError and PlanError.
     """
-    if Path(name).is_dir():
-        keys = _read(name)
-    else:
-        config = compose([f"model={name}"])
-        keys = _own_keys(config.model, config.tokenizer.vocab_size)
+    keys = _read(name) if Path(name).is_dir() else _own_keys(compose([f"model={name}"]))
     if keys["model_type"] not in TYPES:
         raise PlanError(f"{name}: a {keys['model_type']} model's size is not known here. Known: {', '.join(TYPES)}.")
     try:
@@ -121,27 +116,29 @@ def named_shape(name: str) -> ModelShape:
         raise PlanError(f"{name}: its config.json lacks a size ({error}). Name another folder.") from error
 
 
-def _own_keys(model: Model, vocab_size: int) -> dict[str, Any]:
-    keys = model.model_dump() | {"model_type": model.type, "vocab_size": model.vocab_size or vocab_size}
-    if model.type == "marian":
-        keys |= {"d_model": model.hidden_size, "encoder_layers": model.num_hidden_layers}
-        keys |= {"decoder_layers": model.decoder_layers or model.num_hidden_layers}
-        keys |= {"encoder_ffn_dim": model.intermediate_size, "encoder_attention_heads": model.num_attention_heads}
-        keys |= {"decoder_ffn_dim": model.intermediate_size}
-    return keys
+def _own_keys(config: RunConfig) -> dict[str, Any]:
+    model, vocab_size = config.model, config.model.vocab_size or config.tokenizer.vocab_size
+    keys = model.model_dump() | {"model_type": model.type, "vocab_size": vocab_size}
+    depth, inner = model.num_hidden_layers, model.intermediate_size
+    marian = {
+        "d_model": model.hidden_size, "encoder_attention_heads": model.num_attention_heads,
+        "encoder_layers": depth, "decoder_layers": model.decoder_layers or depth,
+        "encoder_ffn_dim": inner, "decoder_ffn_dim": inner,
+    }  # fmt: skip
+    return keys | marian if model.type == "marian" else keys
 
 
 def _read(weights: str) -> dict[str, Any]:
     """A local Hugging Face folder's config.json, or that of a run's export. Raises PlanError."""
-    places = [Path(weights) / name for name in ("config.json", "export/config.json")]
-    file = next((p for p in places if p.is_file()), None)
+    folder = Path(weights)
+    file = next((p for p in (folder / "config.json", folder / "export/config.json") if p.is_file()), None)
     if file is None:
-        if (Path(weights) / "metrics.jsonl").is_file():
+        if (folder / "metrics.jsonl").is_file():
             raise PlanError(f"model.weights={weights}: this run has no export yet. Run: toolkit export {weights}")
-        around = [p.name for p in Path(weights).parent.glob("*") if p != Path(weights)]
+        around = [p.name for p in folder.parent.glob("*") if p != folder]
         raise PlanError(
             f"model.weights={weights}: no config.json there, and a plan reads local folders only."
-            f"{nearest(Path(weights).name, around)} Name a Hugging Face folder, or a run with an export."
+            f"{nearest(folder.name, around)} Name a Hugging Face folder, or a run with an export."
         )
     try:
         keys = json.loads(file.read_text())
@@ -154,76 +151,50 @@ def _read(weights: str) -> dict[str, Any]:
     return dict(keys)
 
 
-def _linear(name: str, outputs: int, inputs: int, split: int | None = None) -> Iterator[Parameter]:
+def _linear(outputs: int, inputs: int, split: int | None = None) -> tuple[Parameter, ...]:
     """Weight and bias; a split of the weight's rows (outputs) splits the bias, too."""
-    yield Parameter(f"{name}.weight", (outputs, inputs), split)
-    yield Parameter(f"{name}.bias", (outputs,), 0 if split == 0 else None)
+    return Parameter((outputs, inputs), split), Parameter((outputs,), 0 if split == 0 else None)
 
 
-def _norm(name: str, size: int) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", (size,))
-    yield Parameter(f"{name}.bias", (size,))
+def _norm(size: int) -> tuple[Parameter, ...]:
+    return 2 * (Parameter((size,)),)
 
 
-def _attention(name: str, hidden: int) -> Iterator[Parameter]:
-    for part in ("query", "key", "value"):
-        yield from _linear(f"{name}.{part}", hidden, hidden, split=0)
-    yield from _linear(f"{name}.output", hidden, hidden, split=1)
-    yield from _norm(f"{name}.norm", hidden)
+def _attention(hidden: int) -> tuple[Parameter, ...]:
+    return 3 * _linear(hidden, hidden, split=0) + _linear(hidden, hidden, split=1) + _norm(hidden)
 
 
-def _feed_forward(hidden: int, inner: int) -> Iterator[Parameter]:
-    yield from _linear("intermediate", inner, hidden, split=0)
-    yield from _linear("output", hidden, inner, split=1)
-    yield from _norm("output.norm", hidden)
+def _feed_forward(hidden: int, inner: int) -> tuple[Parameter, ...]:
+    return _linear(inner, hidden, split=0) + _linear(hidden, inner, split=1) + _norm(hidden)
 
 
 def _bert(keys: Mapping[str, Any], kind: Kind, objective: str, labels: int) -> ModelShape:
     h, inner, vocab = keys["hidden_size"], keys["intermediate_size"], keys["vocab_size"]
-    embeddings = [
-        Parameter("word", (vocab, h)),
-        Parameter("position", (keys["max_position_embeddings"], h)),
-        Parameter("type", (keys.get("type_vocab_size", 2), h)),
-        *_norm("norm", h),
-    ]
-    encoder = LayerShape("encoder", (*_attention("attention", h), *_feed_forward(h, inner)))
-    tied = bool(keys.get("tie_word_embeddings", True)) and kind.head == "masked"
-    head = LayerShape("head", tuple(_bert_head(kind, objective, labels, h, vocab, tied)))
-    layers = (LayerShape("embeddings", tuple(embeddings)), *[encoder] * keys["num_hidden_layers"], head)
-    return ModelShape(
-        "bert", h, keys["num_attention_heads"], inner, vocab, keys["max_position_embeddings"], tied, layers
-    )
-
-
-def _bert_head(kind: Kind, objective: str, labels: int, h: int, vocab: int, tied: bool) -> Iterator[Parameter]:
-    pooled = objective != "mlm" if kind.head == "masked" else kind.head == "pooled"
-    if pooled:
-        yield from _linear("pooler", h, h)
-    if kind.head != "masked":
-        yield from _linear("classifier", kind.outputs or labels, h)
-        return
-    yield from _linear("transform", h, h)
-    yield from _norm("transform.norm", h)
-    yield Parameter("decoder.bias", (vocab,))
-    if not tied:
-        yield Parameter("decoder.weight", (vocab, h))
-        yield Parameter("bias", (vocab,))  # Hugging Face's head has two, tied like the weights
-    if pooled:
-        yield from _linear("seq_relationship", 2, h)
+    positions, masked = keys["max_position_embeddings"], kind.head == "masked"
+    tables = (Parameter((size, h), embedding=True) for size in (vocab, positions, keys.get("type_vocab_size", 2)))
+    encoder = LayerShape("encoder", _attention(h) + _feed_forward(h, inner))
+    tied = bool(keys.get("tie_word_embeddings", True)) and masked
+    pooled = objective != "mlm" if masked else kind.head == "pooled"
+    head = _linear(h, h) if pooled else ()
+    if masked:
+        head += _linear(h, h) + _norm(h) + (Parameter((vocab,)),)
+        # Untied, Hugging Face's head has two biases, tied like the weights
+        head += () if tied else (Parameter((vocab, h)), Parameter((vocab,)))
+        head += _linear(2, h) if pooled else ()
+    else:
+        head += _linear(kind.outputs or labels, h)
+    blocks = [encoder] * keys["num_hidden_layers"]
+    layers = (LayerShape("embeddings", (*tables, *_norm(h))), *blocks, LayerShape("head", head))
+    return ModelShape("bert", h, keys["num_attention_heads"], inner, vocab, positions, tied, layers)
 
 
 def _marian(keys: Mapping[str, Any]) -> ModelShape:
     """Sinusoidal positions on both sides are parameters that are not trained."""
     h, vocab, positions = keys["d_model"], keys["vocab_size"], keys["max_position_embeddings"]
-    encoder = (*_attention("attention", h), *_feed_forward(h, keys["encoder_ffn_dim"]))
-    decoder = (*_attention("attention", h), *_attention("cross", h), *_feed_forward(h, keys["decoder_ffn_dim"]))
-    table = [Parameter(f"{side}.position", (positions, h), trained=False) for side in ("encoder", "decoder")]
-    layers = (
-        LayerShape("embeddings", (Parameter("word", (vocab, h)), *table)),
-        *[LayerShape("encoder", encoder)] * keys["encoder_layers"],
-        *[LayerShape("decoder", decoder)] * keys["decoder_layers"],
-        LayerShape("head", ()),
-    )
-    return ModelShape(
-        "marian", h, keys["encoder_attention_heads"], keys["encoder_ffn_dim"], vocab, positions, True, layers
-    )
+    inner = keys["encoder_ffn_dim"]
+    tables = (Parameter((vocab, h), embedding=True), *2 * [Parameter((positions, h), trained=False)])
+    encoder = LayerShape("encoder", _attention(h) + _feed_forward(h, inner))
+    decoder = LayerShape("decoder", 2 * _attention(h) + _feed_forward(h, keys["decoder_ffn_dim"]))
+    blocks = (*[encoder] * keys["encoder_layers"], *[decoder] * keys["decoder_layers"])
+    layers = (LayerShape("embeddings", tables), *blocks, LayerShape("head", ()))
+    return ModelShape("marian", h, keys["encoder_attention_heads"], inner, vocab, positions, True, layers)

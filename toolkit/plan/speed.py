@@ -2,6 +2,9 @@
 
 speed = speed_of(shape, layout, machine, memory_of(shape, layout), tf32=True)
 speed.step_seconds, speed.mfu            # None where the machine's sheet lacks a number: speed.unknown says which
+
+Computing is matrix products, each a roofline with a launch. Softmax, LayerNorm and other element-wise work is left
+out, as in Narayanan et al. 2021 (arXiv 2104.04473, appendix).
 """
 
 from collections.abc import Iterator
@@ -10,12 +13,14 @@ from typing import cast
 
 from toolkit.config.schema import Dtype, Machine
 from toolkit.plan import machines
+from toolkit.plan.activations import BLOCKS, fused
 from toolkit.plan.assumptions import ADAM_BYTES, LINK_EFFICIENCY, OVERLAP, efficiency, host_gbs, launch_us
 from toolkit.plan.layout import Layout
 from toolkit.plan.memory import Memory
-from toolkit.plan.products import products, seconds_of
 from toolkit.plan.shapes import ModelShape
 from toolkit.plan.traffic import Sent, traffic
+
+RATES = ("step_seconds", "samples_per_second", "tokens_per_second", "mfu")  # of Speed, and of a run's records
 
 
 @dataclass(frozen=True)
@@ -40,24 +45,65 @@ class Speed:
     samples: int
     tokens: int
     devices: int
+    step_seconds: float | None
+    samples_per_second: float | None
+    tokens_per_second: float | None
+    mfu: float | None
 
     @property
-    def step_seconds(self) -> float | None:
-        return None if self.unknown else sum(s.seconds - s.hidden for s in self.shares)
+    def rates(self) -> dict[str, float | None]:
+        return {name: getattr(self, name) for name in RATES}
 
-    @property
-    def samples_per_second(self) -> float | None:
-        return None if self.step_seconds is None else self.samples / self.step_seconds
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        return None if self.step_seconds is None else self.tokens / self.step_seconds
+@dataclass(frozen=True)
+class Product:
+    """One kernel: ``elements`` are those that it reads and writes; ``layer``: recomputed where layers are."""
 
-    @property
-    def mfu(self) -> float | None:
-        if self.step_seconds is None or self.peak_tflops is None:
-            return None
-        return self.flops / self.step_seconds / self.devices / self.peak_tflops / 1e12
+    flops: int
+    elements: int
+    times: int
+    layer: bool = True
+
+
+def products(shape: ModelShape, layout: Layout) -> Iterator[Product]:
+    """Of the forward pass of a micro-batch on one tensor rank, through the whole model, without pooler and classifier.
+
+    Causal attention counts in full, as the kernels compute it. The backward pass has two of each, as large.
+    """
+    hidden, own, inner = shape.hidden, shape.hidden // layout.tensor, shape.intermediate // layout.tensor
+    kinds = [layer.kind for layer in shape.layers if layer.kind in BLOCKS]
+    layers, attentions = len(kinds), len(kinds) + kinds.count("decoder")  # a decoder's layer has two
+    yield _product(layout.tokens, hidden, own, 3 * attentions)  # query, key, value
+    yield _product(layout.tokens, own, hidden, attentions)
+    yield _product(layout.tokens, hidden, inner, layers)
+    yield _product(layout.tokens, inner, hidden, layers)
+    length, size, heads = layout.length, hidden // shape.heads, layout.rows * shape.heads // layout.tensor
+    if fused(layout):
+        yield Product(4 * heads * length**2 * size, 4 * heads * length * size, attentions)
+    else:
+        yield _product(length, size, length, attentions, batch=heads)
+        yield _product(length, length, size, attentions, batch=heads)
+    if predicted := layout.rows * layout.predictions:
+        if shape.type == "bert":
+            yield _product(predicted, hidden, hidden, 1, layer=False)
+        yield _product(predicted, hidden, shape.vocab_size, 1, layer=False)
+
+
+def _product(rows: int, inner: int, columns: int, times: int, *, batch: int = 1, layer: bool = True) -> Product:
+    elements = rows * inner + inner * columns + rows * columns
+    return Product(2 * batch * rows * inner * columns, batch * elements, times, layer)
+
+
+def step_flops(shape: ModelShape, layout: Layout) -> tuple[int, int]:
+    """(useful, recomputed) of an optimizer step over all devices."""
+    every, micros = list(products(shape, replace(layout, tensor=1))), layout.samples // layout.micro
+    again = sum(p.times * p.flops for p in every if p.layer and layout.recompute)
+    return 3 * micros * sum(p.times * p.flops for p in every), micros * again
+
+
+def product_dtype(layout: Layout, machine: Machine, *, tf32: bool) -> Dtype:
+    """What matrix products are computed in."""
+    return cast(Dtype, "tf32" if tf32 and layout.dtype == "fp32" and "tf32" in machine.peak_tflops else layout.dtype)
 
 
 def speed_of(shape: ModelShape, layout: Layout, machine: Machine, memory: Memory, *, tf32: bool) -> Speed:
@@ -70,39 +116,31 @@ def speed_of(shape: ModelShape, layout: Layout, machine: Machine, memory: Memory
     if not unknown:
         computing = list(_computing(shape, layout, machine, dtype, useful + again))
         busy = sum(span.seconds for span in computing)
-        spans = (*computing, *_bubble(layout, busy), *_links(layout, machine, sent, busy),
-                 *_optimizer(layout, machine, memory), *_offload(layout, machine, memory))  # fmt: skip
-    tokens = layout.samples * layout.sequences * layout.length * (2 if shape.type == "marian" else 1)
-    peak = _sheet_peak(machine, dtype)
-    return Speed(useful, spans, tuple(sent), unknown, peak, layout.samples, tokens, layout.ranks)
-
-
-def product_dtype(layout: Layout, machine: Machine, *, tf32: bool) -> Dtype:
-    """What matrix products are computed in."""
-    return cast(Dtype, "tf32" if tf32 and layout.dtype == "fp32" and "tf32" in machine.peak_tflops else layout.dtype)
-
-
-def _sheet_peak(machine: Machine, dtype: Dtype) -> float | None:
-    """MFU's: of a GPU that of its data sheet, as a run's meter has it, though the plan takes what was measured."""
+        if layout.pipe > 1:
+            # (p-1) of (m+p-1) slots are empty (Huang et al. 2019, GPipe, arXiv 1811.06965); 1F1B has as many
+            empty = busy * (layout.pipe - 1) / layout.accumulation
+            said = f"computing x ({layout.pipe} - 1) / {layout.accumulation}"
+            computing.append(Span("pipeline bubble", empty, 0.0, said))
+        spans = (*computing, *_links(layout, machine, sent, busy), *_states(layout, machine, memory))
+    # MFU is of a GPU's data sheet, as a run's meter has it, though the plan takes what was measured
     name = machine.device_name if "peak_tflops" in machine.measured else None
     sheet = machines.known(name) if name else None
-    return (sheet or machine).peak_tflops.get(dtype)
-
-
-def step_flops(shape: ModelShape, layout: Layout) -> tuple[int, int]:
-    """(useful, recomputed) of an optimizer step over all devices."""
-    forward = [(p.times * p.flops, p.layer) for p in products(shape, replace(layout, tensor=1))]
-    micros = layout.samples // layout.micro
-    again = sum(flops for flops, layer in forward if layer) if layout.recompute else 0
-    return 3 * micros * sum(flops for flops, _ in forward), micros * again
+    peak = (sheet or machine).peak_tflops.get(dtype)
+    samples, sides = layout.samples, 2 if shape.type == "marian" else 1
+    tokens = samples * layout.sequences * layout.length * sides
+    seconds = None if unknown else sum(s.seconds - s.hidden for s in spans)
+    return Speed(
+        useful, spans, tuple(sent), unknown, peak, samples, tokens, layout.ranks, step_seconds=seconds,
+        samples_per_second=seconds and samples / seconds, tokens_per_second=seconds and tokens / seconds,
+        mfu=useful / seconds / layout.ranks / peak / 1e12 if seconds and peak else None,
+    )  # fmt: skip
 
 
 def _unknown(layout: Layout, machine: Machine, memory: Memory, sent: list[Sent], dtype: str) -> tuple[str, ...]:
     """The keys of the machine without which no time can be told."""
-    inside = sent and machine.devices_per_node > 1 and machine.pcie_gbs is None
     needed = {
         f"peak_tflops.{dtype}": dtype not in machine.peak_tflops,
-        "link_gbs": inside and machine.link_gbs is None,
+        "link_gbs": sent and machine.devices_per_node > 1 and not (machine.pcie_gbs or machine.link_gbs),
         "node_link_gbs": sent and layout.ranks > machine.devices_per_node and machine.node_link_gbs is None,
         "pcie_gbs": memory.total("host") and machine.pcie_gbs is None,
         "nvme_gbs": memory.total("nvme") and machine.nvme_gbs is None,
@@ -119,17 +157,11 @@ def _computing(shape: ModelShape, layout: Layout, machine: Machine, dtype: Dtype
     count, more, each = 0, 0.0, layout.accumulation / layout.pipe
     for one in products(shape, layout):
         times = one.times * (4 if one.layer and layout.recompute else 3)  # backward has two of each
-        took = seconds_of(one, rate=rate, bandwidth=bandwidth, size=layout.bytes, launch=launch / 1e6)
+        moving = one.elements * layout.bytes / bandwidth if bandwidth else 0.0
+        took = launch / 1e6 + max(one.flops / rate, moving)
         count, more = count + times, more + times * (took - one.flops / rate)
     said = f"{count * each:,.0f} products: {launch:.3g} us each, and their bytes where those take longer"
     yield Span("small products", more * each, 0.0, said)
-
-
-def _bubble(layout: Layout, busy: float) -> Iterator[Span]:
-    """(p-1) of (m+p-1) slots are empty (Huang et al. 2019, GPipe, arXiv 1811.06965); 1F1B has as many."""
-    if layout.pipe > 1:
-        empty = busy * (layout.pipe - 1) / layout.accumulation
-        yield Span("pipeline bubble", empty, 0.0, f"computing x ({layout.pipe} - 1) / {layout.accumulation}")
 
 
 def _links(layout: Layout, machine: Machine, sent: list[Sent], busy: float) -> Iterator[Span]:
@@ -160,22 +192,18 @@ def _gbs(machine: Machine, key: str) -> float | None:
     return rate and rate * (1 if key in machine.measured else LINK_EFFICIENCY)
 
 
-def _optimizer(layout: Layout, machine: Machine, memory: Memory) -> Iterator[Span]:
-    """On the device: its memory is what it waits for. Offloaded it is the host's, see :func:`_offload`."""
-    if layout.offload != "none" or not machine.bandwidth_gbs:
-        return
-    held = {p.name: p.bytes for p in memory.at("o")}
-    shard = (held.get("master weights") or held.get("gradients", 0)) // 4
-    # Gradients are read for their norm, read and written to clip them, and read; weights and states read and written
-    size = 4 * 4 + 2 * 4 + (layout.bytes if layout.dtype != "fp32" else 0)
-    total = size * shard + 2 * held.get("optimizer states", 0)
-    said = f"({size} B x {shard:,} + 2 x states) / {machine.bandwidth_gbs:.4g} GB/s"
-    yield Span("optimizer", total / machine.bandwidth_gbs / 1e9, 0.0, said)
-
-
-def _offload(layout: Layout, machine: Machine, memory: Memory) -> Iterator[Span]:
-    """Gradients out and weights in over PCIe, the optimizer on the node's CPUs, states in and out of its drives."""
+def _states(layout: Layout, machine: Machine, memory: Memory) -> Iterator[Span]:
+    """The optimizer on the device, whose memory it waits for. Offloaded: gradients out and weights in over PCIe, the
+    optimizer on the node's CPUs, states in and out of its drives."""
     pcie, ranks = (_gbs(machine, "pcie_gbs") or 1.0) * 1e9, min(layout.ranks, machine.devices_per_node)
+    if layout.offload == "none" and machine.bandwidth_gbs:
+        held = {p.name: p.bytes for p in memory.at("o")}
+        shard = (held.get("master weights") or held.get("gradients", 0)) // 4
+        # Gradients are read for their norm, read and written to clip them, and read; weights and states both ways
+        size = 4 * 4 + 2 * 4 + (layout.bytes if layout.dtype != "fp32" else 0)
+        total = size * shard + 2 * held.get("optimizer states", 0)
+        said = f"({size} B x {shard:,} + 2 x states) / {machine.bandwidth_gbs:.4g} GB/s"
+        yield Span("optimizer", total / machine.bandwidth_gbs / 1e9, 0.0, said)
     if moved := memory.named("moved activations"):
         total = 2 * moved * layout.accumulation
         yield Span("activations to the host and back", total / pcie, 0.0, f"{total:,} B over PCIe")
@@ -184,11 +212,8 @@ def _offload(layout: Layout, machine: Machine, memory: Memory) -> Iterator[Span]
         total = shard * (4 * (layout.accumulation if layout.stage >= 2 else 1) + layout.bytes)
         yield Span("gradients out, weights in", total / pcie, 0.0, f"{total:,} B over PCIe")
         rate = host_gbs(machine, layout.device)
-        seconds, said = (
-            shard * ranks * ADAM_BYTES / (rate * 1e9),
-            f"{shard * ranks:,} x {ADAM_BYTES} B / {rate:.4g} GB/s",
-        )
-        yield Span("optimizer on the CPU", seconds, 0.0, said)
+        said = f"{shard * ranks:,} x {ADAM_BYTES} B / {rate:.4g} GB/s"
+        yield Span("optimizer on the CPU", shard * ranks * ADAM_BYTES / (rate * 1e9), 0.0, said)
     if nvme := 2 * memory.total("nvme") * ranks:
         rate = (_gbs(machine, "nvme_gbs") or 1.0) * 1e9
         yield Span("NVMe", nvme / rate, 0.0, f"{nvme:,} B read and written by a node")

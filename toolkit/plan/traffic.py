@@ -12,10 +12,9 @@ it gathers weights once a micro-batch, not twice, as long as stage3_max_live_par
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from toolkit.plan.elements import Elements
-from toolkit.plan.layout import BYTES, Layout
+from toolkit.plan.activations import BLOCKS
+from toolkit.plan.layout import BYTES, Elements, Layout, elements
 from toolkit.plan.shapes import ModelShape
-from toolkit.plan.stages import stages
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,9 @@ class Sent:
 
 def traffic(shape: ModelShape, layout: Layout, pipe_stage: int = 0) -> list[Sent]:
     """Of a rank of this pipe stage, in one optimizer step."""
-    layers = stages(shape, count=layout.pipe, how=layout.partition)[pipe_stage]
-    own = Elements.of(layers, layout)
-    blocks = sum(layer.kind in ("encoder", "decoder") for layer in layers)
+    own = elements(shape, layout, pipe_stage)
     shared = _stage3 if layout.stage == 3 else _below3
-    found = [*shared(own, shape, layout), *_pipe(shape, layout, pipe_stage), *_tensor(shape, layout, blocks)]
+    found = (*shared(own, shape, layout), *_pipe(shape, layout, pipe_stage), *_tensor(own, shape, layout))
     return [sent for sent in found if sent.bytes]
 
 
@@ -59,7 +56,7 @@ def _stage3(own: Elements, shape: ModelShape, layout: Layout) -> Iterator[Sent]:
     whole = sum(s for s in own.sizes if s <= threshold)
     gathered = count - whole
     if gathered > layout.zero["stage3_max_live_parameters"]:
-        words = shape.layers[0].parameters[0].size
+        words = shape.words
         gathered = 2 * gathered + 2 * words * (shape.tied and words > threshold)  # at both its places, on both ways
     said = f"{share:.3g} x {gathered:,} x {size} B x {micro}"
     yield Sent("weights, all-gather", "data", share * gathered * size * micro, True, said)
@@ -67,27 +64,22 @@ def _stage3(own: Elements, shape: ModelShape, layout: Layout) -> Iterator[Sent]:
 
 
 def _pipe(shape: ModelShape, layout: Layout, pipe_stage: int) -> Iterator[Sent]:
-    if layout.pipe == 1:
-        return
-    entry, micro = layout.tokens * shape.hidden * layout.bytes, layout.accumulation
-    ids = 8 * (layout.tokens + layout.micro * layout.sequences * layout.predictions)  # the mask, and what is predicted
-    if pipe_stage < layout.pipe - 1:
-        yield Sent(
-            "activations to the next stage", "pipe", micro * (entry + ids), False, f"{micro} x {entry + ids:,} B"
-        )
+    last, micro, entry = layout.pipe - 1, layout.accumulation, layout.entry_bytes(shape.hidden)
+    if pipe_stage < last:
+        # The mask, and what is predicted
+        more = entry + 8 * (layout.tokens + layout.rows * layout.predictions)
+        yield Sent("activations to the next stage", "pipe", micro * more, False, f"{micro} x {more:,} B")
     if pipe_stage > 0:
         yield Sent("gradients to the stage before", "pipe", micro * entry, False, f"{micro} x {entry:,} B")
-    if shape.tied and pipe_stage in (0, layout.pipe - 1):
-        words = shape.layers[0].parameters[0].size * (4 if layout.bf16_optimizer else layout.bytes)
+    if last and shape.tied and pipe_stage in (0, last):
+        words = shape.words * (4 if layout.bf16_optimizer else layout.bytes)
         yield Sent("tied embedding, all-reduce", "pipe", words, False, f"{words:,} B between first and last stage")
 
 
-def _tensor(shape: ModelShape, layout: Layout, blocks: int) -> Iterator[Sent]:
-    if layout.tensor == 1:
-        return
-    entry = layout.tokens * shape.hidden * layout.bytes
+def _tensor(own: Elements, shape: ModelShape, layout: Layout) -> Iterator[Sent]:
     # Forward after attention and after the feed-forward part; backward before that part, and for query, key and value
     # each, where Megatron-LM has one (Shoeybi et al. 2019, arXiv 1909.08053)
-    share, count = (layout.tensor - 1) / layout.tensor, 6 * blocks * layout.accumulation
+    count = 6 * sum(layer.kind in BLOCKS for layer in own.layers) * layout.accumulation
+    share, entry = (layout.tensor - 1) / layout.tensor, layout.entry_bytes(shape.hidden)
     said = f"2 x {share:.3g} x {count} x {entry:,} B"
     yield Sent("activations, all-reduce", "tensor", 2 * share * count * entry, False, said)

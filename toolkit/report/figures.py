@@ -1,12 +1,16 @@
-"""How every plot of the toolkit looks, and its two files.
+"""How every plot of the toolkit looks, and its two files; and how several runs learned, side by side.
 
 figure, (left, right) = figures.new(2, "Time by threads")
 figures.save(figure, run.dir / "reductions")        # reductions.png and .svg
+figures.curves({"random": Path("runs/a"), "from BERT": Path("runs/b")}, ["eval_loss", "eval_bleu"], Path("runs/init"))
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from toolkit.run.files import read_metrics
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
@@ -44,3 +48,29 @@ def write(figure: Any, stem: Path, suffix: str) -> Path:
     figure.savefig(temporary, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
     temporary.replace(path)
     return path
+
+
+def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
+    """(step, value) of each record with ``key``, in the order of steps; of a step that comes twice the last."""
+    found = {r["step"]: r[key] for r in read_metrics(run_dir / "metrics.jsonl") if r.get(key) is not None}
+    return sorted(found.items())
+
+
+def keys(runs: Sequence[Path]) -> list[str]:
+    """The keys of numbers in the records of the runs, in the order in which they come."""
+    records = [record for run in runs for record in read_metrics(run / "metrics.jsonl")]
+    return list(dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, int | float) and k != "step"))
+
+
+def curves(runs: Mapping[str, Path], keys: Sequence[str], stem: Path, title: str = "") -> None:
+    """``stem``.png and .svg: a panel for each key, a line for each run."""
+    figure, panels = new(len(keys), title, across=3, width=4.2, height=3.4)
+    for panel, key in zip(panels, keys, strict=True):
+        for colour, (name, run_dir) in zip(COLOURS * len(runs), runs.items(), strict=False):
+            steps = curve(run_dir, key)
+            panel.plot([s for s, _ in steps], [v for _, v in steps], marker=".", color=colour, label=name)
+        panel.set_xlabel("optimizer step")
+        panel.set_title(key.replace("_", " ").replace("eval", "held-out"), loc="left", fontsize=10)
+    if len(runs) > 1:
+        figure.axes[0].legend(frameon=False, fontsize=8)
+    save(figure, stem)

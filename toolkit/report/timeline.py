@@ -14,16 +14,11 @@ from toolkit.report import figures
 LABELS = {"1f1b": "1F1B", "gpipe": "GPipe", "dualpipev": "DualPipeV"}
 # Blue and orange of Okabe and Ito (2008), which all kinds of colour vision tell apart; the way back is lighter.
 FILL = {
-    ("forward", 0): "#0072B2",
-    ("forward", 1): "#85C1E5",
-    ("backward", 0): "#E69F00",
-    ("backward", 1): "#F7D58B",
-}
-INK = {("forward", 0): "white"}  # else black
+    ("forward", 0): "#0072B2", ("forward", 1): "#85C1E5", ("backward", 0): "#E69F00", ("backward", 1): "#F7D58B",
+}  # fmt: skip
 BUBBLE = "#E8E8E8"
 HEIGHT = 0.86  # of a row
 WIDTH_INCHES = (7.0, 16.0)
-ROW_INCHES = 0.26
 NUMBER_POINTS = (4.0, 8.0)  # the smallest and the largest number in a box
 DIGIT = 0.64  # width of a digit in its font size (DejaVu Sans)
 
@@ -33,41 +28,37 @@ def draw(timelines: Mapping[str, Sequence[Event]], out: Path, *, title: str, uni
 
     Every panel begins with its first pass. Numbers in the boxes are micro-batches; grey is a bubble.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import Patch
 
+    every = [e for events in timelines.values() for e in events]
     longest = max(end - start for start, end in map(span, timelines.values()))
     rows = [1 + max(e.stage for e in events) for events in timelines.values()]
-    width = _width(timelines, longest)
-    height = 0.9 + sum(0.42 + ROW_INCHES * r for r in rows)
+    # The mean forward pass holds its number, within the limits of a page
+    forward = [e.end - e.start for e in every if e.kind == "forward"]
+    digits = len(str(max(e.micro_batch for e in every)))
+    wanted = 0.9 + longest / (sum(forward) / len(forward)) * (digits * DIGIT * 7 + 3) / 72
+    width = min(max(wanted, WIDTH_INCHES[0]), WIDTH_INCHES[1])
+    height = 0.9 + sum(0.42 + 0.26 * r for r in rows)
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.06))
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(rows), sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     points = (width - 0.9) * 72 / longest  # of paper for a unit of time
     for panel, (name, events), stages in zip(panels, timelines.items(), rows, strict=True):
         _panel(panel, events, stages, points)
-        panel.set_title(f"{name}: {_bubbles(events, stages)}", loc="left", fontsize=9)
+        whose = "1F1B:" if any(e.phase for e in events) else "(S−1)/(M+S−1) ="
+        usual = formula(stages, 1 + max(e.micro_batch for e in events))
+        said = f"{100 * bubble_share(events, stages):.1f} % bubbles; {whose} {100 * usual:.1f} %"
+        panel.set_title(f"{name}: {said}", loc="left", fontsize=9)
     panels[0].set_xlim(0, longest)
     panels[-1].set_xlabel(f"time ({unit})", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
-    _legend(figure, [e for events in timelines.values() for e in events])
+    names = {0: "", 1: ", second half"} if any(e.phase for e in every) else {0: ""}
+    entries = [Patch(color=FILL[kind, phase], label=f"{kind}{names[phase]}") for kind in KINDS for phase in names]
+    entries.append(Patch(color=BUBBLE, label="bubble"))
+    style = {"fontsize": 8, "frameon": False, "handlelength": 1.2, "columnspacing": 1.5}
+    figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), **style)
     return [figures.write(figure, out, suffix) for suffix in ("png", "svg")]
-
-
-def _width(timelines: Mapping[str, Sequence[Event]], longest: float) -> float:
-    """Inches at which the mean forward pass holds its number, within the limits of a page."""
-    forward = [e for events in timelines.values() for e in events if e.kind == "forward"]
-    mean = sum(e.end - e.start for e in forward) / len(forward)
-    digits = len(str(max(e.micro_batch for e in forward)))
-    wanted = 0.9 + longest / mean * (digits * DIGIT * 7 + 3) / 72
-    return min(max(wanted, WIDTH_INCHES[0]), WIDTH_INCHES[1])
-
-
-def _bubbles(events: Sequence[Event], stages: int) -> str:
-    micro_batches = 1 + max(e.micro_batch for e in events)
-    whose = "1F1B:" if any(e.phase for e in events) else "(S−1)/(M+S−1) ="
-    return f"{100 * bubble_share(events, stages):.1f} % bubbles; {whose} {100 * formula(stages, micro_batches):.1f} %"
 
 
 def _panel(panel: Any, events: Sequence[Event], stages: int, points: float) -> None:
@@ -86,28 +77,15 @@ def _panel(panel: Any, events: Sequence[Event], stages: int, points: float) -> N
             bars = [(e.start - first, e.end - e.start) for e in same if e.stage == stage]
             panel.broken_barh(bars, (stage - HEIGHT / 2, HEIGHT), facecolor=colour, edgecolor="white", linewidth=0.5)
         if same:
-            _numbers(panel, same, first, points)
+            _numbers(panel, same, first, points, "white" if (kind, phase) == ("forward", 0) else "black")
 
 
-def _numbers(panel: Any, boxes: Sequence[Event], first: float, points: float) -> None:
+def _numbers(panel: Any, boxes: Sequence[Event], first: float, points: float, colour: str) -> None:
     """Micro-batch numbers in one size that fits the typical box; a box too small for its number stays empty."""
     room = {box: (box.end - box.start) * points - 1.5 for box in boxes}
     digits = {box: DIGIT * len(str(box.micro_batch)) for box in boxes}
     size = min(NUMBER_POINTS[1], median(room.values()) / max(digits.values()))
-    if size < NUMBER_POINTS[0]:
-        return
-    for box in boxes:
+    for box in boxes if size >= NUMBER_POINTS[0] else ():
         if digits[box] * size <= room[box] + 1:
-            middle = (box.start + box.end) / 2 - first
-            style = {"fontsize": size, "color": INK.get((box.kind, box.phase), "black")}
+            middle, style = (box.start + box.end) / 2 - first, {"fontsize": size, "color": colour}
             panel.text(middle, box.stage, str(box.micro_batch), ha="center", va="center_baseline", **style)
-
-
-def _legend(figure: Any, events: Sequence[Event]) -> None:
-    from matplotlib.patches import Patch
-
-    names = {0: "", 1: ", second half"} if any(e.phase for e in events) else {0: ""}
-    entries = [Patch(color=FILL[kind, phase], label=f"{kind}{names[phase]}") for kind in KINDS for phase in names]
-    entries.append(Patch(color=BUBBLE, label="bubble"))
-    style = {"fontsize": 8, "frameon": False, "handlelength": 1.2, "columnspacing": 1.5}
-    figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), **style)

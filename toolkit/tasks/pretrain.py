@@ -61,7 +61,6 @@ class Pretrain(Task):
         self.pair = {"mlm_nsp": "nsp", "sop": "sop", "mlm": None}[config.task.objective]
         self.predicted = self.judged = ("mlm", self.pair) if self.pair else ("mlm",)
         self.learns(train, Stream(len(train), config.seed, size))
-        self.flops = flops.bert(self.hf_config, vocab_size=self.vocab_size, length=config.data.max_length)
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
@@ -97,9 +96,11 @@ class Pretrain(Task):
 
     def useful_flops(self, counts: dict[str, float]) -> float:
         """Forward and backward of real tokens and real predictions; padding is no use to anyone."""
-        sequences = counts["tokens"] / self.config.data.max_length
-        pairs = counts.get(self.pair, 0) if self.pair else 0
-        return self.flops.step(sequences=sequences, predictions=counts["mlm"], pairs=pairs)
+        length = self.config.data.max_length
+        return flops.bert(
+            self.hf_config, vocab_size=self.vocab_size, length=length, sequences=counts["tokens"] / length,
+            predictions=counts["mlm"], pairs=counts.get(self.pair, 0) if self.pair else 0,
+        )  # fmt: skip
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

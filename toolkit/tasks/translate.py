@@ -17,7 +17,6 @@ from toolkit.errors import ConfigError, DataError
 from toolkit.job import ranks
 from toolkit.models import seq2seq
 from toolkit.models.build import class_name
-from toolkit.plan import flops
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
 from toolkit.tasks.decoding import Decoding, translate
@@ -62,7 +61,7 @@ class Translate(Task):
         batch, train, grouped = config.batch, self.splits["train"], config.data.group_by_length
         size, tokens = batch.global_size, batch.tokens
         self.learns(train, Grouped(train.lengths, config.seed, size=size, tokens=tokens, grouped=grouped))
-        self.flops = flops.seq2seq(seq2seq.shape(self.hf_config))
+        self.flops = seq2seq.shape(self.hf_config)
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:

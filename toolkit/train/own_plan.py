@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,14 @@ from toolkit.job import nvme, ranks
 from toolkit.models.build import parameters
 from toolkit.plan.machines import way_out
 from toolkit.plan.memory import MOMENTS
-from toolkit.plan.plan import Plan, place_of_job, plan_for
+from toolkit.plan.plan import Plan, place_of_job, plan_on
 from toolkit.plan.shapes import model_shape
+from toolkit.plan.speed import RATES
 from toolkit.run.directory import Run
 from toolkit.run.table import table
 from toolkit.tasks.task import Task
 
 SHORTEST = 8  # tokens of a sequence
-RATES = ("step_seconds", "samples_per_second", "tokens_per_second", "mfu")
 Numbers = Mapping[str, float | None]
 _TRAININGS = count()  # of this process, before
 
@@ -51,11 +50,14 @@ def begin(run: Run, task: Task) -> OwnPlan:
     What has no plan yet (other models, DualPipeV) runs without one; the log says why. Raises ConfigError and, before
     any memory is taken, PlanError where the run cannot fit: on every rank.
     """
-    device, world = ranks.device(), ranks.world()
+    device, world, own_gib = ranks.device(), ranks.world(), 0.0
     ds = ds_config.complete(run.config, world=world, device=device, vocab_size=task.vocab_size, run_dir=run.dir)
-    per_node, less = ranks.largest([ranks.local_size(), -_device_gib()])
-    judge = partial(_judge, run, ds, task.steps, int(per_node), -less)
-    plan = ranks.agreed(lambda: judge() if ranks.rank() == 0 else None)
+    if device == "cuda":  # of this rank's GPU, by its driver: sheets round up
+        import torch
+
+        own_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    per_node, less = ranks.largest([ranks.local_size(), -own_gib])
+    plan = ranks.agreed(lambda: _judge(run, ds, task.steps, int(per_node), -less) if ranks.rank() == 0 else None)
     nvme.claim(ds, lambda: parameters(task))
     return OwnPlan(ds, plan, _forget_peak())
 
@@ -84,9 +86,21 @@ def beside(run: Path) -> Table:
 
 
 def _judge(run: Run, ds: Mapping[str, Any], steps: int, per_node: int, device_gib: float) -> Plan | None:
-    plan = partial(_plan, run, ds, per_node, device_gib)
+    """``device_gib`` is that of the smallest GPU, 0 on a CPU."""
+    device, world, chosen = ranks.device(), ranks.world(), run.config.machine
+
+    def plan(length: int) -> Plan:
+        """Of the very model, as model/ describes it: the vocabulary and the labels are known by now."""
+        model = run.config.model.model_copy(update={"weights": str(run.dir / "model")})
+        data = run.config.data.model_copy(update={"max_length": length})
+        config = run.config.model_copy(update={"model": model, "data": data})
+        machine = place_of_job(config, world=world, per_node=per_node, device=device)
+        if device_gib and (chosen.name != "this" or not chosen.memory_gib):
+            machine = machine.model_copy(update={"memory_gib": device_gib})
+        return plan_on(machine, config, ds, model_shape(config), ranks=world, device=device, largest=True)
+
     try:
-        found = plan()
+        found = plan(run.config.data.max_length)
         seconds = found.speed.step_seconds
         found = replace(found, hours=seconds * steps / 3600 if seconds and steps else None)
     except (ConfigError, PlanError) as error:
@@ -95,7 +109,7 @@ def _judge(run: Run, ds: Mapping[str, Any], steps: int, per_node: int, device_gi
     _write(run, found, _measured_before(run.dir / "plan.json"))
     # Other tasks pad a batch to its longest sequence, which may be short.
     filled = found.fits is not False or "full" in KINDS[run.config.task.kind].can
-    if run.config.plan.enforce and not _may_fit(found if filled else plan(length=SHORTEST)):
+    if run.config.plan.enforce and not _may_fit(found if filled else plan(SHORTEST)):
         raise PlanError(refusal(found))
     run.console.print(line(found), highlight=False)
     return found
@@ -107,28 +121,6 @@ def _may_fit(plan: Plan) -> bool:
         return plan.fits is not False
     written = max(sum(p.bytes for p in plan.memory.at(m) if p.group != "buffers") for m in MOMENTS)
     return written / GIB <= (plan.device_limit_gib or 0)
-
-
-def _device_gib() -> float:
-    """Of this rank's GPU, by its driver: sheets round up. 0 on a CPU."""
-    if ranks.device() != "cuda":
-        return 0.0
-    import torch
-
-    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB)
-
-
-def _plan(run: Run, ds: Mapping[str, Any], per_node: int, device_gib: float, length: int | None = None) -> Plan:
-    """Of the very model, as model/ describes it: the vocabulary and the labels are known by now."""
-    device, world = ranks.device(), ranks.world()
-    model = run.config.model.model_copy(update={"weights": str(run.dir / "model")})
-    data = run.config.data.model_copy(update={"max_length": length or run.config.data.max_length})
-    config = run.config.model_copy(update={"model": model, "data": data})
-    shape = model_shape(config)
-    machine = place_of_job(config, world=world, per_node=per_node, device=device)
-    if device_gib and (config.machine.name != "this" or not config.machine.memory_gib):
-        machine = machine.model_copy(update={"memory_gib": device_gib})
-    return plan_for(machine, config, ds, shape, ranks=world, device=device)
 
 
 def _write(run: Run, plan: Plan, measured: Numbers | None) -> None:
@@ -146,7 +138,7 @@ def _measured_before(path: Path) -> Any:
 def planned(plan: Plan) -> dict[str, float | None]:
     """What can be measured: GiB of tensors at the peak (those offloaded are in the same memory on a CPU), and rates."""
     held = plan.memory.peak + (plan.memory.total("host") if plan.layout.device == "cpu" else 0)
-    return {"peak_gib": held / GIB} | {name: getattr(plan.speed, name) for name in RATES}
+    return {"peak_gib": held / GIB} | plan.speed.rates
 
 
 def _forget_peak() -> float | None:
@@ -169,41 +161,32 @@ def _forget_peak() -> float | None:
 
 def line(plan: Plan) -> str:
     """``plan: 2.31 of 80 GiB a device (activations 1.2), largest micro-batch 64; 0.214 s a step, …``"""
-    own = f"{_gib(plan.device_gib)}{_of(plan.device_limit_gib)} GiB a {_device(plan)}"
-    memory = [f"{own} (activations {_held(plan, 'activations')})"]
-    others = (("host", plan.host_gib, plan.host_limit_gib), ("NVMe", plan.nvme_gib, plan.nvme_limit_gib))
-    memory += [f"{_gib(need)}{_of(limit)} GiB of {place}" for place, need, limit in others if need]
+    device = "rank" if plan.layout.device == "cpu" else "device"
+    names = {"device": f"a {device} (activations {_held(plan, 'activations')})", "host": "of host", "nvme": "of NVMe"}
+    limits = {place: "" if limit is None else f" of {_gib(limit)}" for place, (_, limit) in plan.needs.items()}
+    memory = [f"{_gib(need)}{limits[place]} GiB {names[place]}" for place, (need, _) in plan.needs.items()]
     memory += [f"does not fit at {plan.layout.length} tokens a sequence"] if plan.fits is False else []
-    unknown = ", ".join(plan.unknown_limits)
-    memory += [f"whether it fits is unknown without {unknown}"] if plan.fits is None else []
+    memory += [f"whether it fits is unknown without {', '.join(plan.unknown_limits)}"] if plan.fits is None else []
     memory += [f"largest micro-batch {plan.largest_micro}"] if plan.largest_micro else []
-    return f"plan: {', '.join(memory)}; {_speed(plan)}"
-
-
-def _speed(plan: Plan) -> str:
-    speed = plan.speed
+    speed, told = plan.speed, f"plan: {', '.join(memory)}; "
     if speed.step_seconds is None:
         what = ", ".join(speed.unknown).replace("machine.", "")
-        return f"times are unknown without the machine's {what}.{way_out(plan.machine, speed.unknown)}"
-    told = [f"{speed.step_seconds:.3g} s a step", f"{speed.tokens_per_second:,.0f} tokens/s", f"MFU {speed.mfu:.0%}"]
-    return ", ".join([*told, *([] if plan.hours is None else [f"{plan.hours:,.1f} h"])])
+        return f"{told}times are unknown without the machine's {what}.{way_out(plan.machine, speed.unknown)}"
+    told += f"{speed.step_seconds:.3g} s a step, {speed.tokens_per_second:,.0f} tokens/s, MFU {speed.mfu:.0%}"
+    return told if plan.hours is None else f"{told}, {plan.hours:,.1f} h"
 
 
 def refusal(plan: Plan) -> str:
     """What is too small for what, and the ways out, in one line."""
-    layout, group = plan.layout, _largest(plan)
+    layout, (group, _) = plan.layout, max(plan.memory.groups.items(), key=lambda held: held[1])
     told = f" at batch.micro_size={layout.micro} and length {layout.length} ({group} {_held(plan, group)} of it)"
-    needs = (
-        (f"a {_device(plan)}", plan.device_gib, told, plan.device_limit_gib),
-        ("the host", plan.host_gib, "", plan.host_limit_gib),
-        ("NVMe", plan.nvme_gib, "", plan.nvme_limit_gib),
-    )
+    names = {"device": "a rank" if layout.device == "cpu" else "a device", "host": "the host", "nvme": "NVMe"}
     small = [
-        f"{place} needs {_gib(need)} GiB{told} and has {_gib(limit)}"
-        for place, need, told, limit in needs
+        f"{names[place]} needs {_gib(need)} GiB{told if place == 'device' else ''} and has {_gib(limit)}"
+        for place, (need, limit) in plan.needs.items()
         if limit is not None and need > limit
     ]
-    *others, last = _ways(plan)
+    *others, last = _ways(plan, group)
     ways = f"{', '.join(others)} or {last}" if others else last
     return (
         f"machine={plan.machine.name}: the plan does not fit: {'; '.join(small)}. Use {ways}; "
@@ -211,9 +194,9 @@ def refusal(plan: Plan) -> str:
     )
 
 
-def _ways(plan: Plan) -> list[str]:
-    """Those that are legal and make what is largest smaller."""
-    layout, group, cpu = plan.layout, _largest(plan), plan.layout.device == "cpu"
+def _ways(plan: Plan, group: str) -> list[str]:
+    """Those that are legal and make ``group``, the largest, smaller."""
+    layout, cpu = plan.layout, plan.layout.device == "cpu"
     if plan.device_limit_gib is None or plan.device_gib <= plan.device_limit_gib:
         return ["less offload", "more nodes"]
     states = group in ("weights", "gradients", "optimizer")
@@ -230,23 +213,7 @@ def _ways(plan: Plan) -> list[str]:
 
 
 def _held(plan: Plan, group: str) -> str:
-    return _gib(_bytes(plan, group) / GIB)
-
-
-def _largest(plan: Plan) -> str:
-    return max((p.group for p in plan.memory.at_peak), key=lambda group: _bytes(plan, group))
-
-
-def _bytes(plan: Plan, group: str) -> int:
-    return sum(p.bytes for p in plan.memory.at_peak if p.group == group)
-
-
-def _device(plan: Plan) -> str:
-    return "rank" if plan.layout.device == "cpu" else "device"
-
-
-def _of(limit: float | None) -> str:
-    return "" if limit is None else f" of {_gib(limit)}"
+    return _gib(plan.memory.groups.get(group, 0) / GIB)
 
 
 def _gib(size: float) -> str:
