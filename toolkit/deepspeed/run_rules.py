@@ -4,6 +4,7 @@ broken(RUN_RULES, facts, "deepspeed.")       # toolkit.deepspeed.ds_config does 
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import inf
 
 from toolkit.config.kinds import Asked
@@ -61,10 +62,15 @@ ASKED: dict[Asked, tuple[Callable[[Facts], str | bool], str]] = {
 }  # fmt: skip
 
 
+def _beyond(capability: Asked, f: Facts) -> str | bool:
+    """What is asked of a kind of task that cannot do it, for a message."""
+    return capability not in f.kind.can and ASKED[capability][0](f)
+
+
 RUN_RULES: dict[str, Rule] = {
     # ---- what the kind of task can do, and what it needs
-    **{can: (lambda f, can=can, asked=asked: can not in f.kind.can and asked(f),
-        f"{{got}} with task.kind={{c.task.kind}}: {why}") for can, (asked, why) in ASKED.items()},
+    **{can: (partial(_beyond, can), f"{{got}} with task.kind={{c.task.kind}}: {why}")
+        for can, (_, why) in ASKED.items()},
     "no_decoder": (lambda f: "decoder" in f.kind.needs and f.run.model.type == "bert" and f.run.model.weights is None,
         "task.kind={c.task.kind} with model.type=bert: it needs an encoder and a decoder. Use model=transformer_tiny, "
         "transformer_base or transformer_big, or model.weights of a T5, BART, Marian or BERT."),
