@@ -50,7 +50,7 @@ def keys() -> Iterator[str]:
 
     yield from tables(RunConfig, "")
     for path in sorted((ROOT / "recipes").glob("*.py")):
-        model = importlib.import_module(path.stem).main.recipe.config
+        model = importlib.import_module(path.stem).main.config
         if model is not RunConfig:
             yield from tables(model, "", inherited=set(RunConfig.model_fields), recipe=path.stem)
 

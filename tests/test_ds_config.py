@@ -245,7 +245,7 @@ SHAPE_RULES = {
 def test_a_wrong_config_is_refused_saying_why(
     rule: str, device: str, overrides: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "installed", lambda package: False)
+    monkeypatch.setattr(rules, "find_spec", lambda package: None)
     config = compose(*overrides.split())
     with pytest.raises(ConfigError) as error:
         complete(config, world=2, device=device)

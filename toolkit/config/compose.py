@@ -4,8 +4,6 @@ config = compose(["zero=stage3", "batch.global_size=64"])                  # as 
 rebased(config, compose(["zero=stage3"]), compose(["zero=stage1"]))        # the same, at another stage
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from toolkit.config.overrides import permissive
@@ -54,28 +52,20 @@ def register_schema(model: type[RunConfig] = RunConfig) -> None:
 
 
 def _composed(overrides: list[str], model: type[RunConfig], *, return_hydra_config: bool = False) -> Any:
+    """From our own folder of groups, whichever config the recipe around us was started from."""
     from hydra import compose as hydra_compose
-    from hydra.errors import HydraException
-
-    register_schema(model)
-    with _of_the_toolkit():
-        try:
-            return hydra_compose("config", permissive(overrides), return_hydra_config=return_hydra_config)
-        except HydraException as error:
-            raise ConfigError(str(error)) from error
-
-
-@contextmanager
-def _of_the_toolkit() -> Iterator[None]:
-    """Our own folder of groups, whichever config the recipe around us was started from."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
+    register_schema(model)
     around = get_gh_backup()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            yield
+            return hydra_compose("config", permissive(overrides), return_hydra_config=return_hydra_config)
+    except HydraException as error:
+        raise ConfigError(str(error)) from error
     finally:
         restore_gh_from_backup(around)

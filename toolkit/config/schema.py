@@ -19,6 +19,7 @@ from toolkit.config.kinds import known
 from toolkit.errors import ConfigError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["fp32", "tf32", "bf16", "fp16"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -189,9 +190,8 @@ class Task(Strict):
 class Schedule(Strict):
     """The learning rate over the run; ``warmup`` counts steps from 1, below 1 it is a share of train.steps."""
 
-    name: Literal["linear", "cosine", "inverse_sqrt", "constant", "none"] = (
-        "linear"  # none: deepspeed.scheduler decides
-    )
+    # none: deepspeed.scheduler decides
+    name: Literal["linear", "cosine", "inverse_sqrt", "constant", "none"] = "linear"
     warmup: float = Field(0.01, ge=0)
     decay_steps: Positive | None = None  # where linear and cosine reach 0; None: train.steps
 
@@ -327,10 +327,8 @@ class RunConfig(Strict):
 
     name: str | None = None  # None: derived once on rank 0 from task and time
     output_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    seeds: tuple[
-        Annotated[int, Field(ge=0, lt=2**32)], ...
-    ] = ()  # a training for each; what is held out stays the same
+    seed: Seed = 42
+    seeds: tuple[Seed, ...] = ()  # a training for each; what is held out stays the same
     resume: str = "auto"  # auto, never, or the path of a checkpoint
     train: Train = Train()
     batch: Batch = Batch()
@@ -418,8 +416,6 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{'a': {'b': 1}}`` as ``{'a.b': 1}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= dotted(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        inner = isinstance(value, Mapping) and value
+        flat |= dotted(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return flat

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from toolkit.deepspeed import ds_config
 from toolkit.deepspeed.ds_config import Problem
 from toolkit.deepspeed.facts import BATCH_KEYS, Facts, Unknown
-from toolkit.deepspeed.rules import FILLED, Rule
+from toolkit.deepspeed.rules import FILLED, RULES, Rule
 from toolkit.errors import ConfigError
 
 # What DeepSpeed gets along with; all else it refuses, or does not do as the file says.
@@ -33,22 +33,13 @@ BUCKET = 500_000_000  # DeepSpeed's default
 
 @dataclass(frozen=True)
 class Remark:
-    """``rule`` is a key of RULES in ds_rules.py or here, or a name of this file and ds_config.py."""
+    """``rule`` is a key of a table of rules, or a name of this file and ds_config.py."""
 
     level: Literal["problem", "note"]
     rule: str
     line: int | None  # None: of the file as a whole
     column: int | None
     text: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file as far as it could be read, and the line of each key by its dotted path."""
-
-    ds: dict[str, Any] | None
-    lines: dict[str, int]
-    findings: list[Remark]
 
 
 def check(
@@ -64,15 +55,18 @@ def check(
     ``world`` counts all ranks, ``parameters`` those of the model, ``largest`` the elements of its largest.
     """
     try:
-        source = read(path.read_text(encoding="utf-8"))
+        text, found = _plain(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot be read ({why}). Name a DeepSpeed JSON file.") from error
-    found = set(source.findings)
-    if source.ds is not None:
-        facts = Facts(ds_config.whole_numbers(source.ds), None, device, largest, parameters=parameters)
-        found |= {_remark(p, source.lines) for p in _problems(facts, world)}
-    return sorted(found, key=lambda f: (f.line or 0, f.text))
+    ds = _parsed(text)
+    if isinstance(ds, Remark):
+        found.append(ds)
+    else:
+        lines, twice = _lines(text)
+        facts = Facts(ds_config.whole_numbers(ds), None, device, largest, parameters=parameters)
+        found += [*twice, *(_remark(p, lines) for p in _problems(facts, world))]
+    return sorted(set(found), key=lambda f: (f.line or 0, f.text))
 
 
 def as_json(path: Path, findings: list[Remark]) -> str:
@@ -90,28 +84,31 @@ def told(path: Path, findings: list[Remark]) -> Iterator[str]:
     yield f"{path}: {problems or 'no'} problem{'s' * (problems != 1)} with DeepSpeed {ds_config.known()['deepspeed']}"
 
 
-def read(text: str) -> Source:
-    """The keys, values and lines of a JSON text, or of what is left of it without comments and trailing commas."""
-    findings = []
+def _plain(text: str) -> tuple[str, list[Remark]]:
+    """What is left of a JSON text without comments and trailing commas, in the same places."""
+    found = []
     for pattern, what in ((COMMENT, "a comment"), (TRAILING, "a comma before a closing bracket")):
         for match in (m for m in pattern.finditer(text) if m[1]):
             say = f"{what}: DeepSpeed reads Hjson, but Hugging Face's Trainer and Python's json refuse it. Take it out."
-            findings.append(_at(text, match.start(1), "hjson", say))
+            found.append(_at(text, match.start(1), "hjson", say))
         text = pattern.sub(lambda m: re.sub(r"[^\n]", " ", m[0]) if m[1] else m[0], text)
+    return text, found
+
+
+def _parsed(text: str) -> dict[str, Any] | Remark:
+    """DeepSpeed's keys and values, or why these are none."""
     try:
         ds = json.loads(text)
     except json.JSONDecodeError as error:
-        return Source(None, {}, [*findings, _at(text, error.pos, "syntax", f"no JSON: {error.msg}. Mend it there.")])
+        return _at(text, error.pos, "syntax", f"no JSON: {error.msg}. Mend it there.")
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets as deep
-        return Source(None, {}, [*findings, _at(text, 0, "syntax", f"no JSON that can be read: {error}.")])
+        return _at(text, 0, "syntax", f"no JSON that can be read: {error}.")
     if not isinstance(ds, dict):
-        return Source(None, {}, [*findings, _at(text, 0, "syntax", "no object. Write {…} around DeepSpeed's keys.")])
+        return _at(text, 0, "syntax", "no object. Write {…} around DeepSpeed's keys.")
     table = ds_config.known()
     if 10 * len({*ds} & {*table["keys"], *table["removed"]}) < len(ds):
-        say = "hardly one key is DeepSpeed's. Name a DeepSpeed configuration."
-        return Source(None, {}, [*findings, _at(text, 0, "not_deepspeed", say)])
-    lines, twice = _lines(text)
-    return Source(ds, lines, findings + twice)
+        return _at(text, 0, "not_deepspeed", "hardly one key is DeepSpeed's. Name a DeepSpeed configuration.")
+    return ds
 
 
 def _lines(text: str) -> tuple[dict[str, int], list[Remark]]:
@@ -155,13 +152,12 @@ def _problems(facts: Facts, world: int | None) -> Iterator[Problem]:
     if isinstance(flag, bool):  # zero/config.py, read_zero_config_deprecated
         facts = replace(facts, ds={**facts.ds, "zero_optimization": {"stage": int(flag)}})
         yield Problem("zero_flag", f'zero_optimization={flag}: the old form of {{"stage": {int(flag)}}}. Write that.')
-    found = ds_config.problems(facts, prefix="")
+    found = ds_config.problems(facts, "", RULES | FILE_RULES)
     filled = [p for p in found if p.rule == "auto" and p.key in FILLED]
     if filled:
         keys = ", ".join(p.key for p in filled)
         yield Problem("auto_filled", f"{keys}: 'auto' is filled in by Hugging Face's Trainer and accelerate only.")
     yield from (p for p in found if p not in filled)
-    yield from ds_config.broken(FILE_RULES, ds_config.usable(facts), "")
 
 
 def _split(f: Facts) -> int | None:
@@ -186,34 +182,20 @@ def _two_rates(f: Facts) -> str:
     return f"{key}={rates[0]}" if len(set(rates)) == 2 else ""
 
 
-def _indivisible(f: Facts) -> bool:
-    """Whether no number of ranks gives the batch; where the ranks are known, batch_product says more."""
-    total, micro, steps = (f[key] for key in BATCH_KEYS)
-    return f.ranks is None and bool(total and total % ((micro or 1) * (steps or 1)))
-
-
 # What a RunConfig has no need of: its ranks are known, its presets and schedules are our own.
 FILE_RULES: dict[str, Rule] = {
-    "batch_multiple": (
-        _indivisible,
+    "batch_multiple": (lambda f: f.ranks is None  # where the ranks are known, batch_product says more
+        and (f[BATCH_KEYS[0]] or 0) % ((f[BATCH_KEYS[1]] or 1) * (f[BATCH_KEYS[2]] or 1)),
         "train_batch_size={f[train_batch_size]} is no multiple of train_micro_batch_size_per_gpu x "
-        "gradient_accumulation_steps: no number of ranks fits. Give two of the three.",
-    ),
-    "two_rates": (
-        _two_rates,
+        "gradient_accumulation_steps: no number of ranks fits. Give two of the three."),
+    "two_rates": (_two_rates,
         "{got} replaces optimizer.params.lr={f[optimizer.params.lr]}. Write the same rate twice, or leave the latter "
-        "out.",
-    ),
-    "overlap_off": (
-        lambda f: f.stage in (1, 2) and f.ranks != 1 and not _overlaps(f),
-        "zero_optimization.overlap_comm is off, as by default below stage 3: gradients are not reduced "
-        "beside the backward pass. Set it to true, with buckets well below the model's size.",
-    ),
-    "bucket_overlap": (
-        lambda f: (
-            f.parameters and _overlaps(f) and (f["zero_optimization.reduce_bucket_size"] or BUCKET) >= f.parameters
-        ),
+        "out."),
+    "overlap_off": (lambda f: f.stage in (1, 2) and f.ranks != 1 and not _overlaps(f),
+        "zero_optimization.overlap_comm is off, as by default below stage 3: gradients are not reduced beside the "
+        "backward pass. Set it to true, with buckets well below the model's size."),
+    "bucket_overlap": (lambda f: f.parameters and _overlaps(f)
+        and (f["zero_optimization.reduce_bucket_size"] or BUCKET) >= f.parameters,
         "zero_optimization.reduce_bucket_size (by default 5e8) is not below the {f.parameters:,} parameters: all "
-        "gradients are reduced at once after the backward pass, and nothing overlaps. Use a tenth of the parameters.",
-    ),
-}
+        "gradients are reduced at once after the backward pass, and nothing overlaps. Use a tenth of the parameters."),
+}  # fmt: skip

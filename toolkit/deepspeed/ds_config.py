@@ -3,18 +3,20 @@
     ds = complete(config, world=2, device="cuda", run_dir=run.dir)    # exactly what DeepSpeed gets
     required_ops(ds, device="cuda", world=2)                          # builders to compile ahead of time
 
-It raises one ConfigError with a line for every problem. The keys that DeepSpeed knows are in ds_keys.json, written
-from the installed version by tests/make_ds_keys.py; the rules in ds_rules.py. toolkit/check.py has the same for files.
+It raises one ConfigError with a line for every problem. The keys that DeepSpeed knows are in keys.json, written from
+the installed version by tests/make_ds_keys.py; the rules in rules.py and run_rules.py. check.py has the same for files.
 """
 
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from toolkit.config.schema import RunConfig, cache_dir, dotted
@@ -28,20 +30,21 @@ ADAM_KEYS = {"adam_w_mode": "bool", "torch_adam": "bool", "fp32_optimizer_states
 ONE_BIT = {"onebitadam": "AdamW", "zerooneadam": "AdamW", "onebitlamb": "Lamb"}  # removed, and what they were based on
 MUP = ("muadam", "muadamw", "musgd")  # of the package mup
 ADAM_FAMILY = ("FusedAdam", "DeepSpeedCPUAdam", "MuonWithAuxAdam", "torch.Adam", "torch.AdamW")
-TYPES: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "number": (int, float),
-    "string": (str,),
-    "list": (list, tuple),
-    "object": (Mapping,),  # whose keys are not in ds_keys.json
-    "block": (Mapping,),
+# Kinds of values in keys.json, their types, and how they are told; all else is of any type
+TYPES: dict[str, tuple[type | UnionType, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "number": (int | float, "a number"),
+    "string": (str, "a text"),
+    "list": (list | tuple, "a list"),
+    "object": (Mapping, "an object"),  # whose keys are not in keys.json
+    "block": (Mapping, "a block"),
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A broken rule (its name in ds_rules, or here) and the line that is shown."""
+    """A broken rule (its name in rules.py, run_rules.py, or here) and the line that is shown."""
 
     rule: str
     text: str
@@ -64,7 +67,8 @@ def complete(
     ``world`` counts all ranks. Raises ConfigError for whatever is wrong in the run's config.
     """
     completed = examine(config, world=world, device=device, vocab_size=vocab_size, run_dir=run_dir)
-    _raise(completed.problems)
+    if completed.problems:
+        raise ConfigError("\n".join(dict.fromkeys(problem.text for problem in completed.problems)))
     return completed.ds
 
 
@@ -72,39 +76,35 @@ def examine(
     config: RunConfig, *, world: int, device: str, vocab_size: int | None = None, run_dir: Path | None = None
 ) -> Completed:
     """What ``complete`` does, with the problems as values."""
-    largest = largest_parameter(config, vocab_size)
-    layout = list(_layout_problems(config, world))
+    found = []
+    if world % config.split:
+        text = f"pipeline.stages={config.pipeline.stages} x deepspeed.tensor_parallel.autotp_size={config.tensor_size}"
+        way = f"Start {(world // config.split + 1) * config.split} ranks, or use smaller ones."
+        found.append(Problem("layout", f"{text} does not divide {world} ranks. {way}"))
     world = max(1, world // config.split)  # from here on: copies of the model
     ds: dict[str, Any] = whole_numbers(config.deepspeed)
     batch = list(_batch_problems(config, world))
     if not batch:
         ds = {**batch_sizes(config, world), **ds}
+    facts = Facts(ds, world, device, largest_parameter(config, vocab_size), config)
     if not list(_shape(ds, "")):
-        _fill_nvme(ds, Facts(ds, world, device, largest), run_dir)
-        _fill_monitors(ds, run_dir)
-        if "activation_checkpoint_interval" in (ds.get("pipeline") or {}):
-            ds["pipeline"].setdefault("use_reentrant", False)
-    facts = Facts(ds, world, device, largest, config)
-    rest = [p for p in problems(facts) if not (batch and p.rule.startswith("batch_"))]
-    return Completed(ds, layout + batch + rest + broken(RUN_RULES, usable(facts) if rest else facts, "deepspeed."))
+        _fill(ds, facts, run_dir)
+    rest = [p for p in problems(facts, rules=RULES | RUN_RULES) if not (batch and p.rule.startswith("batch_"))]
+    return Completed(ds, found + batch + rest)
 
 
-def problems(facts: Facts, prefix: str = "deepspeed.") -> list[Problem]:
+def problems(facts: Facts, prefix: str = "deepspeed.", rules: Mapping[str, Rule] = RULES) -> list[Problem]:
     """What is wrong with a DeepSpeed config: its keys, its types, the combination of its values."""
     found = list(_shape(facts.ds, prefix))
     facts = _without(facts, found)
     for shape in (_optimizer_shape, _scheduler_shape):
         with suppress(Unknown):
             found += shape(facts, prefix)
-    return found + broken(RULES, _without(facts, found), prefix)
-
-
-def usable(facts: Facts) -> Facts:
-    """The same without unknown keys, and with values of a wrong type as unknown."""
-    return _without(facts, list(_shape(facts.ds, "")))
+    return found + _broken(rules, _without(facts, found), prefix)
 
 
 def _without(facts: Facts, found: list[Problem]) -> Facts:
+    """The same without unknown keys, and with values that cannot be used as unknown."""
     keyed = [p for p in found if p.key]
     if not keyed:
         return facts
@@ -120,58 +120,37 @@ def _without(facts: Facts, found: list[Problem]) -> Facts:
     return replace(facts, ds=ds)
 
 
-def broken(rules: Mapping[str, Rule], facts: Facts, prefix: str) -> list[Problem]:
+def _broken(rules: Mapping[str, Rule], facts: Facts, prefix: str) -> list[Problem]:
     """Those of ``rules`` that the facts break, as far as these are known."""
     found = []
     for name, (when, say) in rules.items():
         with suppress(Unknown):
             if got := when(facts):
-                text = say.format(p=prefix, v=_Shown(facts, prefix), f=facts, c=facts.config, got=got)
+                say = re.sub(r"{v\[(.+?)]}", r"{p}\1={f[\1]}", say)
+                text = say.format(p=prefix, f=facts, c=facts.config, got=got)
                 for preset, key in IN_A_FILE.items() if facts.config is None else ():
                     text = text.replace(preset, key)
                 found.append(Problem(name, text))
     return found
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """``shown["fp16.loss_scale"]`` is deepspeed.fp16.loss_scale=128."""
-
-    facts: Facts
-    prefix: str
-
-    def __getitem__(self, key: str) -> str:
-        return f"{self.prefix}{key}={self.facts[key]}"
-
-
 def required_ops(ds: Mapping[str, Any], *, device: str, world: int) -> list[str]:
     """The op builders (DeepSpeed's class names) that training with ``ds`` loads, to be built before."""
     facts = Facts(ds, world, device)
-    adam = "FusedAdamBuilder" if facts.offload == "none" else "CPUAdamBuilder"
-    builders = {
-        "FusedAdam": adam,
-        "DeepSpeedCPUAdam": adam,
-        "MuonWithAuxAdam": "" if facts["optimizer.params.torch_adam"] else adam,  # its Adam half
-        "DeepSpeedCPUAdagrad": "CPUAdagradBuilder",
-        "DeepSpeedCPULion": "CPULionBuilder",
-        "FusedLamb": "FusedLambBuilder",
-        "FusedLion": "FusedLionBuilder",
-    }
-    gds = bool(facts["aio.use_gds"])
+    own = facts.optimizer.removeprefix("DeepSpeed")
+    if own == "MuonWithAuxAdam":  # its Adam half
+        own = "FusedAdam" if facts.offload == "none" else "CPUAdam"
+    gds, quantized = bool(facts["aio.use_gds"]), ("weights", "gradients", "nontrainable_weights")
     wanted = {
         "ShareMemCommBuilder": device == "cpu",  # comm/torch.py loads it whatever the world size
-        builders.get(facts.optimizer, ""): True,
+        f"{own}Builder": own and not own.startswith("torch.") and not facts["optimizer.params.torch_adam"],
         "PinMemoryBuilder": facts.nvme and not gds,  # AsyncIOBuilder.load loads it before its own
         "AsyncIOBuilder": facts.nvme and not gds,
         "GDSBuilder": facts.nvme and gds,
-        "QuantizerBuilder": bool(
-            facts["zero_optimization.zero_quantized_weights"]
-            or facts["zero_optimization.zero_quantized_gradients"]
-            or facts["zero_optimization.zero_quantized_nontrainable_weights"]
-        ),
-        "DeepCompileBuilder": bool(facts["compile.deepcompile"]),
+        "QuantizerBuilder": any(facts[f"zero_optimization.zero_quantized_{what}"] for what in quantized),
+        "DeepCompileBuilder": facts["compile.deepcompile"],
     }
-    return [name for name, needed in wanted.items() if name and needed]
+    return [name for name, needed in wanted.items() if needed]
 
 
 def every_op(device: str) -> list[str]:
@@ -188,13 +167,6 @@ def largest_parameter(config: RunConfig, vocab_size: int | None = None) -> int:
     return model.hidden_size * max(vocab, model.intermediate_size, model.max_position_embeddings)
 
 
-def _layout_problems(config: RunConfig, world: int) -> Iterator[Problem]:
-    if world % config.split:
-        text = f"pipeline.stages={config.pipeline.stages} x deepspeed.tensor_parallel.autotp_size={config.tensor_size}"
-        more = world // config.split * config.split + config.split
-        yield Problem("layout", f"{text} does not divide {world} ranks. Start {more} ranks, or use smaller ones.")
-
-
 def batch_sizes(config: RunConfig, world: int) -> dict[str, int]:
     total, micro = config.batch.global_size, config.batch.micro_size
     return dict(zip(BATCH_KEYS, (total, micro, total // (micro * world)), strict=True))
@@ -202,52 +174,50 @@ def batch_sizes(config: RunConfig, world: int) -> dict[str, int]:
 
 def _batch_problems(config: RunConfig, world: int) -> Iterator[Problem]:
     total, micro, derived = config.batch.global_size, config.batch.micro_size, batch_sizes(config, world)
+    copies = f"{world} ranks" if config.split == 1 else f"{world} copies of the model ({config.split} ranks each)"
     ours = {BATCH_KEYS[0]: "batch.global_size", BATCH_KEYS[1]: "batch.micro_size"}
     for key in BATCH_KEYS:
         given = config.deepspeed.get(key, derived[key])
         if given not in (derived[key], "auto"):
             text = f"deepspeed.{key}={given!r}: batch.global_size={total} and batch.micro_size={micro} give"
             way = f"Drop deepspeed.{key}" + (f", or set {ours[key]}={given}." if key in ours else ".")
-            yield Problem("batch_twice", f"{text} {derived[key]} on {_copies(config, world)}. {way}")
-    if total % (micro * world):
-        step = micro * world
-        sizes = _joined([s for s in (total // step * step, (total // step + 1) * step) if s])
-        text = f"batch.global_size={total} is no multiple of batch.micro_size={micro} x {_copies(config, world)}"
-        micros = _nearest_divisors(total // world, micro) if total % world == 0 else []
-        way = f", or batch.micro_size={_joined(micros)}" if micros else ""
-        yield Problem("batch_split", f"{text}. Use batch.global_size={sizes}{way}.")
+            yield Problem("batch_twice", f"{text} {derived[key]} on {copies}. {way}")
+    step = micro * world
+    if total % step:
+        fit = [d for d in range(1, total // world + 1) if total % (d * world) == 0]
+        micros = [d for d in fit if d < micro][-1:] + [d for d in fit if d > micro][:1]
+        sizes = [s for s in (total // step * step, (total // step + 1) * step) if s]
+        way = f"batch.global_size={' or '.join(map(str, sizes))}"
+        way += f", or batch.micro_size={' or '.join(map(str, micros))}" if micros else ""
+        text = f"batch.global_size={total} is no multiple of batch.micro_size={micro} x {copies}"
+        yield Problem("batch_split", f"{text}. Use {way}.")
 
 
-def _copies(config: RunConfig, world: int) -> str:
-    return f"{world} ranks" if config.split == 1 else f"{world} copies of the model ({config.split} ranks each)"
+def _fill(ds: dict[str, Any], facts: Facts, run_dir: Path | None) -> None:
+    """NVMe's folder and buffers, monitors' paths, and what recomputing pipeline stages need."""
+    # DeepSpeed's default is 1e8 elements for each of five buffers, all pinned memory; each holds one
+    # rank's part of one parameter, which alignment lengthens a little.
+    part = -(-(facts.largest or 1) // facts.world)
+    swapped = {
+        "offload_optimizer": (facts.offload, "buffer_count", facts.swap_buffers),
+        "offload_param": (facts.param_offload, "buffer_size", -(-part // MIB) * MIB),
+    }
+    for name, (device, key, value) in swapped.items():
+        if device == "nvme":
+            block = ds["zero_optimization"][name]
+            block["nvme_path"] = _swap_folder(block.get("nvme_path"), run_dir)
+            block.setdefault(key, value)
+    for key in ("tensorboard", "csv_monitor"):
+        block = ds.get(key) or {}
+        if run_dir is not None and block.get("enabled") and not block.get("output_path"):
+            block["output_path"] = str(run_dir)
+            block.setdefault("job_name", key)
+    if "activation_checkpoint_interval" in (ds.get("pipeline") or {}):
+        ds["pipeline"].setdefault("use_reentrant", False)
 
 
-def _nearest_divisors(number: int, wanted: int) -> list[int]:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below, above = [d for d in divisors if d < wanted], [d for d in divisors if d > wanted]
-    return below[-1:] + above[:1]
-
-
-def _joined(numbers: list[int]) -> str:
-    return " or ".join(map(str, numbers))
-
-
-def _fill_nvme(ds: dict[str, Any], facts: Facts, run_dir: Path | None) -> None:
-    zero = ds.get("zero_optimization", {})
-    if facts.offload == "nvme":
-        zero["offload_optimizer"]["nvme_path"] = _swap_folder(zero["offload_optimizer"], run_dir)
-        zero["offload_optimizer"].setdefault("buffer_count", facts.swap_buffers)
-    if facts.param_offload == "nvme":
-        zero["offload_param"]["nvme_path"] = _swap_folder(zero["offload_param"], run_dir)
-        # DeepSpeed's default is 1e8 elements for each of five buffers, all pinned memory; each holds one
-        # rank's part of one parameter, which alignment lengthens a little.
-        part = -(-(facts.largest or 1) // facts.world)
-        zero["offload_param"].setdefault("buffer_size", -(-part // MIB) * MIB)
-
-
-def _swap_folder(block: Mapping[str, Any], run_dir: Path | None) -> str:
+def _swap_folder(disk: str | None, run_dir: Path | None) -> str:
     """A folder of the run's own, for DeepSpeed's file names do not tell runs apart (see toolkit.job.nvme)."""
-    disk = block.get("nvme_path")
     if disk is None:
         return str((run_dir or cache_dir("swap")) / "nvme")
     if run_dir is None:
@@ -256,19 +226,10 @@ def _swap_folder(block: Mapping[str, Any], run_dir: Path | None) -> str:
     return str(Path(disk) / f"swap-{run_dir.name}-{digest}")
 
 
-def _fill_monitors(ds: dict[str, Any], run_dir: Path | None) -> None:
-    for key in ("tensorboard", "csv_monitor"):
-        block = ds.get(key) or {}
-        if run_dir is not None and block.get("enabled") and not block.get("output_path"):
-            block["output_path"] = str(run_dir)
-            block.setdefault("job_name", key)
-
-
 @cache
 def known() -> dict[str, Any]:
-    """ds_keys.json."""
-    text = (Path(__file__).parent / "keys.json").read_text()
-    return json.loads(text)  # type: ignore[no-any-return]
+    """keys.json."""
+    return json.loads(Path(__file__).with_name("keys.json").read_text())  # type: ignore[no-any-return]
 
 
 def whole_numbers(tree: Any, path: str = "") -> Any:
@@ -284,37 +245,34 @@ def whole_numbers(tree: Any, path: str = "") -> Any:
 
 def _shape(ds: Mapping[str, Any], prefix: str) -> Iterator[Problem]:
     """Keys that DeepSpeed does not know, has removed or renamed, and values of another type."""
-    keys = known()["keys"]
     for path, value in dotted(ds).items():
-        known_path = path in keys or path.startswith(("optimizer.params.", "scheduler.params."))
+        known_path = path in known()["keys"] or path.startswith(("optimizer.params.", "scheduler.params."))
         if value == "auto" and known_path and not path.startswith(AUTO):
             who = "only Hugging Face's Trainer" if path in FILLED else "nothing, Hugging Face's Trainer neither,"
             yield Problem("auto", f"{prefix}{path}='auto': {who} fills this in. Write a value, or drop it.", path)
-    yield from _shape_of(ds, "", keys, prefix)
+    yield from _shape_of(ds, "", prefix)
 
 
-def _shape_of(tree: Mapping[str, Any], path: str, keys: dict[str, Any], prefix: str) -> Iterator[Problem]:
+def _shape_of(tree: Mapping[str, Any], path: str, prefix: str) -> Iterator[Problem]:
+    keys, removed, replaced = (known()[name] for name in ("keys", "removed", "replaced"))
     for key, value in tree.items():
         full = f"{path}{key}"
         shown = f"{prefix}{full}"
         if not path and str(key).startswith("_"):
             continue  # how JSON is commented; DeepSpeed reads no key that it does not know at the top
-        if full in known()["removed"]:
-            yield Problem("removed_key", f"{shown}: {known()['removed'][full]} Drop it.", full)
-        elif full in known()["replaced"]:
-            new = known()["replaced"][full]
+        if full in removed:
+            yield Problem("removed_key", f"{shown}: {removed[full]} Drop it.", full)
+        elif full in replaced:
+            new = replaced[full]
             yield Problem("replaced_key", f"{shown}: renamed. Use {prefix}{new}.", new if new in keys else full)
         elif full not in keys:
-            valid = [k for k in keys if k.startswith(path) and k not in known()["replaced"]]
-            siblings = [k[len(path) :] for k in valid if "." not in k[len(path) :]]
-            way = nearest(str(key), siblings) or " Drop it."
+            valid = [k.removeprefix(path) for k in keys if k.startswith(path) and k not in replaced]
+            way = nearest(str(key), [k for k in valid if "." not in k]) or " Drop it."
             yield Problem("unknown_key", f"{shown}: DeepSpeed knows no such key.{way}", full)
-        elif value == "auto":
-            continue
-        elif not _fits(keys[full], value):
+        elif value != "auto" and not _fits(keys[full], value):
             yield Problem("type", f"{shown}={value!r}: must be {_named(keys[full])}. Change it, or drop it.", full)
-        elif str(keys[full]).startswith("block") and value is not None:
-            yield from _shape_of(value, f"{full}.", keys, prefix)
+        elif isinstance(value, Mapping) and str(keys[full]).startswith("block"):
+            yield from _shape_of(value, f"{full}.", prefix)
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -325,34 +283,30 @@ def _fits(kind: Any, value: Any) -> bool:
         return bool(kind.endswith("?")) or kind == "any"
     name = kind.rstrip("?")
     is_bool = isinstance(value, bool)  # a bool is an int to Python, but not to a person
-    return name not in TYPES or (isinstance(value, TYPES[name]) and is_bool == (name == "bool"))
+    return name not in TYPES or (isinstance(value, TYPES[name][0]) and is_bool == (name == "bool"))
 
 
 def _named(kind: Any) -> str:
     if isinstance(kind, list):
         return "one of " + ", ".join("null" if k is None else str(k) for k in kind)
-    articles = {"int": "a whole number", "bool": "true or false", "string": "a text", "object": "an object"}
-    name = kind.rstrip("?")
-    return articles.get(name, f"a {name}") + (" or null" if kind.endswith("?") else "")
+    return TYPES[kind.rstrip("?")][1] + (" or null" if kind.endswith("?") else "")
 
 
 def _optimizer_shape(f: Facts, prefix: str) -> Iterator[Problem]:
-    accepted = known()["optimizers"]
-    name = str(f["optimizer.type"] or "").lower()
-    if not name or name in MUP:
+    accepted, given = known()["optimizers"], str(f["optimizer.type"] or "")
+    if not given or given.lower() in MUP:
         return
-    if name in ONE_BIT:
-        text = f"{prefix}optimizer.type={f['optimizer.type']}: removed from DeepSpeed, as all 1-bit optimizers are."
-        yield Problem("removed_optimizer", f"{text} Use {ONE_BIT[name]}.", "optimizer.type")
-        return
-    if f.optimizer not in accepted:
+    if given.lower() in ONE_BIT:
+        text = f"{prefix}optimizer.type={given}: removed from DeepSpeed, as all 1-bit optimizers are."
+        yield Problem("removed_optimizer", f"{text} Use {ONE_BIT[given.lower()]}.", "optimizer.type")
+    elif f.optimizer not in accepted:
         names = sorted({"Lamb", "Lion", "Muon", *(n[6:] for n in accepted if n.startswith("torch."))})
-        text = f"{prefix}optimizer.type={f['optimizer.type']}: DeepSpeed has no such optimizer."
-        way = f"{nearest(f['optimizer.type'], names)} Known: {', '.join(names)}."
-        yield Problem("unknown_optimizer", text + way, "optimizer.type")
-        return
-    extra = ADAM_KEYS if f.optimizer in ADAM_FAMILY else {}
-    yield from _params(f, prefix, "optimizer", {**accepted[f.optimizer], **extra}, ignore="max_grad_norm")
+        text = f"{prefix}optimizer.type={given}: DeepSpeed has no such optimizer."
+        text += f"{nearest(given, names)} Known: {', '.join(names)}."
+        yield Problem("unknown_optimizer", text, "optimizer.type")
+    else:
+        extra = ADAM_KEYS if f.optimizer in ADAM_FAMILY else {}
+        yield from _params(f, prefix, "optimizer", f.optimizer, {**accepted[f.optimizer], **extra})
 
 
 def _scheduler_shape(f: Facts, prefix: str) -> Iterator[Problem]:
@@ -369,23 +323,16 @@ def _scheduler_shape(f: Facts, prefix: str) -> Iterator[Problem]:
         which = ", ".join(f"{prefix}scheduler.params.{key}" for key in missing)
         way = f"Set {which or prefix + 'scheduler.params={}'}."
         yield Problem("scheduler_params", f"{prefix}scheduler.type={name} lacks what it needs. {way}")
-    yield from _params(f, prefix, "scheduler", accepted[name])
+    yield from _params(f, prefix, "scheduler", name, accepted[name])
 
 
-def _params(f: Facts, prefix: str, block: str, accepted: dict[str, str], ignore: str = "") -> Iterator[Problem]:
-    name = f.optimizer if block == "optimizer" else f["scheduler.type"]
+def _params(f: Facts, prefix: str, block: str, name: str, accepted: dict[str, str]) -> Iterator[Problem]:
     for key, value in (f[f"{block}.params"] or {}).items():
         shown = f"{prefix}{block}.params.{key}"
-        if key == ignore or value == "auto":
+        if value == "auto" or (block, key) == ("optimizer", "max_grad_norm"):  # of which a rule says more
             continue
         if key not in accepted:
             way = nearest(key, accepted) or f" Known: {', '.join(sorted(accepted))}."
             yield Problem("unknown_param", f"{shown}: {name} takes no such parameter.{way}")
-        elif not _fits(accepted[key].rstrip("!"), value):
-            kind = _named(accepted[key].rstrip("!"))
-            yield Problem("param_type", f"{shown}={value!r}: must be {kind}. Change it.")
-
-
-def _raise(found: list[Problem]) -> None:
-    if found:
-        raise ConfigError("\n".join(dict.fromkeys(problem.text for problem in found)))
+        elif not _fits(kind := accepted[key].rstrip("!"), value):
+            yield Problem("param_type", f"{shown}={value!r}: must be {_named(kind)}. Change it.")

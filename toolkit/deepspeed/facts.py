@@ -8,10 +8,11 @@ Sources in comments are files of DeepSpeed 0.19.8; "seen" means tried on two CPU
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from toolkit.config.kinds import KINDS, Kind
-from toolkit.config.schema import RunConfig
+from toolkit.config.schema import RunConfig, dotted
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPES = {
@@ -64,13 +65,16 @@ class Facts:
 
     @property
     def run(self) -> RunConfig:
-        """The whole configuration, where there is one."""
         assert self.config is not None
         return self.config
 
+    @cached_property
+    def changed(self) -> dict[str, Any]:
+        """Dotted keys of the run that differ from the defaults, and their values."""
+        return dotted(self.run.model_dump(mode="json", exclude_defaults=True, exclude={"deepspeed"}))
+
     @property
     def kind(self) -> Kind:
-        """Of the run's task."""
         return KINDS[self.run.task.kind]
 
     @property

@@ -3,17 +3,24 @@
 broken(RUN_RULES, facts, "deepspeed.")       # toolkit.deepspeed.ds_config does this; facts.run is the configuration
 """
 
-import math
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
+from math import inf
 
 from toolkit.config.kinds import Asked
-from toolkit.config.schema import RunConfig
 from toolkit.deepspeed.facts import Facts
 from toolkit.deepspeed.rules import Rule, number
 
-DEFAULTS = RunConfig()
-AUTOTP = "deepspeed.tensor_parallel.autotp_size"
+# What a pipeline reads of DeepSpeed's own block; pipe_ and grad_partitioned are for tensor parallel stages.
+STAGE_RECOMPUTE = ("activation_checkpoint_interval", "use_reentrant")
+# Blocks of DeepSpeed's that this toolkit does by other means, and by which.
+UNUSED = {
+    "activation_checkpointing": "activation=recompute",
+    "autotuning": "`toolkit plan`",
+    "data_efficiency": "the data group",
+    "dataloader_drop_last": "nothing: only whole batches are trained on",
+    "hybrid_engine": "nothing: it is for reinforcement learning",
+}
 
 
 def _splits_features(f: Facts) -> bool:
@@ -26,203 +33,118 @@ def _bad_cuts(f: Facts) -> bool:
     return isinstance(cuts, tuple) and (len(cuts) != parts - 1 or list(cuts) != sorted(set(cuts)))
 
 
-def _without_stages(f: Facts) -> str:
-    given = f.run.pipeline.model_dump(exclude_defaults=True).keys() - {"stages"}
-    return ", ".join(f"pipeline.{key}" for key in sorted(given)) if f.run.pipeline.stages == 1 else ""
-
-
-# What a pipeline reads of DeepSpeed's own block; pipe_ and grad_partitioned are for tensor parallel stages.
-STAGE_RECOMPUTE = ("activation_checkpoint_interval", "use_reentrant")
-
-# Blocks of DeepSpeed's that this toolkit does by other means, and by which.
-UNUSED = {
-    "activation_checkpointing": "activation=recompute",
-    "autotuning": "`toolkit plan`",
-    "data_efficiency": "the data group",
-    "dataloader_drop_last": "nothing: only whole batches are trained on",
-    "hybrid_engine": "nothing: it is for reinforcement learning",
-}
-
-
 def _set(key: str) -> Callable[[Facts], str | bool]:
     """Whether a key of the run has another value than by default, and which."""
-
-    def asked(f: Facts) -> str | bool:
-        value, default = (reduce(getattr, key.split("."), config) for config in (f.run, DEFAULTS))
-        return value != default and f"{key}={list(value) if isinstance(value, tuple) else value}"
-
-    return asked
+    return lambda f: key in f.changed and f"{key}={f.changed[key]}"
 
 
 # What a run can ask for that not every kind of task does: how it asks, and why another kind refuses.
 ASKED: dict[Asked, tuple[Callable[[Facts], str | bool], str]] = {
     "pipeline": (_set("pipeline.stages"), "its model is not cut into stages. Use pipeline=none."),
-    "tensor": (
-        lambda f: f.run.tensor_size > 1 and not _splits_features(f) and f"{AUTOTP}={f.run.tensor_size}",
-        "its layers are not split as a BERT's are. Use parallel=none, or parallel=features for a linear regression.",
-    ),
-    "features": (
-        lambda f: _splits_features(f) and "parallel=features",
-        "it splits a linear regression. Use parallel=tensor.",
-    ),
-    "activation": (
-        lambda f: ", ".join(f"activation.{key}=true" for key, on in f.run.activation.model_dump().items() if on),
-        "it is for Transformers. Drop it.",
-    ),
+    "tensor": (lambda f: f.run.tensor_size > 1 and not _splits_features(f)
+        and f"deepspeed.tensor_parallel.autotp_size={f.run.tensor_size}",
+        "its layers are not split as a BERT's are. Use parallel=none, or parallel=features for a linear regression."),
+    "features": (lambda f: _splits_features(f) and "parallel=features",
+        "it splits a linear regression. Use parallel=tensor."),
+    "activation": (lambda f: ", ".join(f"{key}=true" for key in f.changed if key.startswith("activation.")),
+        "it is for Transformers. Drop it."),
     "weights": (_set("model.weights"), "it is for Transformers. Drop it."),
-    "new_head": (
-        lambda f: f.run.model.new_head and f.run.model.weights is not None and "model.new_head=true",
-        "it is for model.weights of another fine-tuning task. Drop it.",
-    ),
+    "new_head": (lambda f: f.run.model.new_head and f.run.model.weights is not None and "model.new_head=true",
+        "it is for model.weights of another fine-tuning task. Drop it."),
     "vocab_size": (_set("model.vocab_size"), "without effect: the tokenizer or model.weights decides. Drop it."),
     "metrics": (_set("task.metrics"), "it computes none. Drop it."),
     "seeds": (_set("seeds"), "several trainings in one launch are for fine-tuning. Use seed, or --multirun seed=1,2."),
     "loss": (lambda f: f.run.task.loss != "mse" and f"loss={f.run.task.loss}", "it is of task=linear. Drop it."),
     "decoder": (_set("model.type"), "an encoder-decoder translates. Use a model of type bert, or task=translate."),
     "tokens": (_set("batch.tokens"), "it counts the tokens of sentence pairs. Use batch.global_size alone."),
-    "subwords": (
-        _set("tokenizer.model"),
-        "a BERT's tokenizer is trained as wordpiece. Drop it, or name one by tokenizer.path.",
-    ),
-}
+    "subwords": (_set("tokenizer.model"),
+        "a BERT's tokenizer is trained as wordpiece. Drop it, or name one by tokenizer.path."),
+}  # fmt: skip
 
 
-def _beyond(capability: Asked, f: Facts) -> str:
-    """What is asked of a kind of task that cannot do it, for a message; empty if nothing is."""
-    asked, why = ASKED[capability]
-    told = capability not in f.kind.can and asked(f)
-    return f"{told} with task.kind={f.run.task.kind}: {why}" if told else ""
+def _beyond(capability: Asked, f: Facts) -> str | bool:
+    """What is asked of a kind of task that cannot do it, for a message."""
+    return capability not in f.kind.can and ASKED[capability][0](f)
 
 
 RUN_RULES: dict[str, Rule] = {
     # ---- what the kind of task can do, and what it needs
-    **{capability: (partial(_beyond, capability), "{got}") for capability in ASKED},
-    "no_decoder": (
-        lambda f: "decoder" in f.kind.needs and f.run.model.type == "bert" and f.run.model.weights is None,
+    **{can: (partial(_beyond, can), f"{{got}} with task.kind={{c.task.kind}}: {why}")
+        for can, (_, why) in ASKED.items()},
+    "no_decoder": (lambda f: "decoder" in f.kind.needs and f.run.model.type == "bert" and f.run.model.weights is None,
         "task.kind={c.task.kind} with model.type=bert: it needs an encoder and a decoder. Use model=transformer_tiny, "
-        "transformer_base or transformer_big, or model.weights of a T5, BART, Marian or BERT.",
-    ),
-    "no_metric": (
-        lambda f: "metrics" in f.kind.needs and not f.run.task.metrics,
+        "transformer_base or transformer_big, or model.weights of a T5, BART, Marian or BERT."),
+    "no_metric": (lambda f: "metrics" in f.kind.needs and not f.run.task.metrics,
         "task.metrics is empty with task.kind={c.task.kind}: nothing would choose the best weights. Use a preset "
-        "(task={c.task.kind}), or name one.",
-    ),
-    "head_of_nothing": (
-        lambda f: f.run.model.new_head and f.run.model.weights is None,
-        "model.new_head=true without effect: it is for model.weights of another fine-tuning task. Drop it.",
-    ),
+        "(task={c.task.kind}), or name one."),
+    "head_of_nothing": (lambda f: f.run.model.new_head and f.run.model.weights is None,
+        "model.new_head=true without effect: it is for model.weights of another fine-tuning task. Drop it."),
     # ---- the model and its data
-    "heads": (
-        lambda f: f.run.model.hidden_size % f.run.model.num_attention_heads,
+    "heads": (lambda f: f.run.model.hidden_size % f.run.model.num_attention_heads,
         "model.hidden_size={c.model.hidden_size} does not divide by "
-        "model.num_attention_heads={c.model.num_attention_heads}. Change one of them.",
-    ),
-    "tensor_heads": (  # uneven shares draw unequally many random numbers, and then dropout differs where it must not
-        lambda f: f.run.model.num_attention_heads % f.run.tensor_size,
+        "model.num_attention_heads={c.model.num_attention_heads}. Change one of them."),
+    # uneven shares draw unequally many random numbers, and then dropout differs where it must not
+    "tensor_heads": (lambda f: f.run.model.num_attention_heads % f.run.tensor_size,
         "model.num_attention_heads={c.model.num_attention_heads} does not divide by "
         "deepspeed.tensor_parallel.autotp_size={c.tensor_size}: every rank takes as many heads. Change one of them, or "
-        "use parallel=none.",
-    ),
-    "max_length": (
-        lambda f: f.run.data.max_length > f.run.model.max_position_embeddings,
+        "use parallel=none."),
+    "max_length": (lambda f: f.run.data.max_length > f.run.model.max_position_embeddings,
         "data.max_length={c.data.max_length} is above model.max_position_embeddings={c.model.max_position_embeddings}: "
-        "the model has no such position. Lower the one or raise the other.",
-    ),
-    "max_predictions": (
-        lambda f: "masks" in f.kind.can and f.run.data.max_predictions > f.run.data.max_length,
+        "the model has no such position. Lower the one or raise the other."),
+    "max_predictions": (lambda f: "masks" in f.kind.can and f.run.data.max_predictions > f.run.data.max_length,
         "data.max_predictions={c.data.max_predictions} is above data.max_length={c.data.max_length}: there are not so "
-        "many tokens to predict. Lower data.max_predictions.",
-    ),
-    "decoder_without_effect": (
-        lambda f: f.run.model.type != "marian" and f.run.model.decoder_layers,
+        "many tokens to predict. Lower data.max_predictions."),
+    "decoder_without_effect": (lambda f: f.run.model.type != "marian" and f.run.model.decoder_layers,
         "model.decoder_layers={c.model.decoder_layers} with model.type={c.model.type}: it has no decoder of its own. "
-        "Drop it.",
-    ),
-    "flash_on_cpu": (
-        lambda f: f.run.model.attention == "flash_attention_2" and f.device != "cuda",
-        "model.attention=flash_attention_2 on {f.device}: it is for CUDA devices. Use model.attention=sdpa.",
-    ),
-    "flash_in_fp32": (
-        lambda f: (
-            f.run.model.attention == "flash_attention_2"
-            and f.device == "cuda"
-            and f.dtype == "fp32"
-            and not f["torch_autocast.enabled"]
-        ),
+        "Drop it."),
+    "flash_on_cpu": (lambda f: f.run.model.attention == "flash_attention_2" and f.device != "cuda",
+        "model.attention=flash_attention_2 on {f.device}: it is for CUDA devices. Use model.attention=sdpa."),
+    "flash_in_fp32": (lambda f: f.run.model.attention == "flash_attention_2"
+        and f.device == "cuda" and f.dtype == "fp32" and not f["torch_autocast.enabled"],
         "model.attention=flash_attention_2 in fp32: it computes in bf16 and fp16 only. Use precision=bf16, or "
-        "model.attention=sdpa.",
-    ),
-    "warmup": (
-        lambda f: f.run.schedule.name != "none" and f.run.schedule.warmup > (f.run.train.steps or math.inf),
+        "model.attention=sdpa."),
+    "warmup": (lambda f: f.run.schedule.name != "none" and f.run.schedule.warmup > (f.run.train.steps or inf),
         "schedule.warmup={c.schedule.warmup:g} steps is above train.steps={c.train.steps}: the rate would never be "
-        "reached. Lower it; below 1 it is a share of train.steps.",
-    ),
-    "two_schedules": (
-        lambda f: f.run.schedule.name != "none" and f["scheduler"],
+        "reached. Lower it; below 1 it is a share of train.steps."),
+    "two_schedules": (lambda f: f.run.schedule.name != "none" and f["scheduler"],
         "{v[scheduler.type]} beside schedule.name={c.schedule.name}: one has to go. Use schedule=none, or drop "
-        "deepspeed.scheduler.",
-    ),
-    "learning_rate": (
-        lambda f: [k for k in ("lr", "muon_lr", "adam_lr") if number(f[f"optimizer.params.{k}"], 0) < 0],
-        "deepspeed.optimizer.params.{got[0]} is negative: a negative rate climbs. Use a positive one.",
-    ),
-    "half_at_stage0": (  # fused_optimizer.py: FP16_Optimizer runs one empty optimizer.step() at its start
-        lambda f: f.stage == 0 and f.dtype != "fp32" and "Adam" in f.optimizer,
+        "deepspeed.scheduler."),
+    "learning_rate": (lambda f: [k for k in ("lr", "muon_lr", "adam_lr") if number(f[f"optimizer.params.{k}"], 0) < 0],
+        "deepspeed.optimizer.params.{got[0]} is negative: a negative rate climbs. Use a positive one."),
+    # fused_optimizer.py: FP16_Optimizer runs one empty optimizer.step() at its start
+    "half_at_stage0": (lambda f: f.stage == 0 and f.dtype != "fp32" and "Adam" in f.optimizer,
         "zero_optimization.stage=0 in {f.dtype}: DeepSpeed's optimizer for it takes an empty step first, so Adam's "
-        "bias correction is one step ahead and the losses differ. Use zero=stage1.",
-    ),
-    "no_optimizer": (
-        lambda f: not f["optimizer"],
-        "deepspeed.optimizer is missing. Use optimizer=adamw, lamb, lion, muon or sgd.",
-    ),
+        "bias correction is one step ahead and the losses differ. Use zero=stage1."),
+    "no_optimizer": (lambda f: not f["optimizer"],
+        "deepspeed.optimizer is missing. Use optimizer=adamw, lamb, lion, muon or sgd."),
     # ---- pipeline
-    "pipeline_zero": (  # pipe/engine.py, __init__ asserts it
-        lambda f: f.run.pipeline.stages > 1 and f.stage >= 2,
+    "pipeline_zero": (lambda f: f.run.pipeline.stages > 1 and f.stage >= 2,  # pipe/engine.py, __init__ asserts it
         "deepspeed.zero_optimization.stage={f.stage} with pipeline.stages={c.pipeline.stages}: DeepSpeed pipelines "
-        "need ZeRO 0 or 1. Use zero=stage1 or pipeline=none.",
-    ),
-    "pipeline_tensor": (
-        lambda f: f.run.pipeline.stages > 1 and f.run.tensor_size > 1,
+        "need ZeRO 0 or 1. Use zero=stage1 or pipeline=none."),
+    "pipeline_tensor": (lambda f: f.run.pipeline.stages > 1 and f.run.tensor_size > 1,
         "deepspeed.tensor_parallel.autotp_size={c.tensor_size} with pipeline.stages={c.pipeline.stages}: DeepSpeed "
-        "splits no layers of a pipeline. Use parallel=none or pipeline=none.",
-    ),
-    "pipeline_compile": (
-        lambda f: f.run.pipeline.stages > 1 and f.run.train.compile,
-        "train.compile=True with pipeline.stages={c.pipeline.stages} is not supported. Use train.compile=false.",
-    ),
-    "pipeline_off": (
-        lambda f: _without_stages(f),
-        "{got} without effect: pipeline.stages is 1. Use pipeline=two, or drop it.",
-    ),
-    "pipeline_cuts": (
-        lambda f: f.run.pipeline.stages > 1 and _bad_cuts(f),
+        "splits no layers of a pipeline. Use parallel=none or pipeline=none."),
+    "pipeline_compile": (lambda f: f.run.pipeline.stages > 1 and f.run.train.compile,
+        "train.compile=True with pipeline.stages={c.pipeline.stages} is not supported. Use train.compile=false."),
+    "pipeline_off": (lambda f: f.run.pipeline.stages == 1
+        and ", ".join(sorted(key for key in f.changed if key.startswith("pipeline."))),
+        "{got} without effect: pipeline.stages is 1. Use pipeline=two, or drop it."),
+    "pipeline_cuts": (lambda f: f.run.pipeline.stages > 1 and _bad_cuts(f),
         "pipeline.partition={c.pipeline.partition}: name the first layer of each part but the first, rising: one "
-        "number less than pipeline.stages (dualpipev: less than twice as many). Or use parameters, time or uniform.",
-    ),
+        "number less than pipeline.stages (dualpipev: less than twice as many). Or use parameters, time or uniform."),
     "dualpipev_micro_batches": (  # pipe/schedule.py, DualPipeVSchedule raises
-        lambda f: (
-            f.run.pipeline.schedule == "dualpipev"
-            and f.run.pipeline.stages > 1
-            and (f["gradient_accumulation_steps"] or 0) < 2 * f.run.pipeline.stages
-        ),
+        lambda f: f.run.pipeline.schedule == "dualpipev" and f.run.pipeline.stages > 1
+        and (f["gradient_accumulation_steps"] or 0) < 2 * f.run.pipeline.stages,
         "pipeline.schedule=dualpipev with {f[gradient_accumulation_steps]} micro-batches a step: it needs two for each "
         "of pipeline.stages={c.pipeline.stages}. Raise batch.global_size, lower batch.micro_size, or use "
-        "pipeline.schedule=1f1b.",
-    ),
-    "pipeline_block": (
-        lambda f: f.others("pipeline", *(STAGE_RECOMPUTE if f.run.pipeline.stages > 1 else ())),
-        "deepspeed.{got} without effect here. Use the keys of pipeline (stages, schedule, partition), or drop it.",
-    ),
-    "pipeline_reentrant": (  # pipe/engine.py, _exec_load_micro_batch: its default; seen to fail
-        lambda f: f.run.pipeline.stages > 1 and f["pipeline.use_reentrant"],
-        "deepspeed.pipeline.use_reentrant=True: the first stage reads ids, which carry no gradient. Drop it.",
-    ),
-    "deepcompile_off": (
-        lambda f: f["compile.deepcompile"] and not f.run.train.compile,
-        "deepspeed.compile.deepcompile=True without effect: nothing is compiled. Set train.compile=true.",
-    ),
-    "unused": (
-        lambda f: next(((key, way) for key, way in UNUSED.items() if f[key]), None),
-        "deepspeed.{got[0]} without effect in this toolkit. Use {got[1]} instead.",
-    ),
-}
+        "pipeline.schedule=1f1b."),
+    "pipeline_block": (lambda f: f.others("pipeline", *(STAGE_RECOMPUTE if f.run.pipeline.stages > 1 else ())),
+        "deepspeed.{got} without effect here. Use the keys of pipeline (stages, schedule, partition), or drop it."),
+    # pipe/engine.py, _exec_load_micro_batch: its default; seen to fail
+    "pipeline_reentrant": (lambda f: f.run.pipeline.stages > 1 and f["pipeline.use_reentrant"],
+        "deepspeed.pipeline.use_reentrant=True: the first stage reads ids, which carry no gradient. Drop it."),
+    "deepcompile_off": (lambda f: f["compile.deepcompile"] and not f.run.train.compile,
+        "deepspeed.compile.deepcompile=True without effect: nothing is compiled. Set train.compile=true."),
+    "unused": (lambda f: next(((key, way) for key, way in UNUSED.items() if f[key]), None),
+        "deepspeed.{got[0]} without effect in this toolkit. Use {got[1]} instead."),
+}  # fmt: skip

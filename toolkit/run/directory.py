@@ -8,7 +8,10 @@ runs/<name>/  config.yaml  ds_config.json  plan.json  env.json  metrics.jsonl  l
 
 import json
 import math
+import os
+import platform
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,8 +22,7 @@ from rich.console import Console
 
 from toolkit.config.schema import RunConfig
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.job import ranks
-from toolkit.run.environment import environment
+from toolkit.job import fingerprint, ranks
 from toolkit.run.files import as_csv, as_json, as_yaml, read_metrics, replace
 from toolkit.run.terminal import Terminal
 
@@ -110,6 +112,30 @@ class Run:
             saved = [i for i, r in enumerate(kept) if "checkpoint" in r and r["step"] == step]
             kept = kept[: saved[-1] + 1] if saved else kept
             replace(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, code and devices of this run; no environment variables, for they hold secrets."""
+    import torch
+
+    commit, status = fingerprint.git("rev-parse", "HEAD"), fingerprint.git("status", "--porcelain")
+    return {
+        "command": sys.argv,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or _cpu(),
+        "git": None if commit is None or status is None else {"commit": commit, "modified": bool(status)},
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": fingerprint.versions(),
+        "world_size": ranks.world(),
+    }
+
+
+def _cpu() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return [f"{len(models) or os.cpu_count()} x {models[0] if models else 'CPU'}"]
 
 
 def weights_folder(weights: str) -> str:

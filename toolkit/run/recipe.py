@@ -10,13 +10,8 @@ The decorated function reads Hydra overrides from the command line, refuses a wr
 before any process group exists, builds DeepSpeed's ops, joins the ranks, and turns errors into one
 line and an exit code, which toolkit.errors lists.
 
-SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit with 75. The launchers:
-
-- signals to the ranks: `deepspeed` passes 75 on; it gives the other ranks 30 s to end after the first.
-- Ctrl-C, scancel, a signal to the whole process group: the ranks save as above, but `deepspeed` itself
-  ends at once by that signal (a shell shows 130 or 143), or with 1 like `torchrun`, before or after they have.
-- SIGTERM to the node's `deepspeed.launcher.launch`: it passes it to the ranks, which save; exit code 1.
-- SIGTERM to the one process `deepspeed`: it ends, and the ranks train on. Signal the group: kill -- -PGID.
+SIGTERM or SIGINT to any rank lets all of them finish the step, save and exit with 75; docs/errors.md says what the
+launchers make of it.
 """
 
 import functools
@@ -33,16 +28,13 @@ from typing import Any, NoReturn, get_type_hints
 from toolkit.config import overrides
 from toolkit.config.compose import register_schema
 from toolkit.config.schema import RunConfig, conf_dir, load
+from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError, Stopped, ToolkitError, leave, memory_told
+from toolkit.job import fingerprint, ops, ranks, watchdog, workers
+from toolkit.run.terminal import Terminal
 
 # The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
-HYDRA = [
-    "hydra.run.dir=.",
-    "hydra.sweep.subdir=.",
-    "hydra.output_subdir=null",
-    "hydra/job_logging=none",
-    "hydra/hydra_logging=none",
-]
+HYDRA = "hydra.run.dir=. hydra.sweep.subdir=. hydra.output_subdir=null hydra/job_logging=none hydra/hydra_logging=none"
 # In the batch script, before srun: where the ranks of a job of its own find each other.
 SLURM_SWEEP = "hydra.launcher.setup=['export MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))']"
 SWEEP = [
@@ -69,6 +61,27 @@ class Recipe:
     more: More | None
     script: str
 
+    def __call__(self) -> None:
+        """Run what this process's command line says."""
+        import hydra
+
+        ranks.adopt_scheduler()
+        register_schema(self.config)
+        if "--debug" in sys.argv:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # for the jobs of a sweep, too
+        # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
+        typed = overrides.split(a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a))
+        try:
+            sys.argv[1:] = [*_given(self, typed), *typed.flags]  # Hydra takes overrides before flags, or after them
+        except ConfigError as error:
+            refuse(error)
+        decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+        start = decorate(functools.partial(_job, self, os.environ.get("HYDRA_FULL_ERROR") == "1"))
+        if typed.multirun:
+            _sweep(start)
+        else:
+            start()
+
     @property
     def config(self) -> type[RunConfig]:
         """The class that the function asks for."""
@@ -89,40 +102,12 @@ class Recipe:
             raise ConfigError(f"task={config.task.name}: {name} is not for it. It takes task={', '.join(known)}.")
 
 
-def recipe(*kinds: str, engine: bool = True, more: More | None = None) -> Callable[[Main], Callable[[], None]]:
+def recipe(*kinds: str, engine: bool = True, more: More | None = None) -> Callable[[Main], Recipe]:
     """Make a function a command; see the module's docstring.
 
     Without ``engine`` the node deepspeed is not looked at. ``more`` makes overrides of what was typed.
     """
-    return lambda main: _command(Recipe(main, kinds, engine, more, str(Path(main.__code__.co_filename).resolve())))
-
-
-def _command(recipe: Recipe) -> Callable[[], None]:
-    @functools.wraps(recipe.main)
-    def command() -> None:
-        import hydra
-
-        from toolkit.job import ranks
-
-        ranks.adopt_scheduler()
-        register_schema(recipe.config)
-        if "--debug" in sys.argv:
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # for the jobs of a sweep, too
-        # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
-        typed = overrides.split(a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a))
-        try:
-            sys.argv[1:] = [*_given(recipe, typed), *typed.flags]  # Hydra takes overrides before flags, or after them
-        except ConfigError as error:
-            refuse(error)
-        decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-        start = decorate(functools.partial(_job, recipe, os.environ.get("HYDRA_FULL_ERROR") == "1"))
-        if typed.multirun:
-            _sweep(start)
-        else:
-            start()
-
-    command.recipe = recipe  # type: ignore[attr-defined]  # for toolkit.cluster.launchers
-    return command
+    return lambda main: Recipe(main, kinds, engine, more, str(Path(main.__code__.co_filename).resolve()))
 
 
 def _given(recipe: Recipe, typed: overrides.Typed) -> Iterable[str]:
@@ -132,7 +117,7 @@ def _given(recipe: Recipe, typed: overrides.Typed) -> Iterable[str]:
     primary = typed.config in (None, "--config-dir")
     given = overrides.permissive(recipe.completed(typed.overrides) if primary else typed.overrides)
     slurm = overrides.values(typed.overrides).get("hydra/launcher") == "submitit_slurm"
-    return *(SWEEP if typed.multirun else ()), *([SLURM_SWEEP] if slurm else ()), *given, *HYDRA
+    return *(SWEEP if typed.multirun else ()), *([SLURM_SWEEP] if slurm else ()), *given, *HYDRA.split()
 
 
 def _sweep(start: Callable[[], None]) -> None:
@@ -163,9 +148,7 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from toolkit.run import sweep
 
-        found = HydraConfig.get()
-        mark = {"number": found.job.num, "sweep": found.callbacks.sweep.started}
-        sweep.job(recipe.script, list(found.overrides.task), Path(found.sweep.dir), mark)
+        sweep.job(recipe.script)
         return
     try:
         config = load(cfg, recipe.config)
@@ -178,18 +161,12 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
 
 
 def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
-    from toolkit.deepspeed import ds_config
-    from toolkit.job import fingerprint, ranks, watchdog, workers
-    from toolkit.run.terminal import Terminal
-
     ranks.complete_environment()
     device = ranks.device()
     ds = ds_config.complete(config, world=ranks.world(), device=device) if recipe.engine else {}
     if recipe.engine and config.data.workers:
         workers.begin()
     with Terminal(quiet=not debug) as terminal:
-        from toolkit.job import ops
-
         ops.ensure(ds_config.required_ops(ds, device=device, world=ranks.world()), terminal.console)
         try:
             with ranks.joined(), watchdog.watching(terminal.say, config.train.lost_seconds):

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 
 from toolkit.config.overrides import parse, values
@@ -62,15 +63,17 @@ def recorded(record: Path, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
         _write(record, found | {"state": state, "seconds": round(time.monotonic() - start, 1)})
 
 
-def job(script: str, given: list[str], folder: Path, mark: dict[str, int]) -> None:
-    """One job of a --multirun: no state of one reaches the next. Ranks of one launch each call it.
+def job(script: str) -> None:
+    """The job of a --multirun that Hydra is at: no state of one reaches the next. Ranks of one launch each call it.
 
-    ``mark``: its number in the sweep, and the sweep's own. A signal lets the training save before it is answered.
+    A signal lets the training save before it is answered.
     """
-    overrides = [o.lstrip("+") for o in given]
+    hydra = HydraConfig.get()
+    mark = {"number": hydra.job.num, "sweep": hydra.callbacks.sweep.started}
+    overrides = [o.lstrip("+") for o in hydra.overrides.task]
     key = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:8]  # the same whenever it is started
     name = f"{values(overrides).get('name') or 'sweep'}-{key}"
-    record = folder / "jobs" / f"{key}.json"
+    record = Path(hydra.sweep.dir) / "jobs" / f"{key}.json"
     _say(f"--- {' '.join(overrides)}")
     if done(found := read(record)):
         _say(f"done before, in {found['run']}")
@@ -84,11 +87,10 @@ def job(script: str, given: list[str], folder: Path, mark: dict[str, int]) -> No
         found["code"] = code
     for number in received[:1]:
         os.kill(os.getpid(), number)  # as if it came now: submitit queues the job again, Ctrl-C ends the sweep
-    state = STATES.get(code, "failed")
-    if state == "stopped":
+    if code == Stopped.code:
         sys.exit(code)
     if code:
-        _say(f"{state}: exit code {code}; the sweep goes on")
+        _say(f"{STATES.get(code, 'failed')}: exit code {code}; the sweep goes on")
 
 
 def _run(command: list[str]) -> tuple[int, list[int]]:
@@ -114,10 +116,10 @@ class Begin(Callback):  # type: ignore[misc]
     started = 0
 
     def __init__(self, started: int) -> None:
-        self.mark = started
+        Begin.started = started
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        Begin.folder, Begin.started = Path(config.hydra.sweep.dir), self.mark
+        Begin.folder = Path(config.hydra.sweep.dir)
 
 
 def finish(wait: bool = True) -> int:
@@ -127,16 +129,14 @@ def finish(wait: bool = True) -> int:
     """
     if Begin.folder is None or not _first():
         return 0
-    records = _records(Begin.folder, Begin.started)
-    slurm = {str(r["slurm"]) for r in records if r.get("slurm")}
+    slurm = {str(r["slurm"]) for r in _records(Begin.folder, Begin.started) if r.get("slurm")}
     while wait and slurm and _queued(slurm):
         time.sleep(2)
     records = _records(Begin.folder, Begin.started)
+    common = set.intersection(*(set(r["overrides"]) for r in records)) if len(records) > 1 else set()
     for record in records:
         if wait and record["state"] == "running" and record["slurm"]:
             record["state"] = "ended by Slurm (memory, time or host)"
-    common = set.intersection(*(set(r["overrides"]) for r in records)) if len(records) > 1 else set()
-    for record in records:
         record["overrides"] = " ".join(o for o in record["overrides"] if o not in common)
     columns = ("number", "state", "code", "seconds", "host", "run", "overrides")
     replace(Begin.folder / "sweep.csv", as_csv(records, columns))

@@ -13,7 +13,6 @@ import tempfile
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 
@@ -38,8 +37,7 @@ class Terminal:
         Terminal.current = self
         if self.quiet:
             self._saved = (os.dup(1), os.dup(2))
-            out = os.fdopen(os.dup(1), "w", buffering=1)
-            self.console = Console(file=out, quiet=ranks.rank() != 0, soft_wrap=True)
+            self.console.file = os.fdopen(os.dup(1), "w", buffering=1)
             self._spool = tempfile.TemporaryFile()
             self._redirect(self._spool.fileno())
             logging.captureWarnings(True)
@@ -57,14 +55,11 @@ class Terminal:
             log.flush()
             self._redirect(log.fileno())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         Terminal.current = None
         if not self.quiet:
             return
-        bug = error is not None and not isinstance(error, ToolkitError | SystemExit)
-        if bug:
+        if error is not None and not isinstance(error, ToolkitError | SystemExit):
             traceback.print_exception(error)  # into the log; the caller shows it on the terminal
         _flush()
         for number, saved in zip((1, 2), self._saved, strict=True):

@@ -145,7 +145,7 @@ def load_recipe(path: Path) -> Recipe:
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe. Name its file, e.g. recipes/pretrain.py.")
     sys.path.insert(0, str(path.parent))
-    found = getattr(runpy.run_path(str(path)).get("main"), "recipe", None)
+    found = runpy.run_path(str(path)).get("main")
     if not isinstance(found, Recipe):
         raise ConfigError(f"{path}: it has no function main with @recipe. See recipes/pretrain.py.")
     return found
