@@ -42,7 +42,7 @@ def doctor(
 ) -> None:
     from toolkit.cluster.doctor.examine import examine
     from toolkit.cluster.doctor.ssh import Host
-    from toolkit.cluster.hostfile import slots
+    from toolkit.cluster.launchers.job import slots
     from toolkit.config.compose import compose
 
     config = compose(overrides)
@@ -77,6 +77,6 @@ def _ranks_here(given: int | None) -> int:
 
 
 def launch(recipe: Path, overrides: list[str], on: str, submit: bool, out: Path | None) -> None:
-    from toolkit.cluster.launchers.start import start
+    from toolkit.cluster.launchers.job import start
 
     start(recipe, overrides, on=on, submit=submit, out=out)
