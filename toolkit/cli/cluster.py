@@ -40,8 +40,7 @@ def add_to(commands: Commands) -> None:
 def doctor(
     overrides: list[str], hostfile: Path | None, world: int | None, master_addr: str | None, no_build: bool, json: bool
 ) -> None:
-    from toolkit.cluster.doctor.examine import examine
-    from toolkit.cluster.doctor.ssh import Host
+    from toolkit.cluster.doctor.examine import Host, examine
     from toolkit.cluster.launchers.job import slots
     from toolkit.config.compose import compose
 
