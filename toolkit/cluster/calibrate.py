@@ -163,7 +163,7 @@ def main(config: RunConfig) -> None:
     machine = _stepped(here.model_copy(update=rates), run.config, ds, engine, task.train_batches(start_sample=0))
     engine.close()
     nvme.release()
-    run.write_json("machine.json", machine.model_dump(mode="json"))
+    run.write_text("machine.json", machine.model_dump_json())
 
 
 def _rates(device: str, drive: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 
 from toolkit.config.schema import RunConfig, conf_dir
@@ -35,8 +36,6 @@ def here() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of the packages that decide what a run computes."""
-    from importlib.metadata import distributions
-
     return {name: next((found.version for found in distributions(name=name)), "missing") for name in PACKAGES}
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -68,8 +69,6 @@ def march() -> str:
 
 def _name() -> str:
     """What ops depend on. A home directory may serve several kinds of CPU; fused_adam is another op on each device."""
-    from importlib.metadata import version
-
     machine = hashlib.sha256((platform.machine() + _cpu_flags()).encode()).hexdigest()[:8]
     kind = machine if march() == "native" else march()
     device = "" if ranks.device() == "cpu" else f"-{ranks.device()}"

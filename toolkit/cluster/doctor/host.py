@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from toolkit.cluster.doctor import disk
 from toolkit.cluster.doctor.host_job import Finding, HostJob, rated, unneeded
@@ -72,8 +73,6 @@ def driver_versions(command: str = "nvidia-smi") -> tuple[str | None, str | None
 
 def gpus(job: HostJob) -> Finding:
     """As many as ranks, and free."""
-    import torch
-
     wanted = job.config.machine
     if job.device != "cuda":
         if (idle := machines.here()).device_name and "DS_ACCELERATOR" not in os.environ:
@@ -108,8 +107,6 @@ def _rated_gpus(job: HostJob, value: str, names: list[str], count: int, in_use: 
 
 def driver(job: HostJob) -> Finding:
     """The driver runs the CUDA that torch was built for: at least the same major version (CUDA's compatibility)."""
-    import torch
-
     if (built := torch.version.cuda) is None:
         return unneeded("driver", "torch is a CPU build")
     version, newest = driver_versions()
@@ -125,8 +122,7 @@ def driver(job: HostJob) -> Finding:
 
 def compiler(job: HostJob) -> Finding:
     """For ops that are still to be built: a C++ compiler, ninja, and nvcc where they are CUDA's."""
-    missing = ops.missing(job.ops)
-    if not missing:
+    if not (missing := ops.missing(job.ops)):
         return unneeded("compiler", "every op is built")
     from torch.utils.cpp_extension import CUDA_HOME
 
