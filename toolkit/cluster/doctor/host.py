@@ -112,7 +112,7 @@ def driver(job: HostJob) -> Finding:
     version, newest = driver_versions()
     if job.device != "cuda" and version is None:
         return unneeded("driver", "no GPU")
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"  # type: ignore[no-untyped-call]
     value = f"driver {version or 'unknown'} (CUDA {newest or 'unknown'}), torch {torch.__version__}, NCCL {nccl}"
     rule, way = f"CUDA {built}, which torch is built for", "Install a newer driver, or a torch for an older CUDA."
     if newest is None:
