@@ -185,9 +185,9 @@ MUTANTS = [
     Mutant("overrides: null is none", "toolkit/config/overrides.py", "if value is None:", "if False:",
            "tests/test_overrides.py::test_every_key_is_let_through_and_hydras_own_syntax_stays"),
     # ---- jobs
-    Mutant("a hostfile names a host once", "toolkit/cluster/hostfile.py", "or match[1] in hosts", "",
+    Mutant("a hostfile names a host once", "toolkit/cluster/launchers/job.py", "or match[1] in hosts", "",
            "tests/test_hostfile.py::test_a_hostfile_that_is_wrong_is_refused_with_its_line"),
-    Mutant("a hostfile's names are no options", "toolkit/cluster/hostfile.py", "([A-Za-z0-9][", "([-A-Za-z0-9][",
+    Mutant("a hostfile's names are no options", "toolkit/cluster/launchers/job.py", "([A-Za-z0-9][", "([-A-Za-z0-9][",
            "tests/test_hostfile.py::test_a_hostfile_that_is_wrong_is_refused_with_its_line"),
     Mutant("fingerprints are compared", "toolkit/job/fingerprint.py", "for key in reference:",
            "for key in list(reference)[:3]:",

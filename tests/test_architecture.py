@@ -57,7 +57,7 @@ def test_imports_point_one_way() -> None:
         "run.recipe",
         "cluster.calibrate",
         "report.timeline",
-        "cluster.launchers.start",
+        "cluster.launchers.job",
         "cli.main",
     ],
 )

@@ -211,10 +211,10 @@ def test_gpus_that_are_hidden_do_not_count(two_gpus: None, monkeypatch: pytest.M
 def test_steps_in_another_type_keep_what_they_reached(tmp_path: Path) -> None:
     path = tmp_path / "this.yaml"
     path.write_text("efficiency: {fp32: 0.5, bf16: 0.3}\n")
-    text = "name: this\nmeasured: [efficiency]\nefficiency: {bf16: 0.4}\n"
-    assert _with_earlier_steps(text, path)["efficiency"] == {"fp32": 0.5, "bf16": 0.4}
+    machine = Machine(measured=("efficiency",), efficiency={"bf16": 0.4})
+    assert _with_earlier_steps(machine, path).efficiency == {"fp32": 0.5, "bf16": 0.4}
     path.write_text("{")
-    assert _with_earlier_steps(text, path)["efficiency"] == {"bf16": 0.4}
+    assert _with_earlier_steps(machine, path).efficiency == {"bf16": 0.4}
 
 
 @pytest.mark.parametrize(

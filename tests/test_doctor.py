@@ -19,12 +19,10 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from sshd import needs_mounts
 
-from toolkit.cluster.doctor import disk, gpu, host
+from toolkit.cluster.doctor import disk, host
 from toolkit.cluster.doctor.allreduce import bus_gbs
-from toolkit.cluster.doctor.examine import Report
-from toolkit.cluster.doctor.finding import Finding
-from toolkit.cluster.doctor.host_job import HostJob
-from toolkit.cluster.doctor.ssh import MARK
+from toolkit.cluster.doctor.examine import MARK, Report
+from toolkit.cluster.doctor.host_job import Finding, HostJob
 from toolkit.config.schema import Machine
 from toolkit.job.ranks import free_port
 from toolkit.plan import machines
@@ -202,9 +200,9 @@ def test_nvidia_smi_is_read(tmp_path: Path) -> None:
     for said, versions in ((SMI_HEAD, ("550.54.15", "12.4")), ("No devices were found", (None, None))):
         tool.write_text(f"#!/bin/sh\necho '{said}'\n")
         tool.chmod(0o755)
-        assert gpu.driver_versions(str(tool)) == versions
+        assert host.driver_versions(str(tool)) == versions
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert gpu.driver_versions(str(tool)) == gpu.driver_versions("nvidia-smi-is-not-here") == (None, None)
+    assert host.driver_versions(str(tool)) == host.driver_versions("nvidia-smi-is-not-here") == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -214,26 +212,25 @@ def test_nvidia_smi_is_read(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_gpus_are_counted_free_and_those_of_the_machine(machine: str, count: int, in_use: bool, state: str) -> None:
     one = job(f"machine={machine}", device="cuda")
-    found = gpu._rated_gpus(one, "GPUs", ["NVIDIA H100 80GB HBM3"], count, in_use)
+    found = host._rated_gpus(one, "GPUs", ["NVIDIA H100 80GB HBM3"], count, in_use)
     assert found.state == state and bool(found.way_out) == (state != "ok")
 
 
 def test_gpus_that_torch_leaves_idle_are_said_unless_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "here", lambda: Machine(device_name="NVIDIA L4", devices_per_node=2))
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    found = gpu.gpus(job())
+    found = host.gpus(job())
     assert found.state == "fail" and "torch's build for CUDA" in found.way_out and found.value.startswith("2 x NVIDIA")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert gpu.gpus(job()).state == "skipped"
-    assert gpu.gpus(job("machine=h100")).state == "fail"
+    assert host.gpus(job()).state == "skipped"
+    assert host.gpus(job("machine=h100")).state == "fail"
 
 
 def test_a_driver_older_than_torchs_cuda_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "driver_versions", lambda: ("550.54.15", "12.4"))
-    monkeypatch.setattr(gpu, "_nccl", lambda torch: "2.27.3")
+    monkeypatch.setattr(host, "driver_versions", lambda: ("550.54.15", "12.4"))
     for built, state in (("12.8", "ok"), ("13.0", "fail")):
         monkeypatch.setattr("torch.version.cuda", built)
-        assert gpu.driver(job(device="cuda")).state == state
+        assert host.driver(job(device="cuda")).state == state
 
 
 def test_open_files_are_counted_for_the_whole_job() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
-from toolkit.cluster.hostfile import slots
+from toolkit.cluster.launchers.job import slots
 from toolkit.errors import ConfigError
 
 WRONG = [

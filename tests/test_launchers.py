@@ -24,8 +24,7 @@ from pages import COMMANDS, TEXTS
 from slurm_cluster import Cluster, needs_slurm, slurm_cluster
 
 from toolkit.cluster.launchers import LAUNCHERS
-from toolkit.cluster.launchers.job import Launch
-from toolkit.cluster.launchers.start import start
+from toolkit.cluster.launchers.job import Launch, start
 from toolkit.config.compose import compose
 from toolkit.config.schema import load
 from toolkit.errors import ConfigError

@@ -65,7 +65,8 @@ class HostRanks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, broken: tuple[int, ...] = ()) -> None:
         self.own, self.broken, self.said = threading.local(), broken, [StringIO(), StringIO()]
         monkeypatch.setattr(ranks, "local_rank", lambda: self.own.rank)
-        for name, instead in (("_not_installed", list), ("_load", lambda op, root: None), ("_build", self.build)):
+        places = lambda builders: [(op, ops.directory()) for op in builders]  # noqa: E731
+        for name, instead in (("_places", places), ("_load", lambda op, root: None), ("_build", self.build)):
             monkeypatch.setattr(ops, name, instead)
 
     def build(self, op: SimpleNamespace, console: Console) -> None:

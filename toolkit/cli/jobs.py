@@ -95,9 +95,8 @@ def build_ops(overrides: list[str], world: int, all: bool) -> None:
 def doctor(
     overrides: list[str], hostfile: Path | None, world: int | None, master_addr: str | None, no_build: bool, json: bool
 ) -> None:
-    from toolkit.cluster.doctor.examine import examine
-    from toolkit.cluster.doctor.ssh import Host
-    from toolkit.cluster.hostfile import slots
+    from toolkit.cluster.doctor.examine import Host, examine
+    from toolkit.cluster.launchers.job import slots
     from toolkit.config.compose import compose
 
     config = compose(overrides)
@@ -130,6 +129,6 @@ def _devices() -> int:
 
 
 def launch(recipe: Path, overrides: list[str], on: str, submit: bool, out: Path | None) -> None:
-    from toolkit.cluster.launchers.start import start
+    from toolkit.cluster.launchers.job import start
 
     start(recipe, overrides, on=on, submit=submit, out=out)

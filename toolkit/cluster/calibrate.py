@@ -18,11 +18,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
+
+from yaml import YAMLError
 
 from toolkit.cluster.doctor.allreduce import BYTES, bus_gbs, timed
-from toolkit.cluster.doctor.disk import refused, speed
-from toolkit.cluster.doctor.finding import existing
+from toolkit.cluster.doctor.disk import existing, refused, speed
 from toolkit.config.compose import compose
 from toolkit.config.schema import Dtype, Machine, RunConfig
 from toolkit.config.units import MIB
@@ -64,25 +65,22 @@ def calibrate(overrides: list[str], world: int | None, console: Any) -> int:
     path = machines.stored(here)
     if problem := refused(path.parent):
         raise ConfigError(f"{path.parent}: {problem}. Set XDG_CACHE_HOME to a folder that can be written.")
-    text = as_yaml(_with_earlier_steps(_measured(capped(config, planned.layout.accumulation), world, console), path))
+    machine = _with_earlier_steps(_measured(capped(config, planned.layout.accumulation), world, console), path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, text)
-    console.print(f"{told(machines.parsed(text))}. Stored in {path}", highlight=False)
+    replace(path, as_yaml({"name": "this"} | machine.model_dump(mode="json", exclude_defaults=True)))
+    console.print(f"{_told(machine)}. Stored in {path}", highlight=False)
     return world
 
 
-def _with_earlier_steps(text: str, path: Path) -> dict[str, Any]:
+def _with_earlier_steps(machine: Machine, path: Path) -> Machine:
     """What steps in other types have reached before stays, if ``path`` can be read."""
-    import yaml
-
-    found: dict[str, Any] = yaml.safe_load(text)
-    with suppress(OSError, ConfigError, yaml.YAMLError):
-        found["efficiency"] = machines.parsed(path.read_text()).efficiency | found["efficiency"]
-    return found
+    with suppress(OSError, ConfigError, YAMLError):
+        earlier = machines.parsed(path.read_text()).efficiency
+        return machine.model_copy(update={"efficiency": earlier | machine.efficiency})
+    return machine
 
 
-def told(machine: Machine) -> str:
-    """The rates in a line."""
+def _told(machine: Machine) -> str:
     peaks = ", ".join(f"{dtype} {peak:.3g}" for dtype, peak in machine.peak_tflops.items())
     names = {"memory": "bandwidth_gbs", "all-reduce": "link_gbs", "host link": "pcie_gbs", "drive": "nvme_gbs"}
     rates = ", ".join(f"{name} {rate:.3g}" for name, key in names.items() if (rate := getattr(machine, key)))
@@ -99,29 +97,29 @@ def capped(config: RunConfig, accumulation: int) -> RunConfig:
     return config.model_copy(update={"batch": batch.model_copy(update=sizes), "deepspeed": ds})
 
 
-def _measured(config: RunConfig, world: int, console: Any) -> str:
-    """The YAML that a job writes in a folder on output_dir's disk, which is gone afterwards."""
+def _measured(config: RunConfig, world: int, console: Any) -> Machine:
+    """What a job writes in a folder on output_dir's disk, which is gone afterwards."""
     disk = existing(Path(config.output_dir))
     if problem := refused(disk):
         raise ConfigError(f"output_dir={config.output_dir}: {disk}: {problem}. Name a folder that can be written.")
     console.print(f"Measuring this host with {world} ranks …", highlight=False)
-    with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=disk.resolve()) as name:
-        folder, own = Path(name), config.model_copy(update={"output_dir": name, "name": "run", "resume": "never"})
-        (folder / "job.yaml").write_text(as_yaml(own.model_dump(mode="json")))
+    with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=disk.resolve()) as folder:
+        own = config.model_copy(update={"output_dir": folder, "name": "run", "resume": "never"})
+        Path(folder, "job.yaml").write_text(as_yaml(own.model_dump(mode="json")))
         _run(folder, world)
-        return (folder / "run" / "machine.yaml").read_text()
+        return Machine.model_validate_json(Path(folder, "run", "machine.json").read_text())
 
 
-def _run(folder: Path, world: int) -> None:
+def _run(folder: str, world: int) -> None:
     """The job to its end. Raises ToolkitError with what its ranks say."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-addr", "127.0.0.1",
-                "--master-port", str(ranks.free_port())]  # fmt: skip
-    job = ["-m", "toolkit.cluster.calibrate", "--config-path", str(folder), "--config-name", "job"]
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(world), "--master-addr", "127.0.0.1"]
+    launcher += ["--master-port", str(ranks.free_port())]
+    job = ["-m", "toolkit.cluster.calibrate", "--config-path", folder, "--config-name", "job"]
     threads = str(max(1, (os.cpu_count() or 1) // world))  # as toolkit.job.ranks has it; the launcher would set 1
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: without ranks or folders left behind
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     process = subprocess.Popen(
-        [sys.executable, *launcher, *job], stdout=sys.stderr, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        [sys.executable, "-m", *launcher, *job], stdout=sys.stderr, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
         text=True, errors="replace", env={"OMP_NUM_THREADS": threads, **os.environ},
     )  # fmt: skip
     try:
@@ -153,36 +151,32 @@ def main(config: RunConfig) -> None:
             "CUDA, or unset DS_ACCELERATOR."
         )
     run = Run.open(config)
-    machine = here.model_copy(update=_rates(ranks.device(), _drive(run)) | _source(here, ranks.world()))
+    # Where the optimizer is swapped to: the drive that the configuration names, or output_dir's
+    swap = (config.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    rates = _rates(ranks.device(), Path(swap.get("nvme_path") or run.dir))
+    day, world = time.strftime("%Y-%m-%d"), ranks.world()
+    said = f"measured by toolkit plan --calibrate on {platform.node()}, {day}, {world} ranks at once"
+    rates |= {"source": said, "node_source": said} | ({} if cuda else {"devices_per_node": world})
     task = build_task(run)
     ds = begin(run, task).ds
     engine = start_engine(build_model(run, task, ds), task, run, ds)
-    machine = _stepped(machine, run.config, ds, engine, task.train_batches(start_sample=0))
+    machine = _stepped(here.model_copy(update=rates), run.config, ds, engine, task.train_batches(start_sample=0))
     engine.close()
     nvme.release()
-    run.write_yaml("machine.yaml", {"name": "this"} | machine.model_dump(mode="json", exclude_defaults=True))
-
-
-def _source(here: Machine, world: int) -> dict[str, Any]:
-    day = time.strftime("%Y-%m-%d")
-    said = f"measured by toolkit plan --calibrate on {platform.node()}, {day}, {world} ranks at once"
-    return {"source": said, "node_source": said} | ({} if here.device_name else {"devices_per_node": world})
-
-
-def _drive(run: Any) -> Path:
-    """Where the optimizer is swapped to: the drive that the configuration names, or output_dir's."""
-    block = (run.config.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    return Path(block.get("nvme_path") or run.dir)
+    run.write_text("machine.json", machine.model_dump_json())
 
 
 def _rates(device: str, drive: Path) -> dict[str, Any]:
     """Each measured by all ranks at the same time."""
     import torch
 
+    dtypes: tuple[Dtype, ...] = ("fp32", "bf16")  # fp16 does not train on a CPU
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank())
+        ampere = torch.cuda.get_device_capability() >= (8, 0)
+        dtypes = ("fp32", "tf32", "bf16", "fp16") if ampere else ("fp32", "fp16")
     peaks = {}
-    for dtype in _dtypes(device):
+    for dtype in dtypes:
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         size = 8192 if device == "cuda" else 1024 if dtype == "fp32" else 512  # slow in bf16 without AMX
         peaks[dtype] = _slowest(partial(machines.measured_tflops, dtype, size, device=device))
@@ -197,18 +191,15 @@ def _rates(device: str, drive: Path) -> dict[str, Any]:
     if ranks.world() > 1:
         seconds = timed(torch.ones(BYTES // 4, device=device), ranks.world())
         rates["link_gbs"] = bus_gbs(BYTES, seconds, ranks.world())
-    if gbs := _drive_gbs(drive):
-        rates["nvme_gbs"] = gbs
+    ranks.wait()
+    try:  # as much written as read
+        found = speed(existing(drive))
+        own = 2 / (1 / found.write_gbs + 1 / found.read_gbs)
+    except OSError:
+        own = 0.0
+    if all(every := ranks.gathered(own)):  # else one has no room for it
+        rates["nvme_gbs"] = sum(every)
     return rates | {"measured": tuple(rates)}
-
-
-def _dtypes(device: str) -> tuple[Dtype, ...]:
-    """That a step's products can be in: fp16 does not train on a CPU, tf32 and bf16 need Ampere."""
-    import torch
-
-    if device == "cpu":
-        return "fp32", "bf16"
-    return ("fp32", "tf32", "bf16", "fp16") if torch.cuda.get_device_capability() >= (8, 0) else ("fp32", "fp16")
 
 
 def _slowest(rate: Callable[[], float]) -> float:
@@ -230,45 +221,22 @@ def _copy_gbs(target: Any, source: Any) -> float:
     return float(target.nbytes / best / 1e9)
 
 
-def _drive_gbs(folder: Path) -> float | None:
-    """Of all ranks together, as much written as read; None where one of them has no room for it."""
-    ranks.wait()
-    try:
-        found = speed(existing(folder))
-        mine = 2 / (1 / found.write_gbs + 1 / found.read_gbs)
-    except OSError:
-        mine = 0.0
-    every = ranks.gathered(mine)
-    return sum(every) if all(every) else None
-
-
 def _stepped(
     machine: Machine, config: RunConfig, ds: Mapping[str, Any], engine: Any, batches: Iterator[Any]
 ) -> Machine:
-    """With the share of the peak that the steps' products reach, and the rest of the time as a plan tells it."""
+    """With the share of the peak that the steps' products reach: of the median step's time on the slowest rank, without
+    communication, waits for data and what a plan tells of the rest."""
+    from toolkit.engine.collectives import Traffic
+
     shape = model_shape(config)
-    every: dict[Dtype, float] = {"fp32": 1, "tf32": 1, "bf16": 1, "fp16": 1}
-    ideal = machine.model_copy(update={"efficiency": every})
+    ideal = machine.model_copy(update={"efficiency": dict.fromkeys(get_args(Dtype), 1)})
     plan = plan_on(ideal, config, ds, shape, ranks=ranks.world(), device=ranks.device())
     if plan.speed.unknown:
         raise PlanError(f"{', '.join(plan.speed.unknown)}: could not be measured here. Is there room on the drive?")
+    engine.train_batch(batches)  # warms up
+    traffic, busy = Traffic(), []
     # On a side stream communication has a clock of its own: how much of it computing hides is not known
     hides = plan.layout.overlap and ranks.device() == "cuda"
-    busy = _busy_seconds(engine, batches, hides=hides)
-    sent = {s.name for s in plan.speed.sent}
-    seconds = {s.name: s.seconds for s in plan.speed.shares if s.name not in sent and s.name != "pipeline bubble"}
-    computing = seconds.pop("computing")
-    dtype = product_dtype(plan.layout, machine, tf32=config.train.tf32)
-    share = computing / max(computing, busy - sum(seconds.values()))
-    return machine.model_copy(update={"efficiency": {dtype: share}, "measured": (*machine.measured, "efficiency")})
-
-
-def _busy_seconds(engine: Any, batches: Iterator[Any], *, hides: bool) -> float:
-    """Of the median step, after one that warms up, without communication and waits for data; on the slowest rank."""
-    from toolkit.engine.collectives import Traffic
-
-    engine.train_batch(batches)
-    traffic, found = Traffic(), []
     for _ in range(STEPS):
         ranks.wait()
         traffic.read()  # waits for the device, too
@@ -276,8 +244,14 @@ def _busy_seconds(engine: Any, batches: Iterator[Any], *, hides: bool) -> float:
         step = engine.train_batch(batches)
         held = traffic.read()[1]
         seconds = time.perf_counter() - start - step.data_seconds
-        found.append(seconds if hides else seconds - held)
-    return ranks.largest([median(found)])[0]
+        busy.append(seconds if hides else seconds - held)
+    (slowest,) = ranks.largest([median(busy)])
+    others = {*(s.name for s in plan.speed.sent), "pipeline bubble"}
+    ideal_seconds = {s.name: s.seconds for s in plan.speed.shares if s.name not in others}
+    computing = ideal_seconds.pop("computing")
+    dtype = product_dtype(plan.layout, machine, tf32=config.train.tf32)
+    share = computing / max(computing, slowest - sum(ideal_seconds.values()))
+    return machine.model_copy(update={"efficiency": {dtype: share}, "measured": (*machine.measured, "efficiency")})
 
 
 if __name__ == "__main__":

@@ -3,21 +3,19 @@
     nvme.claim(ds, lambda: 110_000_000)     # before the model is built; given back when the process ends
     nvme.release()                          # … or before
 
-DeepSpeed names its files by rank and parameter only (runtime/swap_tensor, 0.19.8) and never removes them, so
-ds_config gives each run a folder of its own. A rank holds a lock in it, which the operating system ends with the
-process: a folder whose locks are all free belongs to a run that was killed.
+DeepSpeed names its files by rank and parameter only (runtime/swap_tensor, 0.19.8) and never removes them, so ds_config
+gives each run its own folder. A rank's lock in it ends with the process: where all are free, a run was killed.
 """
 
 import atexit
 import ctypes
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from toolkit.config.schema import cache_dir
 from toolkit.config.units import GIB
@@ -43,20 +41,13 @@ def require_libaio() -> None:
 
 
 def claim(ds: Mapping[str, Any], parameters: Callable[[], int]) -> None:
-    """Take the folders that ``ds`` names, empty, and remove what killed runs left beside them.
-
-    ``parameters`` counts the model's. Raises PlanError on every rank if a disk is too small or a folder in use.
-    """
+    """Take the folders that ``ds`` names, empty, and remove what killed runs left beside them; ``parameters`` counts
+    the model's. Raises PlanError on every rank if a disk is too small or a folder in use."""
     release()
-    sizes = bytes_per_parameter(ds)
-    count = parameters() if sizes else 0
-
-    def take() -> None:
-        for folder, size in sizes.items():
-            _claim(folder, size * count)
-
-    if sizes:
-        ranks.in_turn(take)
+    if sizes := bytes_per_parameter(ds):
+        count = parameters()
+        atexit.register(release)
+        ranks.in_turn(lambda: _held.update((folder, _claimed(folder, size * count)) for folder, size in sizes.items()))
 
 
 def bytes_per_parameter(ds: Mapping[str, Any]) -> dict[Path, float]:
@@ -72,45 +63,44 @@ def bytes_per_parameter(ds: Mapping[str, Any]) -> dict[Path, float]:
     return sizes
 
 
-def _claim(folder: Path, needed: float) -> None:
+def _claimed(folder: Path, needed: float) -> FileLock:
+    """This rank's lock in ``folder``, which the host's first rank makes anew, with ``needed`` bytes free; it also
+    removes the neighbours of dead runs. Raises PlanError, while ``folder``'s own run lives, too."""
+    key = f"deepspeed.zero_optimization.offload_*.nvme_path={folder.parent}"
     try:
         with _guard():
             if ranks.local_rank() == 0:
-                _clear(folder)
-                _require_space(folder.parent, needed)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                if not ranks.until(lambda: _removed(folder), PATIENCE_SECONDS):
+                    raise PlanError(f"{folder} is in use: this run runs already. End it, or choose another name=….")
+                for neighbour in {lock.parent for lock in folder.parent.glob("swap-*/rank*.lock")}:
+                    _removed(neighbour)
+                free = shutil.disk_usage(folder.parent).free
+                if free < needed:
+                    raise PlanError(
+                        f"{key}: {needed / GIB:.2f} GiB will be written there and {free / GIB:.2f} GiB are free. "
+                        "Name another disk, or use offload=cpu_params."
+                    )
             folder.mkdir(exist_ok=True)
             lock = FileLock(folder / f"rank{ranks.rank()}.lock")
             lock.acquire(timeout=0)
     except OSError as error:
         raise PlanError(
-            f"deepspeed.zero_optimization.offload_*.nvme_path={folder.parent}: {error.strerror or error}. "
-            "Name a folder on an NVMe drive that you can write to."
+            f"{key}: {error.strerror or error}. Name a folder on an NVMe drive that you can write to."
         ) from error
-    _held[folder] = lock
-    atexit.register(release)
+    return lock
 
 
-def _clear(folder: Path) -> None:
-    """Remove ``folder`` and its neighbours of dead runs. Raises PlanError while ``folder``'s own run lives."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + PATIENCE_SECONDS
-    while _alive(folder):
-        if time.monotonic() > end:
-            raise PlanError(f"{folder} is in use: this run runs already. End it, or choose another name=….")
-        time.sleep(0.2)
+def _removed(folder: Path) -> bool:
+    """Remove ``folder`` unless some process holds a lock in it, or may hold one: another user's is left alone."""
+    for path in folder.glob("rank*.lock"):
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except OSError:  # filelock's Timeout is one
+            return False
     shutil.rmtree(folder, ignore_errors=True)
-    for neighbour in {lock.parent for lock in folder.parent.glob("swap-*/rank*.lock")}:
-        if not _alive(neighbour):
-            shutil.rmtree(neighbour, ignore_errors=True)
-
-
-def _require_space(disk: Path, needed: float) -> None:
-    free = shutil.disk_usage(disk).free
-    if free < needed:
-        raise PlanError(
-            f"deepspeed.zero_optimization.offload_*.nvme_path={disk}: {needed / GIB:.2f} GiB will be written there and "
-            f"{free / GIB:.2f} GiB are free. Name another disk, or use offload=cpu_params."
-        )
+    return True
 
 
 def release() -> None:
@@ -119,19 +109,7 @@ def release() -> None:
         folder, lock = _held.popitem()
         with _guard():
             lock.release()
-            if not _alive(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(folder: Path) -> bool:
-    """Whether some process holds a lock in ``folder``, or may hold one: another user's is left alone."""
-    for path in folder.glob("rank*.lock"):
-        try:
-            with FileLock(path, timeout=0):
-                pass
-        except (Timeout, OSError):
-            return True
-    return False
+            _removed(folder)
 
 
 def _guard() -> FileLock:

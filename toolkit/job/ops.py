@@ -2,9 +2,7 @@
 
     toolkit build-ops zero=stage2 offload=cpu     # what this configuration needs, before a job starts
 
-Left to itself DeepSpeed compiles at first use, silently and for minutes, and waits without limit for
-the lock file that a killed build leaves behind.
-
+Left to itself DeepSpeed compiles at first use, silently and for minutes, and waits for ever for a killed build's lock.
 Two variables serve images: TOOLKIT_CPU_ARCH (x86-64-v3) compiles for that architecture instead of this very CPU, and
 TOOLKIT_PREBUILT_OPS is where ops that were built so lie ready; only what is missing there is built, in directory().
 """
@@ -17,7 +15,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,10 +44,7 @@ def directory() -> Path:
 
 
 def prebuilt() -> Path | None:
-    """The folder of TOOLKIT_PREBUILT_OPS for these versions and this architecture; None without the variable.
-
-    Raises PlanError if there is none for them, or this CPU cannot run them.
-    """
+    """The folder in TOOLKIT_PREBUILT_OPS, if that is set. Raises PlanError if none is for this stack and CPU."""
     if not (base := os.environ.get("TOOLKIT_PREBUILT_OPS")):
         return None
     folder = Path(base) / _name()
@@ -72,8 +69,6 @@ def march() -> str:
 
 def _name() -> str:
     """What ops depend on. A home directory may serve several kinds of CPU; fused_adam is another op on each device."""
-    from importlib.metadata import version
-
     machine = hashlib.sha256((platform.machine() + _cpu_flags()).encode()).hexdigest()[:8]
     kind = machine if march() == "native" else march()
     device = "" if ranks.device() == "cpu" else f"-{ranks.device()}"
@@ -82,14 +77,11 @@ def _name() -> str:
 
 def _cpu_flags() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line for line in lines if line.startswith("flags")), "")
+    return next((x for x in info.read_text().splitlines() if x.startswith("flags")), "") if info.exists() else ""
 
 
 def ensure(builders: Sequence[Any], console: Any) -> None:
-    """Build what is missing of ``builders``, load all.
-
-    They are class names of DeepSpeed's, e.g. ``CPUAdamBuilder``, or objects of such a class of our own.
+    """Build what is missing of ``builders``, load all: class names of DeepSpeed's, e.g. ``CPUAdamBuilder``, or objects.
 
     Safe to call on every rank at once: the first of a host builds and says so, the others wait for it. The
     file lock belongs to the operating system, so it ends with the process that holds it. Loaded here, an op is
@@ -97,10 +89,10 @@ def ensure(builders: Sequence[Any], console: Any) -> None:
     """
     if "AsyncIOBuilder" in builders:
         nvme.require_libaio()
-    ready = prebuilt()
-    for op in _not_installed(builders):
-        root = _root(ready, op)
-        if not _built_by_first(root, op.name):
+    for op, root in _places(builders):
+        # The host's first rank, which speaks, has a head start; one that fails is not missed
+        patience = 0 if ranks.local_rank() == 0 else HEAD_START_SECONDS
+        if not ranks.until(partial(_built, root, op.name), patience):
             with _locked(root / "toolkit.lock", console):
                 _clear_stale_lock(root / op.name, console)
                 if not _built(root, op.name):
@@ -110,34 +102,23 @@ def ensure(builders: Sequence[Any], console: Any) -> None:
 
 def missing(builders: Sequence[Any]) -> list[str]:
     """The names of those of ``builders`` that :func:`ensure` would build."""
-    ready = prebuilt()
-    return [op.name for op in _not_installed(builders) if not _built(_root(ready, op), op.name)]
+    return [op.name for op, root in _places(builders) if not _built(root, op.name)]
 
 
-def _root(ready: Path | None, op: Any) -> Path:
-    """The folder that has the op, or shall have it."""
-    return ready if ready and _built(ready, op.name) else directory()
-
-
-def _not_installed(builders: Sequence[Any]) -> list[Any]:
-    """What DeepSpeed was not installed with (DS_BUILD_OPS=1)."""
+def _places(builders: Sequence[Any]) -> Iterator[tuple[Any, Path]]:
+    """Each op that DeepSpeed was not installed with (DS_BUILD_OPS=1), and the folder that has it, or shall have it."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 
-    ops = [get_accelerator().create_op_builder(b) if isinstance(b, str) else b for b in builders]
-    return [op for op in ops if not installed_ops.get(op.name)]
+    ready = prebuilt()
+    for builder in builders:
+        op = get_accelerator().create_op_builder(builder) if isinstance(builder, str) else builder
+        if not installed_ops.get(op.name):
+            yield op, ready if ready and _built(ready, op.name) else directory()
 
 
 def _built(root: Path, name: str) -> bool:
     return (root / name / f"{name}.so").exists() and not (root / name / "lock").exists()
-
-
-def _built_by_first(root: Path, name: str) -> bool:
-    """Whether the op is there. The host's first rank, which speaks, has a head start; one that fails is not missed."""
-    end = time.monotonic() + (0 if ranks.local_rank() == 0 else HEAD_START_SECONDS)
-    while not (built := _built(root, name)) and time.monotonic() < end:
-        time.sleep(0.2)
-    return built
 
 
 def _load(op: Any, root: Path) -> None:
@@ -170,24 +151,20 @@ def _build(op: Any, console: Any) -> None:
     console.print(f"Built {name} in {time.monotonic() - start:.0f} s.")
 
 
-@contextmanager
-def _target(op: Any) -> Iterator[None]:
+def _target(op: Any) -> AbstractContextManager[Any]:
     """Compile for what TOOLKIT_CPU_ARCH and TORCH_CUDA_ARCH_LIST name; DeepSpeed looks at the machine it is on."""
     if march() != "native":
         op.cpu_arch = lambda: f"-march={march()}"
         op.simd_width = lambda: SIMD.get(march(), "-D__SCALAR__")
     if ranks.device() == "cuda" and os.environ.get("TORCH_CUDA_ARCH_LIST"):
         # `docker build` sees no GPU, and jit_load would take CUDA's async_io for one of the CPU: linked without libaio.
-        with patch("torch.cuda.is_available", return_value=True):
-            yield
-    else:
-        yield
+        return patch("torch.cuda.is_available", return_value=True)
+    return nullcontext()
 
 
 def _clear_stale_lock(folder: Path, console: Any) -> None:
     """Whoever builds here holds the toolkit's lock, and we hold it: this one belongs to nobody."""
-    lock = folder / "lock"
-    if lock.exists():
+    if (lock := folder / "lock").exists():
         age = (time.time() - lock.stat().st_mtime) / 60
         console.print(f"Removing {lock}: a build was killed {age:.0f} minutes ago and left it behind.")
         lock.unlink()

@@ -9,6 +9,7 @@ Before :func:`joined` only the environment is read, so checks can run first.
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,14 @@ from typing import Any, TypeVar
 from toolkit.errors import ConfigError, ToolkitError
 
 T = TypeVar("T")
-
-# Preparing a corpus may take rank 0 hours while the others wait for it.
-PATIENCE = timedelta(days=2)
+PATIENCE = timedelta(days=2)  # preparing a corpus may take rank 0 hours while the others wait for it
+# What schedulers call these: Open MPI, MPICH and Intel MPI, Slurm (of a step: a batch script is no rank).
+SCHEDULERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
+)
+_control: Any = None  # a gloo group of all ranks, for small numbers that live on the host
 
 
 def rank() -> int:
@@ -70,42 +76,25 @@ def tensor_groups(size: int) -> Any:
     return groups
 
 
-# What schedulers call these: Open MPI, MPICH and Intel MPI, Slurm (of a step: a batch script is no rank).
-SCHEDULERS = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
-    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
-)
-
-
 def adopt_scheduler() -> None:
     """Under mpirun or srun, which do not set RANK: take the rank from what they set. A step of one is no launch."""
     for names in SCHEDULERS if "RANK" not in os.environ else ():
         if all(name in os.environ for name in names) and os.environ[names[2]] != "1":
-            rank, local, size, local_size = (os.environ[name] for name in names)
-            os.environ |= {
-                "RANK": rank,
-                "LOCAL_RANK": local,
-                "WORLD_SIZE": size,
-                "LOCAL_SIZE": _on_this_node(local_size),
-            }
+            rank, local, size, tasks = (os.environ[name] for name in names)
+            # Slurm's `2(x3),1` is two tasks on each of three nodes and one on a fourth; others give one number
+            parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
+            counts = [count for count, nodes in parts for _ in range(int(nodes or 1))]
+            own = counts[int(os.environ.get("SLURM_NODEID", 0)) if len(counts) > 1 else 0]
+            os.environ |= {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": size, "LOCAL_SIZE": own}
             return
-
-
-def _on_this_node(tasks: str) -> str:
-    """Slurm's ``2(x3),1`` is two tasks on each of three nodes and one on a fourth; others give one number."""
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
-    counts: list[str] = [count for count, nodes in parts for _ in range(int(nodes or 1))]
-    return counts[int(os.environ.get("SLURM_NODEID", 0)) if len(counts) > 1 else 0]
 
 
 def complete_environment() -> None:
     """What DeepSpeed would go looking for with mpi4py. Without a launcher this is a world of one."""
     adopt_scheduler()
     if "RANK" not in os.environ:
-        port = free_port()
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ.setdefault("LOCAL_SIZE", str(local_size()))
     if local_size() == world():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -124,17 +113,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether ``condition`` comes true within ``seconds``; it is asked once at least, then ten times a second."""
+    end = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
 def device() -> str:
     """``cuda`` or ``cpu``: what DeepSpeed will choose."""
-    chosen = os.environ.get("DS_ACCELERATOR")
-    if chosen:
+    if chosen := os.environ.get("DS_ACCELERATOR"):
         return chosen
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-_control: Any = None  # a gloo group of all ranks, for small numbers that live on the host
 
 
 @contextmanager
@@ -146,9 +139,15 @@ def joined() -> Iterator[None]:
     import torch.distributed as dist
 
     if device() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks that each start a thread per core slow each other down.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size()))
-    _meet(lambda: deepspeed.init_distributed(verbose=False))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size()))  # with one per core they slow each other
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except dist.DistError as error:  # after DEEPSPEED_TIMEOUT minutes, 10 by default
+        raise ToolkitError(
+            f"rank {rank()} on {socket.gethostname()}: not all {world()} ranks met at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}. Where one ended, its host says why on lines of its own; else see "
+            f"`toolkit doctor --hostfile`. {str(error).splitlines()[0]}"
+        ) from error
     _control = dist.new_group(backend="gloo")
     _forget_shared_memory()
     yield
@@ -157,31 +156,16 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _meet(init: Callable[[], None]) -> None:
-    import torch.distributed as dist
-
-    try:
-        init()
-    except dist.DistError as error:  # after DEEPSPEED_TIMEOUT minutes, 10 by default
-        where = f"rank {rank()} on {socket.gethostname()}"
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ToolkitError(
-            f"{where}: not all {world()} ranks met at {place}. Where one ended, its host "
-            f"says why on lines of its own; else see `toolkit doctor --hostfile`. {str(error).splitlines()[0]}"
-        ) from error
-
-
 def _forget_shared_memory() -> None:
     """Unlink DeepSpeed's shared memory as soon as all ranks have mapped it: then it ends with them.
 
-    Its op (csrc/cpu/comm/shm.cpp, 0.19.8) never does: 66 MiB a rank of /dev/shm, that is of memory, stay
-    behind after every CPU run, and the next run on the same port begins with what it finds there (also met in
-    https://github.com/sgl-project/sglang/pull/38638).
+    Its op (csrc/cpu/comm/shm.cpp, 0.19.8) never does: after every CPU run 66 MiB of memory a rank stay behind, and the
+    next run on this port begins with what it finds (also met in https://github.com/sgl-project/sglang/pull/38638).
     """
     wait()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def total(numbers: Sequence[float]) -> list[float]:
@@ -225,9 +209,9 @@ def gathered_on_rank0(value: Any) -> list[Any]:
     """Every rank's ``value``, in rank order, on rank 0; [] elsewhere."""
     import torch.distributed as dist
 
-    values: list[Any] = [None] * world() if rank() == 0 else []
-    dist.gather_object(value, values if rank() == 0 else None, dst=0, group=_control)
-    return values
+    values = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=_control)
+    return values or []
 
 
 def wait() -> None:
@@ -238,19 +222,16 @@ def wait() -> None:
 
 
 def agreed(work: Callable[[], T], group: Any = None) -> T:
-    """``work()`` on every rank; a ToolkitError of any is raised on all, so none waits for one that has left.
-
-    One that is left behind in a collective would end with an error of its own that hides the first.
-    """
+    """``work()`` on every rank; a ToolkitError of any is raised on all: none waits for one that has left, and ends with
+    an error that hides the first."""
     result: Any = None
-    error: ToolkitError | None = None
+    error = None
     try:
         result = work()
     except ToolkitError as raised:
         error = raised
-    for found in gathered(error, group):
-        if found is not None:
-            raise found
+    for found in filter(None, gathered(error, group)):
+        raise found
     return result  # type: ignore[no-any-return]
 
 

@@ -30,6 +30,10 @@ from toolkit.job import ranks
 
 # What a rank raises when a peer has gone: not the cause.
 PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+GONE = (
+    "{who}: last heard of {seconds:.0f} s ago{step}. The process was killed (out of memory?), or its host or link is "
+    "down{log}. Start again to go on from the last checkpoint."
+)
 LAST_LINES = 12  # of a traceback, for the launcher's terminal
 
 
@@ -91,7 +95,7 @@ class Watchdog:
         # A client of its own: the process group's is locked while a rank waits in it.
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=lost_seconds))
         # torchrun's store outlives its attempts, and its agents count them differently.
-        self.store: Any = dist.PrefixStore(ranks.from_rank0(os.urandom(4).hex()), store)
+        self.store = dist.PrefixStore(ranks.from_rank0(os.urandom(4).hex()), store)
         self.say, self.lost_seconds, self.interval = say, lost_seconds, min(2.0, lost_seconds / 5)
         self.name = f"rank {ranks.rank()} on {platform.node()}"
         self.due: float | None = None
@@ -101,20 +105,17 @@ class Watchdog:
         self.beats: list[tuple[str, float]] = []  # of every rank: its last beat, and when rank 0 first saw it
         self.hosts: list[str] = ranks.gathered(platform.node())
         self.ended, self.leaving = threading.Event(), threading.Lock()
-        self._beat(0)
+        self.store.set(f"beat{ranks.rank()}", "0 0")  # its number, and the step
         ranks.wait()
         for work in (self._talk, self._watch):
             threading.Thread(target=work, daemon=True, name=f"watchdog{work.__name__}").start()
-
-    def _beat(self, number: int) -> None:
-        self.store.set(f"beat{ranks.rank()}", f"{number} {self.step}")
 
     def _talk(self) -> None:
         for number in itertools.count(1):
             if self.ended.wait(self.interval):
                 return
             with suppress(RuntimeError):  # the store is gone; _watch knows how long
-                self._beat(number)
+                self.store.set(f"beat{ranks.rank()}", f"{number} {self.step}")
                 if ranks.rank() == 0:
                     self._listen()
                 if self.store.check(["verdict"]):
@@ -133,14 +134,8 @@ class Watchdog:
             told = ", ".join(f"rank {r} on {self.hosts[r]}" for r in silent[:8])
             told += f" and {len(silent) - 8} more" if len(silent) > 8 else ""
             beat, since = self.beats[silent[0]]
-            self._post(
-                Verdict(
-                    LOST,
-                    f"{told}: last heard of {now - since:.0f} s ago, after step {beat.split()[1]}. The process was "
-                    "killed (out of memory?), or its host or link is down; its log.rankN.txt may tell more. "
-                    "Start again to go on from the last checkpoint.",
-                )
-            )
+            step, log = f", after step {beat.split()[1]}", "; its log.rankN.txt may tell more"
+            self._post(Verdict(LOST, GONE.format(who=told, seconds=now - since, step=step, log=log)))
 
     def _watch(self) -> None:
         while not self.ended.wait(min(0.5, self.interval)):
@@ -161,12 +156,9 @@ class Watchdog:
 
     def _without_rank0(self, silence: float) -> Verdict:
         """Nobody else will say it."""
-        first = f"{self.name} does not reach the store at" if ranks.rank() == 0 else f"rank 0 on {self.hosts[0]},"
-        verdict = Verdict(
-            LOST,
-            f"{first} {os.environ['MASTER_ADDR']}: last heard of {silence:.0f} s ago. The process was killed (out of "
-            "memory?), or its host or link is down. Start again to go on from the last checkpoint.",
-        )
+        who = f"{self.name} does not reach the store at" if ranks.rank() == 0 else f"rank 0 on {self.hosts[0]},"
+        who += f" {os.environ['MASTER_ADDR']}"
+        verdict = Verdict(LOST, GONE.format(who=who, seconds=silence, step="", log=""))
         if ranks.rank() != 0:
             self.say(f"{self.name}: {verdict.text}")
         return verdict
@@ -178,10 +170,10 @@ class Watchdog:
         text = "\n".join(lines[-LAST_LINES:]) if code == BUG else str(error)
         mine = Verdict(code, f"{self.name} failed:\n{text}")
         if code != BUG and ranks.rank() != 0:
-            self._wait(2 * self.interval)  # what all ranks refuse, rank 0 says
+            ranks.until(lambda: self.verdict is not None, 2 * self.interval)  # what all ranks refuse, rank 0 says
         elif PEER.search(str(error)):
             self._soon(lambda: self.store.set("suspect", self.name))
-            self._wait(5 * self.interval)
+            ranks.until(lambda: self.verdict is not None, 5 * self.interval)
             silence = time.monotonic() - self.heard
             if self.verdict is None and ranks.rank() != 0 and silence > 2.5 * self.interval:
                 self.verdict = self._without_rank0(silence)
@@ -209,15 +201,7 @@ class Watchdog:
     def _acknowledge(self) -> None:
         """Rank 0 may hold the store: it stays until all have read the verdict."""
         self.store.add("seen", 1)
-        end = time.monotonic() + 3 * self.interval
-        while self.store.add("seen", 0) < ranks.world() and time.monotonic() < end:
-            time.sleep(self.interval / 4)
-
-    def _wait(self, seconds: float) -> None:
-        """For another's verdict."""
-        end = time.monotonic() + seconds
-        while self.verdict is None and time.monotonic() < end:
-            time.sleep(0.1)
+        ranks.until(lambda: self.store.add("seen", 0) >= ranks.world(), 3 * self.interval)
 
     def _soon(self, work: Callable[[], Any], seconds: float | None = None) -> None:
         """``work`` with the store, which may never answer."""

@@ -11,14 +11,13 @@ import sys
 def main() -> None:
     request = json.load(sys.stdin)
     os.environ |= request.pop("environment")  # before anything is imported that reads it
-    from toolkit.cluster.doctor import allreduce, host
-    from toolkit.cluster.doctor.ssh import MARK
+    from toolkit.cluster.doctor import allreduce, examine, host
     from toolkit.run.terminal import Terminal
 
     asked = {"host": host.here, "all-reduce": allreduce.here}[request.pop("asked")]
     with Terminal() as terminal:  # what libraries print is no part of the answer
         result = asked(request, terminal.console)
-        print(MARK + json.dumps(result), file=terminal.console.file, flush=True)
+        print(examine.MARK + json.dumps(result), file=terminal.console.file, flush=True)
 
 
 main()

@@ -1,8 +1,6 @@
 """A tiny all-reduce over the ranks of a job, each host starting its own: who is missing, and how fast it is.
 
 here(request)       # what `python -m toolkit.cluster.doctor` answers, where a host's ranks are asked for
-
-    bus bandwidth = 2 (n - 1) / n x bytes / seconds      # of n ranks; what each link carries, whatever n is
 """
 
 import json
@@ -10,34 +8,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from toolkit.cluster.doctor.finding import existing
+from toolkit.cluster.doctor.disk import existing
 from toolkit.config.units import MIB
+from toolkit.job.ranks import until
 
 BYTES = 64 * MIB
 REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Request:
-    """This host's ranks, from ``first`` on; rank 0 listens at ``address``:``port``."""
-
-    device: str
-    first: int
-    slots: int
-    world: int
-    address: str
-    port: int
-    output_dir: str
-    patience: int  # seconds, for all ranks to meet and for a collective
+Say = Callable[[dict[str, Any]], None]
 
 
 def bus_gbs(size: int, seconds: float, world: int) -> float:
-    """GB/s."""
+    """GB/s that each link carries, however many ranks there are: nccl-tests' bus bandwidth."""
     return 2 * (world - 1) / world * size / seconds / 1e9
 
 
@@ -46,34 +32,32 @@ def here(request: dict[str, Any], _: Any) -> dict[str, Any] | None:
     from torch.multiprocessing import get_context
     from torch.multiprocessing.spawn import start_processes
 
-    said = get_context("fork").SimpleQueue()
+    said, slots = get_context("fork").SimpleQueue(), request.pop("slots")
     # torch is imported and CUDA not yet touched: a fork is safe here, and saves every rank the import
-    given = (Request(**request), said.put)
-    start_processes(_rank, given, request["slots"], start_method="fork")  # type: ignore[no-untyped-call]
+    start_processes(partial(_rank, said.put, **request), (), slots, start_method="fork")  # type: ignore[no-untyped-call]
     return None if said.empty() else said.get()
 
 
-def _rank(local: int, request: Request, say: Callable[[dict[str, Any]], None]) -> None:
+def _rank(
+    say: Say, local: int, device: str, first: int, world: int, address: str, port: int, output_dir: str, patience: int
+) -> None:
+    """This host's ranks begin at ``first``, rank 0 listens at ``address``:``port``, all wait ``patience`` seconds."""
     import torch
     import torch.distributed as dist
 
-    rank, world, patience = request.first + local, request.world, timedelta(seconds=request.patience)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        request.address, request.port, is_master=rank == 0, timeout=patience, wait_for_workers=False
-    )
-    missing = _missing(store, rank, world, patience)
-    if missing and rank == 0:
-        say({"missing": missing})
-    if missing:
+    rank, limit, place, backend = first + local, timedelta(seconds=patience), torch.device("cpu"), "gloo"
+    store = dist.TCPStore(address, port, is_master=rank == 0, timeout=limit, wait_for_workers=False)  # type: ignore[attr-defined]
+    if missing := _missing(store, rank, world, limit):
+        if rank == 0:
+            say({"missing": missing})
         return
-    device, backend = torch.device("cpu"), "gloo"
-    if request.device == "cuda":
-        device, backend = torch.device("cuda", local), "nccl"
-        torch.cuda.set_device(device)
+    if device == "cuda":
+        place, backend = torch.device("cuda", local), "nccl"
+        torch.cuda.set_device(place)
     torch.set_num_threads(1)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-    seconds = timed(torch.ones(BYTES // 4, device=device), world)
-    blind = _blind(store, rank, world, Path(request.output_dir))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    seconds = timed(torch.ones(BYTES // 4, device=place), world)
+    blind = _blind(store, rank, world, Path(output_dir))
     if rank == 0:
         say({"missing": [], "seconds": seconds, "bytes": BYTES, "backend": backend, "blind": blind})
     dist.destroy_process_group()
@@ -82,18 +66,18 @@ def _rank(local: int, request: Request, say: Callable[[dict[str, Any]], None]) -
 def _missing(store: Any, rank: int, world: int, patience: timedelta) -> list[int]:
     """Ranks that did not come; rank 0 waits for all and tells the others. Rank 0 leaves last: the store is its own."""
     store.set(f"here/{rank}", "")
-    if rank == 0:
-        with suppress(Exception):  # torch has no class of its own for a store's timeout
-            store.wait([f"here/{r}" for r in range(world)], patience)
-        missing = [r for r in range(world) if not store.check([f"here/{r}"])]
-        store.set("missing", json.dumps(missing))
-        for r in set(range(1, world)) - set(missing) if missing else ():
-            store.wait([f"told/{r}"], patience)
-    else:
+    if rank > 0:
         store.wait(["missing"], 2 * patience)
-        missing = json.loads(store.get("missing"))
+        missing: list[int] = json.loads(store.get("missing"))
         store.set(f"told/{rank}", "")
-    return list(missing)
+        return missing
+    with suppress(Exception):  # torch has no class of its own for a store's timeout
+        store.wait([f"here/{r}" for r in range(world)], patience)
+    missing = [r for r in range(world) if not store.check([f"here/{r}"])]
+    store.set("missing", json.dumps(missing))
+    for r in set(range(1, world)) - set(missing) if missing else ():
+        store.wait([f"told/{r}"], patience)
+    return missing
 
 
 def timed(tensor: Any, world: int) -> float:
@@ -122,8 +106,6 @@ def _blind(store: Any, rank: int, world: int, folder: Path) -> list[int]:
             store.set("probe", file.name)
             return [r for r in range(1, world) if store.get(f"sees/{r}") == b"no"]
     path = Path(store.get("probe").decode())
-    end = time.monotonic() + 5  # a network file system looks again only after a while
-    while not path.exists() and time.monotonic() < end:
-        time.sleep(0.2)
-    store.set(f"sees/{rank}", "yes" if path.exists() else "no")
+    seen = until(path.exists, 5)  # a network file system looks again only after a while
+    store.set(f"sees/{rank}", "yes" if seen else "no")
     return []

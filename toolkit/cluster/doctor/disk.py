@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
 
-from toolkit.cluster.doctor.finding import Finding, enough, existing, rated, unneeded
-from toolkit.cluster.doctor.host_job import HostJob
+from toolkit.cluster.doctor.host_job import Finding, HostJob, rated, unneeded
 from toolkit.config.units import GIB, MIB, gib
 from toolkit.job import nvme
 
@@ -39,7 +38,7 @@ def swap_checks(job: HostJob) -> list[Finding]:
     found: list[Finding] = []
     for folder, size in nvme.bytes_per_parameter(job.ds).items():
         disk, needed = folder.parent, None if job.parameters is None else size * job.parameters
-        found += [swap_space(disk, needed, named=disk != job.run_dir), swap_speed(disk, needed)]
+        found += [swap_space(disk, needed, named=disk != job.run_dir), _swap_speed(disk, needed)]
     return found or [unneeded("NVMe", "nothing is swapped to a drive")]
 
 
@@ -53,7 +52,7 @@ def swap_space(disk: Path, needed: float | None, *, named: bool) -> Finding:
     return _room("NVMe space", disk, needed, f"{gib(needed or 0)} will be written", way)
 
 
-def swap_speed(disk: Path, needed: float | None) -> Finding:
+def _swap_speed(disk: Path, needed: float | None) -> Finding:
     if refused(disk) or _free(disk) < 2 * SIZE:
         return Finding("NVMe speed", "skipped", f"not measured: no {gib(2 * SIZE)} to write to")
     try:
@@ -78,15 +77,18 @@ def checkpoints(job: HostJob) -> Finding:
 def _room(name: str, folder: Path, needed: float | None, rule: str, way_out: str) -> Finding:
     if problem := refused(folder):
         return Finding(name, "fail", f"{folder}: {problem}", "a folder that can be written", way_out)
-    return enough(name, _free(folder), needed, f"{folder}: {gib(_free(folder))} free", rule, way_out)
+    free = _free(folder)
+    good = None if needed is None else free >= needed
+    return rated(name, good, f"{folder}: {gib(free)} free", rule, way_out)
 
 
 def _free(folder: Path) -> int:
     return shutil.disk_usage(existing(folder)).free
 
 
-def shared_memory(job: HostJob, folder: Path = Path("/dev/shm")) -> Finding:
+def shared_memory(job: HostJob) -> Finding:
     """For DeepSpeed's op between ranks on a CPU, for the batches that workers hand over, for NCCL."""
+    folder = Path("/dev/shm")
     way = "docker run --shm-size=8g (compose: shm_size), in Kubernetes an emptyDir of medium Memory at /dev/shm."
     if not folder.is_dir():
         return Finding("shared memory", "fail", f"no {folder}", "a tmpfs", way)
@@ -100,6 +102,12 @@ def shared_memory(job: HostJob, folder: Path = Path("/dev/shm")) -> Finding:
         return rated("shared memory", usage.total >= GIB, value, "1 GiB: NVIDIA's advice for NCCL", way, bad="warn")
     rule = f"{gib(needed)} for {job.slots} ranks and their workers"
     return rated("shared memory", usage.free >= needed, value, rule, way)
+
+
+def existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def refused(folder: Path) -> str | None:
@@ -124,18 +132,17 @@ def speed(folder: Path, size: int = SIZE) -> DiskSpeed:
             fcntl(file, F_SETFL, fcntl(file, F_GETFL) | os.O_DIRECT)
         except OSError:  # a file system that only knows its cache
             direct = False
-        written, seconds = _timed(lambda: os.write(file, block), size, lambda: os.fsync(file))
+        written = _gbs(lambda: os.write(file, block), size, lambda: os.fsync(file))
         os.lseek(file, 0, os.SEEK_SET)
         if not direct:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        read, read_seconds = _timed(lambda: os.readv(file, [block]), written, lambda: None)
-    return DiskSpeed(written / seconds / 1e9, read / read_seconds / 1e9, direct)
+        return DiskSpeed(written, _gbs(lambda: os.readv(file, [block]), size, lambda: None), direct)
 
 
-def _timed(move: Callable[[], int], size: int, finish: Callable[[], None]) -> tuple[int, float]:
-    """Bytes moved and seconds taken, until ``size``, the end of the file or the end of patience."""
+def _gbs(move: Callable[[], int], size: int, finish: Callable[[], None]) -> float:
+    """Of moving ``size`` bytes, until the end of the file or of patience."""
     start, moved = time.monotonic(), 0
     while moved < size and time.monotonic() - start < SECONDS and (step := move()):
         moved += step
     finish()
-    return moved, time.monotonic() - start
+    return moved / (time.monotonic() - start) / 1e9

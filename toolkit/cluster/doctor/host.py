@@ -5,24 +5,28 @@ here(request)       # what `python -m toolkit.cluster.doctor` answers on every h
 
 import math
 import os
+import re
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
-from toolkit.cluster.doctor import disk, gpu
-from toolkit.cluster.doctor.finding import Finding, enough, rated, unneeded
-from toolkit.cluster.doctor.host_job import HostJob
+from toolkit.cluster.doctor import disk
+from toolkit.cluster.doctor.host_job import Finding, HostJob, rated, unneeded
 from toolkit.config.schema import load
 from toolkit.config.units import gib
 from toolkit.errors import ConfigError, PlanError
 from toolkit.job import fingerprint, nvme, ops, ranks
+from toolkit.plan import machines
 
+IN_USE = 0.1  # of a GPU's memory; the driver and our own context take less
 CAP_IPC_LOCK = 14  # bit of /proc/self/status, CapEff: pins without a limit
 
 
@@ -47,19 +51,78 @@ def findings(job: HostJob, console: Any) -> list[Finding]:
         ops_needed = len(job.ops)
     except ConfigError as error:  # DeepSpeed's node suits no such world or device
         refusals = [Finding("configuration", "fail", text) for text in str(error).splitlines()]
-        return [*refusals, gpu.gpus(job), gpu.driver(job)]
+        return [*refusals, gpus(job), driver(job)]
     value = f"{job.config.task.name} on {job.device}, {job.slots} of {job.world} ranks, {ops_needed} ops"
     return [
-        Finding("configuration", "ok", value), gpu.gpus(job), gpu.driver(job), compiler(job), libaio(job),
+        Finding("configuration", "ok", value), gpus(job), driver(job), compiler(job), libaio(job),
         disk.shared_memory(job), pinned(job), open_files(job), cores(job), memory(job), name(job),
         disk.checkpoints(job), *disk.swap_checks(job), built(job, console),
     ]  # fmt: skip
 
 
+def driver_versions(command: str = "nvidia-smi") -> tuple[str | None, str | None]:
+    """From the head of nvidia-smi's table; None where it is missing, fails or does not say."""
+    try:
+        text = subprocess.run([command], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        text = ""
+    found = (re.search(rf"{name} Version:\s*([\d.]+)", text) for name in ("Driver", "CUDA"))
+    driver, cuda = (match[1] if match else None for match in found)
+    return driver, cuda
+
+
+def gpus(job: HostJob) -> Finding:
+    """As many as ranks, and free."""
+    wanted = job.config.machine
+    if job.device != "cuda":
+        if (idle := machines.here()).device_name and "DS_ACCELERATOR" not in os.environ:
+            value = f"{idle.devices_per_node} x {idle.device_name}, torch {torch.__version__} sees none"
+            way = "Install torch's build for CUDA and this driver, or set DS_ACCELERATOR=cpu to train on the CPU."
+            return Finding("GPUs", "fail", value, "no GPU idle", way)
+        if wanted.device_name and wanted.device != "cpu":
+            way = "See `nvidia-smi`, or use machine=this."
+            return Finding("GPUs", "fail", f"device {job.device}", f"machine={wanted.name}", way)
+        return unneeded("GPUs", f"the job runs on {job.device}")
+    count = torch.cuda.device_count()
+    names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
+    memory = [torch.cuda.mem_get_info(i) for i in range(count)]
+    least, smallest = (min(sizes) for sizes in zip(*memory, strict=True)) if memory else (0, 0)
+    value = f"{count} x {', '.join(names)}, {gib(least)} of {gib(smallest)} free"
+    return _rated_gpus(job, value, names, count, any(total - free > IN_USE * total for free, total in memory))
+
+
+def _rated_gpus(job: HostJob, value: str, names: list[str], count: int, in_use: bool) -> Finding:
+    wanted = job.config.machine.name
+    found = {m.name if (m := machines.known(name)) else None for name in names}
+    rule = f"{job.slots} for as many ranks"
+    if count < job.slots:
+        return Finding("GPUs", "fail", value, rule, "Lower this host's slots, or see CUDA_VISIBLE_DEVICES.")
+    if in_use:
+        return Finding("GPUs", "warn", value, f"{rule}, free", "`nvidia-smi` names the processes that use them.")
+    if wanted != "this" and found != {wanted}:
+        known = ", ".join(sorted(n for n in found if n)) or "none of the table"
+        return Finding("GPUs", "warn", value, f"machine={wanted}", f"This is {known}: name it, or use machine=this.")
+    return Finding("GPUs", "ok", value, rule)
+
+
+def driver(job: HostJob) -> Finding:
+    """The driver runs the CUDA that torch was built for: at least the same major version (CUDA's compatibility)."""
+    if (built := torch.version.cuda) is None:
+        return unneeded("driver", "torch is a CPU build")
+    version, newest = driver_versions()
+    if job.device != "cuda" and version is None:
+        return unneeded("driver", "no GPU")
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"  # type: ignore[no-untyped-call]
+    value = f"driver {version or 'unknown'} (CUDA {newest or 'unknown'}), torch {torch.__version__}, NCCL {nccl}"
+    rule, way = f"CUDA {built}, which torch is built for", "Install a newer driver, or a torch for an older CUDA."
+    if newest is None:
+        return Finding("driver", "warn", value, rule, "`nvidia-smi` does not tell: run it.")
+    return rated("driver", int(newest.split(".")[0]) >= int(built.split(".")[0]), value, rule, way)
+
+
 def compiler(job: HostJob) -> Finding:
     """For ops that are still to be built: a C++ compiler, ninja, and nvcc where they are CUDA's."""
-    missing = ops.missing(job.ops)
-    if not missing:
+    if not (missing := ops.missing(job.ops)):
         return unneeded("compiler", "every op is built")
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -108,8 +171,9 @@ def pinned(job: HostJob) -> Finding:
     if not job.facts.nvme and not (job.device == "cuda" and job.hosts > 1):
         return unneeded("memlock", "no NVMe offload, no RDMA")
     why = "NVMe's swap buffers are pinned" if job.facts.nvme else "RDMA pins its buffers"
-    limit = _limit(resource.RLIMIT_MEMLOCK)
-    free = limit == math.inf or _may_pin_all()
+    limit, status = _limit(resource.RLIMIT_MEMLOCK), Path("/proc/self/status").read_text().splitlines()
+    rights = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
+    free = limit == math.inf or bool(rights >> CAP_IPC_LOCK & 1)
     value = "unlimited" if limit == math.inf else gib(limit) + (" (not for this user)" if free else "")
     way = "docker run --ulimit memlock=-1; on a host `* - memlock unlimited` in /etc/security/limits.conf."
     return rated("memlock", free, value, f"unlimited: {why}", way, bad="warn")
@@ -118,11 +182,6 @@ def pinned(job: HostJob) -> Finding:
 def _limit(kind: int) -> float:
     limit = resource.getrlimit(kind)[0]
     return math.inf if limit == resource.RLIM_INFINITY else limit
-
-
-def _may_pin_all() -> bool:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return bool(int(next(x.split()[1] for x in lines if x.startswith("CapEff")), 16) >> CAP_IPC_LOCK & 1)
 
 
 def open_files(job: HostJob) -> Finding:
@@ -135,8 +194,8 @@ def open_files(job: HostJob) -> Finding:
 
 def cores(job: HostJob) -> Finding:
     found, busy = len(os.sched_getaffinity(0)), job.slots * (1 + job.config.data.workers)
-    wanted = job.slots if job.device == "cpu" else busy
-    rule = f"{wanted} for {job.slots} ranks" + ("" if job.device == "cpu" else " and their data workers")
+    wanted, more = (job.slots, "") if job.device == "cpu" else (busy, " and their data workers")
+    rule = f"{wanted} for {job.slots} ranks{more}"
     return rated("cores", found >= wanted, f"{found}", rule, "Lower data.workers, or the ranks.", bad="warn")
 
 
@@ -145,9 +204,9 @@ def memory(job: HostJob) -> Finding:
     if "cpu" not in (job.facts.offload, job.facts.param_offload):
         return unneeded("host memory", "nothing is offloaded to it")
     free, needed = _free_memory(), job.host_bytes
+    good, rule = None if needed is None else free >= needed, f"{gib(needed or 0)} of optimizer and weights"
     way = "Use more hosts, offload=nvme, or offload=none on more GPUs."
-    rule = f"{gib(needed or 0)} of optimizer and weights"
-    return enough("host memory", free, needed, f"{gib(free)} free", rule, way)
+    return rated("host memory", good, f"{gib(free)} free", rule, way)
 
 
 def _free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:

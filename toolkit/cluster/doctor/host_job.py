@@ -1,17 +1,15 @@
-"""The job as one of its hosts sees it, and how large its model is; nothing is allocated.
+"""What a check of a host is given, the job and how large its model is, and what it finds; nothing is allocated.
 
 job = HostJob(config, device="cpu", world=4, slots=2, hosts=2, build=False)
-job.parameters          # 4_384_316, or None where only the data would tell
-job.checkpoint_bytes    # of one checkpoint
+rated("open files", limit >= 1024, f"{limit}", "1024", "ulimit -n 65536")    # ok, or fail with its way out
 """
 
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from toolkit.config.schema import RunConfig
 from toolkit.deepspeed import ds_config
@@ -58,10 +56,6 @@ class HostJob:
             return model_shape(self.config)
         return None
 
-    @property
-    def layout(self) -> Layout:
-        return Layout.of(self.config, self.ds, world=self.world, device=self.device)
-
     @cached_property
     def parameters(self) -> int | None:
         """As the plan counts them; of weights that have no plan, as many as their files on this host hold."""
@@ -85,21 +79,42 @@ class HostJob:
         """What the plan says that this host's ranks keep in its memory."""
         if self.shape is None:
             return None
-        stages = range(self.layout.pipe)
-        return int(self.slots * mean(memory_of(self.shape, self.layout, stage).total("host") for stage in stages))
+        layout = Layout.of(self.config, self.ds, world=self.world, device=self.device)
+        return int(self.slots * mean(memory_of(self.shape, layout, n).total("host") for n in range(layout.pipe)))
 
 
 def _in_files(weights: str) -> int | None:
     """Of a folder, or of what this host has of the hub already; nothing is downloaded."""
-    from huggingface_hub import snapshot_download
-    from safetensors import safe_open
+    from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
 
-    folder, count = Path(weights), 0
     try:
-        folder = folder if folder.is_dir() else Path(snapshot_download(weights, local_files_only=True))
+        folder = Path(weights if Path(weights).is_dir() else snapshot_download(weights, local_files_only=True))
     except (OSError, ValueError):  # not there, or no name of the hub's
         return None
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "numpy") as tensors:
-            count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.offset_keys())
-    return count or None
+    heads = map(parse_local_safetensors_file_metadata, folder.glob("*.safetensors"))
+    return sum(sum(head.parameter_count.values()) for head in heads) or None
+
+
+State = Literal["ok", "warn", "fail", "skipped"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check on one host: what was found, what it was held against, and what mends it."""
+
+    name: str
+    state: State
+    value: str
+    rule: str = ""
+    way_out: str = ""
+
+
+def rated(name: str, good: bool | None, value: str, rule: str, way_out: str, bad: State = "fail") -> Finding:
+    """``ok``, or ``bad`` with the way out; None: the model's size would tell, which is said and not taken for good."""
+    if good is None:
+        return Finding(name, "warn", value, "the model's size is not known here")
+    return Finding(name, "ok" if good else bad, value, rule, "" if good else way_out)
+
+
+def unneeded(name: str, why: str) -> Finding:
+    return Finding(name, "skipped", f"not needed: {why}")

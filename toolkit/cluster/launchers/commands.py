@@ -1,6 +1,7 @@
-"""`deepspeed`, `torchrun` and `mpirun`: the commands that start a job on hosts that are there.
+"""`deepspeed`, `torchrun` and `mpirun`, which start a job on hosts that are there, and `sbatch`, which asks for them.
 
 deepspeed(job).shown     # DS_ENV_FILE=… deepspeed --hostfile … recipes/pretrain.py --config-path … --config-name config
+slurm(job).shown         # job.sbatch, for `sbatch runs/<name>/launch/job.sbatch`
 """
 
 import os
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from toolkit.cluster.launchers.job import Job, Launch
+from toolkit.cluster.launchers.job import LAUNCH, Job, Launch
 from toolkit.errors import ConfigError
 
 # A host that is gone ends its ssh after a minute, and asks for no password on the way there.
@@ -19,23 +20,46 @@ SSH = "-o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15 -o Server
 # Else torchrun's agents lend the ranks their store, where a restarted rank finds the address of one that is dead
 # (torch 2.13, distributed/rendezvous.py) and waits for it.
 ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# srun's own exit code is the largest: that of the ranks that it killed after the first had failed.
+RANK = """\
+#!/bin/sh
+# One rank. What it fails with is noted: the first note is the job's exit code.
+trap : TERM # it is for the rank, which saves
+"$@" || {
+  code=$?
+  echo "$code" >> "$(dirname "$0")/codes.$SLURM_JOB_ID"
+  exit "$code"
+}
+"""
+# 2 is a refusal, and would be one again. Anything else goes on from the last checkpoint.
+RESTART = """\
+if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+  echo "Exit code $code: queued again, to go on from the last checkpoint."
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+"""
 
 
 def deepspeed(job: Job) -> Launch:
     """DeepSpeed's own launcher: on one host directly, on several over pdsh and ssh."""
     _refuse_restarts(job)
-    if job.nodes == 1 and not job.hosts:
-        options = ["--num_gpus", str(job.devices), "--master_port", str(job.port)]
-        return _launch([_beside_python("deepspeed"), *options, *job.arguments(job.directory)], job.cluster.variables)
-    _refuse_shell_characters(job)
-    hosts, variables = job.directory / "hostfile", job.directory / ".deepspeed_env"
-    # Its check of the first host takes nothing of PDSH_SSH_ARGS_APPEND, and would wait for a password.
-    options = ["--hostfile", str(hosts), "--no_ssh_check", "--force_multi"]
-    options += ["--master_addr", job.master, "--master_port", str(job.port)]
-    files = {hosts.name: hostfile(job), variables.name: deepspeed_env(job)}
-    environment = {"DS_ENV_FILE": str(variables), "PDSH_SSH_ARGS_APPEND": _ssh("PDSH_SSH_ARGS_APPEND")}
-    environment |= {name: value for name, value in job.cluster.variables.items() if name == "DS_ACCELERATOR"}
-    return _launch([_beside_python("deepspeed"), *options, *job.arguments(job.directory)], environment, files)
+    options, environment = ["--num_gpus", str(job.devices)], job.cluster.variables
+    files: dict[str, str] = {}
+    if job.nodes > 1 or job.hosts:
+        # DeepSpeed writes these into a remote shell's line as they are (PDSHRunner.get_cmd, 0.19.8)
+        for path in (Path.cwd(), job.recipe, job.directory, sys.executable):
+            if not re.fullmatch(r"[\w@%+=:,./-]+", str(path), re.ASCII):
+                raise ConfigError(
+                    f"{path}: blanks and shell characters do not pass DeepSpeed's pdsh launcher. Rename it."
+                )
+        files = {"hostfile": hostfile(job), ".deepspeed_env": deepspeed_env(job)}
+        hosts, variables = (str(job.directory / name) for name in files)
+        # Its check of the first host takes nothing of PDSH_SSH_ARGS_APPEND, and would wait for a password.
+        options = ["--hostfile", hosts, "--no_ssh_check", "--force_multi", "--master_addr", job.master]
+        own = {name: value for name, value in environment.items() if name == "DS_ACCELERATOR"}
+        environment = {"DS_ENV_FILE": variables, "PDSH_SSH_ARGS_APPEND": _ssh("PDSH_SSH_ARGS_APPEND")} | own
+    command = [_beside_python("deepspeed"), *options, "--master_port", str(job.port), *job.arguments(job.directory)]
+    return _launch(command, environment, files)
 
 
 def torchrun(job: Job) -> Launch:
@@ -79,14 +103,8 @@ def hostfile(job: Job) -> str:
 
 
 def _launch(command: Sequence[str], environment: Mapping[str, str], files: Mapping[str, str] | None = None) -> Launch:
-    words = [*(f"{name}={value}" for name, value in environment.items()), *command]
-    return Launch(" ".join(map(_quoted, words)) + "\n", command, files or {}, environment)
-
-
-def _quoted(word: str) -> str:
-    """For a shell, and so that it still sees a variable that is set in front of a command."""
-    name, is_variable, value = word.partition("=")
-    return f"{name}={shlex.quote(value)}" if is_variable and name.isidentifier() else shlex.quote(word)
+    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    return Launch(" ".join([*variables, shlex.join(command)]) + "\n", command, files or {}, environment)
 
 
 def _beside_python(name: str) -> str:
@@ -106,8 +124,66 @@ def _refuse_restarts(job: Job) -> None:
         )
 
 
-def _refuse_shell_characters(job: Job) -> None:
-    """DeepSpeed writes these into a remote shell's line as they are (PDSHRunner.get_cmd, 0.19.8)."""
-    for path in (Path.cwd(), job.recipe, job.directory, sys.executable):
-        if not re.fullmatch(r"[\w@%+=:,./-]+", str(path), re.ASCII):
-            raise ConfigError(f"{path}: blanks and shell characters do not pass DeepSpeed's pdsh launcher. Rename it.")
+def slurm(job: Job) -> Launch:
+    """A task of Slurm's own for each rank, so that signals reach it, bare or in a pyxis or apptainer container.
+
+    toolkit.job.ranks takes RANK from srun. Raises ConfigError for a container without an image.
+    """
+    path, options, exports = job.directory / "job.sbatch", _options(job), dict(job.cluster.variables)
+    if cpus := options.get("cpus-per-task"):
+        exports["SRUN_CPUS_PER_TASK"] = str(cpus)  # since 22.05 srun does not take it from sbatch
+    lines = [f"#SBATCH --{name}{'' if value is True else f'={value}'}" for name, value in options.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    port = job.cluster.master_port or "$((20000 + SLURM_JOB_ID % 20000))"  # jobs may share a node
+    head, restart = "\n".join(lines), RESTART.format(restarts=job.cluster.restarts) if job.cluster.restarts else ""
+    text = f"""\
+#!/bin/bash
+{head}
+MASTER_ADDR=$(hostname)
+MASTER_PORT={port}
+export MASTER_ADDR MASTER_PORT
+codes={shlex.quote(str(job.directory))}/codes.$SLURM_JOB_ID
+rm -f "$codes"
+code=0
+srun --kill-on-bad-exit=1 {shlex.join(_task(job))} || code=$?
+if [ -s "$codes" ]; then read -r code < "$codes"; fi
+{restart}exit "$code"
+"""
+    return Launch(text, ["sbatch", str(path)], {path.name: text, "rank.sh": RANK})
+
+
+def _options(job: Job) -> dict[str, str | bool]:
+    """Ours, then those of cluster.slurm in their place; false leaves one out."""
+    options: dict[str, str | bool] = {
+        "job-name": re.sub(r"[^\w.-]", "-", job.name),
+        "nodes": str(job.nodes),
+        "ntasks-per-node": str(job.devices),
+        "gpus-per-node": str(job.devices) if job.cluster.accelerator == "cuda" else False,
+        "chdir": shlex.quote(str(Path.cwd())),
+        "output": shlex.quote(str(job.directory / "slurm-%j.out")),
+        "open-mode": "append",
+        "signal": "TERM@120",  # to the ranks, which save and leave with 75
+        "requeue" if job.cluster.restarts else "no-requeue": True,
+    }
+    options |= {name.replace("_", "-"): value for name, value in job.cluster.slurm.items()}
+    return {name: value for name, value in options.items() if value is not False}
+
+
+def _task(job: Job) -> list[str]:
+    """srun's options and the command of one rank."""
+    cluster, inside = job.cluster, ["python", "-u", *job.arguments(LAUNCH)]
+    rank = ["sh", str(job.directory / "rank.sh")]
+    if cluster.container == "none":
+        if cluster.image:
+            raise ConfigError(
+                "cluster.image without cluster.container: Slurm starts it by pyxis or apptainer. Choose one."
+            )
+        return [*rank, sys.executable, "-u", *job.arguments(job.directory)]
+    if cluster.container == "pyxis":
+        names = ",".join([*cluster.variables, "MASTER_ADDR", "MASTER_PORT"])  # before what the image says of them
+        options = [f"--container-image={job.image}", f"--container-mounts={','.join(job.mounts)}"]
+        options += [f"--container-workdir={cluster.workdir}", f"--container-env={names}"]
+        return [*options, "sh", f"{LAUNCH}/rank.sh", *inside]
+    gpus = ["--nv"] if cluster.accelerator == "cuda" else []
+    options = ["--bind", ",".join(job.mounts), "--pwd", cluster.workdir]
+    return [*rank, "apptainer", "exec", *gpus, *options, job.image, *inside]

@@ -1,27 +1,29 @@
-"""A run that is checked, named and saved once, before any launcher starts it.
+"""`toolkit launch`: a run is checked, named and saved once, and what its launcher needs is printed, or submitted.
 
+    start(Path("recipes/pretrain.py"), ["zero=stage3"], on="slurm", submit=True)
     job = prepare(Path("recipes/pretrain.py"), ["model=bert_base", "cluster.hostfile=hosts"])
     job.arguments(job.directory)     # what every rank runs: the recipe on the saved configuration
 
 `<output_dir>/<name>/launch/` holds config.yaml and what the launcher needs beside it.
 """
 
-import json
+import os
 import re
 import runpy
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from toolkit.cluster.hostfile import slots
+from toolkit.cluster.launchers import LAUNCHERS
 from toolkit.config.compose import compose
-from toolkit.config.schema import Cluster, RunConfig
+from toolkit.config.schema import SECRET, Cluster, RunConfig
 from toolkit.deepspeed import ds_config
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, nearest
 from toolkit.run.directory import settled
 from toolkit.run.files import as_yaml, replace
 from toolkit.run.recipe import Recipe
@@ -140,6 +142,30 @@ def prepare(path: Path, overrides: Sequence[str], out: Path | None = None) -> Jo
     return Job(run.name, path, config, tuple(hosts), nodes, devices, (out or run / "launch").absolute())
 
 
+def slots(option: str, path: Path) -> dict[str, int]:
+    """Ranks by host of a hostfile, DeepSpeed's format; ``option`` named it. Raises ConfigError with file and line.
+
+    A name is neither an option of ssh nor anything for a shell; users and ports belong into ~/.ssh/config.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path}: {error}. Give a file with lines of `host slots=8`.") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)\s+slots=([1-9]\d*)", text, re.ASCII)
+        if not match or match[1] in hosts:
+            rule = "a second line for this host" if match else "must be `host slots=8`"
+            raise ConfigError(f"{path}, line {number}: {text!r}: {rule}. Correct it.")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"{option} {path}: no host in it. Give lines of `host slots=8`.")
+    return hosts
+
+
 def load_recipe(path: Path) -> Recipe:
     """The recipe that ``path`` defines as ``main``."""
     if not path.is_file():
@@ -161,9 +187,27 @@ def save(job: Job, launch: Launch) -> None:
         replace(job.directory / name, text)
 
 
-def manifest(job: Job, name: str, documents: Sequence[Mapping[str, Any]], *submit: str) -> Launch:
-    """``documents`` as a YAML file, in the order of their keys; ``submit`` is the command, ``name`` in it its path."""
-    plain = json.loads(json.dumps(documents))  # no anchors for what stands there twice
-    text = yaml.safe_dump_all(plain, sort_keys=False, width=120)
-    command = [str(job.directory / name) if word == name else word for word in submit]
-    return Launch(text, command, {name: text})
+def start(recipe: Path, overrides: Sequence[str], *, on: str, submit: bool = False, out: Path | None = None) -> None:
+    """Print the command, script or manifest; with ``submit`` become the process that submits it. Raises ConfigError."""
+    if on not in LAUNCHERS:
+        raise ConfigError(f"--on {on}: no such launcher.{nearest(on, LAUNCHERS)} Known: {', '.join(LAUNCHERS)}.")
+    job = prepare(recipe, overrides, out)
+    try:
+        launch: Launch = getattr(import_module(f"toolkit.cluster.launchers.{LAUNCHERS[on]}"), on)(job)
+        tool = launch.command[0]
+        if submit and shutil.which(tool) is None:
+            raise ConfigError(
+                f"{tool}: not found on this host. Install it, or run without --submit and take it where it is."
+            )
+    except ConfigError:
+        with suppress(OSError):  # not empty, or never made
+            (Path(job.config.output_dir) / job.name).rmdir()
+        raise
+    save(job, launch)
+    hint = f"; start it with: {shlex.join(launch.command)}" if launch.shown in launch.files.values() else ""
+    print(f"Saved for {job.world} ranks: {job.directory}{hint}", file=sys.stderr, flush=True)
+    if submit:
+        # DeepSpeed writes MLFLOW* into the remote command line and its log (EXPORT_ENVS, launcher/runner.py).
+        kept = {k: v for k, v in os.environ.items() if not (k.startswith("MLFLOW") and re.search(SECRET, k))}
+        os.execvpe(tool, list(launch.command), {**kept, **launch.environment})
+    print(launch.shown, end="")

@@ -1,14 +1,17 @@
-"""Manifests for Kubernetes: a ConfigMap with the configuration, and a PyTorchJob, TrainJob, MPIJob or JobSet.
+"""Manifests: for Kubernetes, and a compose file for the hosts of one Docker engine.
 
-    kubernetes(job).shown     # manifest.yaml, for `kubectl apply -f`
-
-The run directory lies on the volume claim cluster.kubernetes.claim.
+kubernetes(job).shown     # manifest.yaml, for `kubectl apply -f`
+compose(job).shown        # compose.yaml, for `docker compose -f runs/<name>/launch/compose.yaml up`
 """
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.cluster.launchers.commands import ELASTIC, SSH, deepspeed_env
-from toolkit.cluster.launchers.job import LAUNCH, Job, Launch, manifest
+import yaml
+
+from toolkit.cluster.launchers.commands import ELASTIC, SSH, deepspeed_env, elastic
+from toolkit.cluster.launchers.job import LAUNCH, Job, Launch
 
 # With this key, which the MPI operator makes, the image's entrypoint starts sshd (docker/entrypoint.sh).
 KEYS, SSH_PORT = "/etc/mpi/keys", 2222
@@ -17,11 +20,12 @@ Tree = dict[str, Any]
 
 
 def kubernetes(job: Job) -> Launch:
-    """manifest.yaml. Raises ConfigError without an image."""
+    """A ConfigMap with the configuration, and a PyTorchJob, TrainJob, MPIJob or JobSet; runs lie on the volume claim
+    cluster.kubernetes.claim. Raises ConfigError without an image."""
     kinds = {"pytorchjob": _pytorchjob, "trainjob": _trainjob, "mpijob": _mpijob, "jobset": _jobset}
     configuration = {"config.yaml": job.saved, "deepspeed_env": deepspeed_env(job)}
     documents = [_object(job, "v1", "ConfigMap", data=configuration), *kinds[job.cluster.kubernetes.kind](job)]
-    return manifest(job, "manifest.yaml", documents, "kubectl", "apply", "-f", "manifest.yaml")
+    return _manifest(job, "manifest.yaml", documents, "kubectl", "apply", "-f", "manifest.yaml")
 
 
 def _pytorchjob(job: Job) -> list[Tree]:
@@ -43,9 +47,9 @@ def _pytorchjob(job: Job) -> list[Tree]:
 
 def _trainjob(job: Job) -> list[Tree]:
     """Trainer, v2: a runtime of the job's own with the volumes, and the job that refers to it."""
-    pods = _indexed(job, _pod(job, "node", ["torchrun", *job.arguments(LAUNCH)]))
-    pods["template"]["metadata"] = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
-    runtime = {"mlPolicy": {"numNodes": job.nodes, "torch": {}}, "template": {"spec": _restarted(job, pods)}}
+    pod = _pod(job, "node", ["torchrun", *job.arguments(LAUNCH)])
+    pods = _replicated(job, pod, metadata={"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}})
+    runtime = {"mlPolicy": {"numNodes": job.nodes, "torch": {}}, "template": {"spec": pods}}
     reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": job.label}
     trainer = {"numNodes": job.nodes, "numProcPerNode": job.devices}
     return [
@@ -61,7 +65,7 @@ def _jobset(job: Job) -> list[Tree]:
     options += ["--master-addr", f"{name}-node-0-0.{name}", "--master-port", str(job.port)]
     pod = _pod(job, "node", ["torchrun", *options, *job.arguments(LAUNCH)])
     pod["containers"][0]["env"].append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": NODE_RANK}}})
-    spec = {"network": {"enableDNSHostnames": True, "subdomain": name}} | _restarted(job, _indexed(job, pod))
+    spec = {"network": {"enableDNSHostnames": True, "subdomain": name}} | _replicated(job, pod)
     return [_object(job, "jobset.x-k8s.io/v1alpha2", "JobSet", spec=spec)]
 
 
@@ -87,21 +91,17 @@ def _mpijob(job: Job) -> list[Tree]:
     return [_object(job, "kubeflow.org/v2beta1", "MPIJob", spec=spec)]
 
 
+def _replicated(job: Job, pod: Tree, **more: Tree) -> Tree:
+    """A JobSet's spec: one pod a node, in a template with ``more``; any that fails has all of them made anew."""
+    counts = {"parallelism": job.nodes, "completions": job.nodes, "completionMode": "Indexed", "backoffLimit": 0}
+    template = {"spec": counts | {"template": {"spec": {"restartPolicy": "Never"} | pod}}, **more}
+    pods = {"name": "node", "replicas": 1, "template": template}
+    return {"failurePolicy": {"maxRestarts": job.cluster.restarts}, "replicatedJobs": [pods]}
+
+
 def _object(job: Job, version: str, kind: str, **content: Any) -> Tree:
     names = {"name": job.label, "namespace": job.cluster.kubernetes.namespace}
     return {"apiVersion": version, "kind": kind, "metadata": names, **content}
-
-
-def _indexed(job: Job, pod: Tree) -> Tree:
-    """A JobSet's replicated job of one pod a node."""
-    counts = {"parallelism": job.nodes, "completions": job.nodes, "completionMode": "Indexed", "backoffLimit": 0}
-    template = {"spec": counts | {"template": {"spec": {"restartPolicy": "Never"} | pod}}}
-    return {"name": "node", "replicas": 1, "template": template}
-
-
-def _restarted(job: Job, pods: Tree) -> Tree:
-    """A JobSet's spec: any failed pod has all of them made anew."""
-    return {"failurePolicy": {"maxRestarts": job.cluster.restarts}, "replicatedJobs": [pods]}
 
 
 def _pod(job: Job, name: str, arguments: list[str], own: dict[str, str] | None = None, *, gpus: bool = True) -> Tree:
@@ -131,3 +131,35 @@ def _pod(job: Job, name: str, arguments: list[str], own: dict[str, str] | None =
         "terminationGracePeriodSeconds": 300,  # SIGTERM: finish the step, save
         **({"nodeSelector": dict(kubernetes.node_selector)} if kubernetes.node_selector else {}),
     }
+
+
+def compose(job: Job) -> Launch:
+    """compose.yaml, a service a node; they meet at node0. Raises ConfigError without an image."""
+    services, cluster = {}, job.cluster
+    for node in range(job.nodes):
+        services[f"node{node}"] = service = {
+            "image": job.image,
+            "hostname": f"node{node}",
+            "working_dir": cluster.workdir,
+            "command": ["torchrun", *elastic(job, "node0"), *job.arguments(LAUNCH)],
+            # HF_TOKEN without a value: the shell's, if it has one; the file does not hold it
+            "environment": [*(f"{name}={value}" for name, value in (cluster.variables | ELASTIC).items()), "HF_TOKEN"],
+            "volumes": job.mounts,
+            "shm_size": f"{cluster.shm_gib}gb",
+            "stop_grace_period": "5m",  # SIGTERM: finish the step, save
+            "ulimits": {"memlock": -1, "stack": 67108864},
+        }
+        if cluster.accelerator == "cuda":
+            ids = [str(node * job.devices + device) for device in range(job.devices)]
+            gpus = {"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}
+            service["deploy"] = {"resources": {"reservations": {"devices": [gpus]}}}
+    up = ["docker", "compose", "-f", "compose.yaml", "up", "--abort-on-container-failure"]
+    return _manifest(job, "compose.yaml", [{"name": job.label, "services": services}], *up)
+
+
+def _manifest(job: Job, name: str, documents: Sequence[Mapping[str, Any]], *submit: str) -> Launch:
+    """``documents`` as a YAML file, in the order of their keys; ``submit`` is the command, ``name`` in it its path."""
+    plain = json.loads(json.dumps(documents))  # no anchors for what stands there twice
+    text = yaml.safe_dump_all(plain, sort_keys=False, width=120)
+    command = [str(job.directory / name) if word == name else word for word in submit]
+    return Launch(text, command, {name: text})
