@@ -6,7 +6,6 @@ deepspeed --num_gpus 2 recipes/memory.py model=bert_mini zero=stage3    # one la
 The run directory gets memory.csv, memory.png and memory.svg.
 """
 
-import gc
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -41,7 +40,7 @@ def main(config: Config) -> None:
     from toolkit.deepspeed.ds_config import required_ops
     from toolkit.engine.start import start_engine
     from toolkit.errors import ConfigError, ToolkitError
-    from toolkit.job import nvme, ops, ranks
+    from toolkit.job import ops, ranks
     from toolkit.models.build import build_model
     from toolkit.run.directory import Run
     from toolkit.tasks import build_task
@@ -68,9 +67,6 @@ def main(config: Config) -> None:
             run.console.print(f"{name['layout']:22} {name['activation']:18} {rows[-1]['peak_mib']:10,.1f} MiB  "
                               f"{rows[-1]['step_seconds']:.3f} s", highlight=False)  # fmt: skip
             engine.close()
-            del engine
-            gc.collect()
-    nvme.release()
     if not rows:
         raise ConfigError("no combination of zero, offload and activation is left to measure, see above.")
     run.write_csv("memory.csv", rows)

@@ -91,7 +91,7 @@ def test_a_task_of_glue_is_its_preset_with_what_was_typed(task: str, data: list[
     config = compose(["task=glue", *data, *MUCH])
     place = "files" if data else "hub"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toolkit.train.scores.GLUE", {task: ""})
+        patch.setattr("toolkit.train.several.GLUE", {task: ""})
         (one,) = each(config.model_copy(update={"name": "x"}))
     expected = compose([f"task={task}", f"data={place}/{task}", *data[1:], *MUCH])
     assert one == expected.model_copy(update={"name": f"x-{task}"})

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from toolkit.data.batch import IGNORED, Batch
-from toolkit.engine.pipe import PASSES, fill_and_drain
+from toolkit.engine.pipe import fill_and_drain
+from toolkit.engine.pipe_schedule import PASSES
 from toolkit.engine.plain import Engine
 from toolkit.job.ranks import Replica
 from toolkit.tasks.task import summed_loss

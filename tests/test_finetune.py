@@ -28,10 +28,10 @@ from toolkit.config.compose import compose
 from toolkit.data import encoded, labelled
 from toolkit.data.encoded import Encoded
 from toolkit.data.order import Grouped
-from toolkit.engine.learning_rate import factor
+from toolkit.engine.start import factor
 from toolkit.models.build import decay_groups, initialise
 from toolkit.tasks.classify import Classify
-from toolkit.train.scores import row
+from toolkit.train.several import row
 
 BEST = {"classify": "accuracy", "regress": "spearman", "tag": "f1", "span_qa": "f1", "choose": "accuracy"}
 FILE = dict.fromkeys(KINDS, "predictions.tsv") | {"tag": "predictions.conll", "span_qa": "predictions.json"}

@@ -10,7 +10,7 @@ from forks import on_ranks
 
 from toolkit.config.schema import RunConfig
 from toolkit.engine.plain import Step
-from toolkit.train.meter import WARMUP_STEPS, Meter, Share, conditions
+from toolkit.train.meter import WARMUP_STEPS, Meter, Worked, conditions
 
 
 class Clock:
@@ -151,5 +151,5 @@ def test_ranks_rates_are_the_slowest_ones_and_the_wait_is_the_mean(tmp_path: Pat
 
 
 def test_conditions_of_linear_scaling() -> None:
-    found = conditions([Share(2**20, 0.1, 3.0, 4.0), Share(3 * 2**20, 0.3, 1.0, 2.0)])
+    found = conditions([Worked(2**20, 0.1, 3.0, 4.0), Worked(3 * 2**20, 0.3, 1.0, 2.0)])
     assert found == {"comm_mib": 2, "comm_share": 0.1, "work_balance": 2 / 3, "memory_balance": 3 / 4}

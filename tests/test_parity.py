@@ -17,7 +17,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data import loader, text
 from toolkit.data.masked import MaskedText
 from toolkit.data.order import Split, Stream
-from toolkit.engine.learning_rate import factor
+from toolkit.engine.start import factor
 from toolkit.models.build import bert_config, decay_groups, initialise
 
 STEPS = 20

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_runs import assert_same_state, copy_run, trained
+from deepspeed.pipe import LayerSpec
 from forks import on_ranks
 from launching import launch, launch_many, python, read, toolkit_command
 from transformers import BertConfig
@@ -20,7 +21,7 @@ from toolkit.engine.pipe import PipeEngine
 from toolkit.engine.pipe_events import bubble_share, load
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
-from toolkit.models.pipeline import Pipe, PipeLayer, parameters, partition, pipe_layers
+from toolkit.models.pipeline import Pipe, parameters, partition, pipe_layers
 from toolkit.models.pretraining import MaskedBert, PairBert
 
 CONFIG = BertConfig(
@@ -28,7 +29,7 @@ CONFIG = BertConfig(
 )
 
 
-def layers_of(model_class: Any) -> list[PipeLayer]:
+def layers_of(model_class: Any) -> list[LayerSpec]:
     with torch.device("meta"), no_init_weights():
         return pipe_layers(model_class(CONFIG))
 
@@ -40,8 +41,8 @@ def names(pair: bool) -> list[str]:
     found: dict[str, None] = {}
     with torch.device("meta"), no_init_weights():
         for i, layer in enumerate(layers):
-            prefix = f"tied_modules.{layer.spec.key}" if hasattr(layer.spec, "key") else str(i)
-            found |= {Pipe.hf_name(pipe, f"{prefix}.{n}"): None for n, _ in layer.spec.build().named_parameters()}
+            prefix = f"tied_modules.{layer.key}" if hasattr(layer, "key") else str(i)
+            found |= {Pipe.hf_name(pipe, f"{prefix}.{n}"): None for n, _ in layer.build().named_parameters()}
     return list(found)
 
 
@@ -85,7 +86,7 @@ def test_the_layers_hold_every_weight_of_the_hugging_face_model(model_class: Any
 
 
 def test_a_tied_weight_has_a_layer_without_forward_fn_for_deepspeed_saves_no_other() -> None:
-    specs = [layer.spec for layer in layers_of(PairBert) if hasattr(layer.spec, "key")]
+    specs = [layer for layer in layers_of(PairBert) if hasattr(layer, "key")]
     assert len(specs) == 2 and sum(spec.forward_fn is None for spec in specs) == 1
 
 

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForPreTraining
 from toolkit.config.schema import Batch, RunConfig
 from toolkit.engine.collectives import WIRE, _message, _size
 from toolkit.errors import ConfigError
-from toolkit.train.meter import Share, conditions
+from toolkit.train.meter import Worked, conditions
 
 MIB = 2**20
 KEEPS_NOTHING = (
@@ -28,9 +28,9 @@ KEEPS_NOTHING = (
 
 
 def test_equal_ranks_are_balanced_and_unequal_ones_are_not() -> None:
-    equal = conditions([Share(sent=MIB, held=0.1, busy=2.0, peak=3.0)] * 4)
+    equal = conditions([Worked(sent=MIB, held=0.1, busy=2.0, peak=3.0)] * 4)
     assert equal == {"comm_mib": 1, "comm_share": 0.1, "work_balance": 1, "memory_balance": 1}
-    unequal = conditions([Share(MIB, 0.5, 1.0, 4.0), Share(3 * MIB, 0.1, 2.0, 1.0)])
+    unequal = conditions([Worked(MIB, 0.5, 1.0, 4.0), Worked(3 * MIB, 0.1, 2.0, 1.0)])
     assert unequal == {"comm_mib": 2, "comm_share": 0.1, "work_balance": 0.75, "memory_balance": 0.625}
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from toolkit.config.schema import Schedule
-from toolkit.engine.learning_rate import factor, warmup_steps
+from toolkit.engine.start import factor
 
 
 def curve(total: int, **keys: object) -> list[float]:
@@ -14,8 +14,8 @@ def curve(total: int, **keys: object) -> list[float]:
 
 
 def test_warmup_counts_steps_or_is_a_share() -> None:
-    assert warmup_steps(Schedule(warmup=0.1), 200) == 20
-    assert warmup_steps(Schedule(warmup=7), 200) == 7
+    assert factor(Schedule(warmup=0.1), 0, 200) == 1 / 20
+    assert factor(Schedule(warmup=7), 0, 200) == 1 / 7
     rates = curve(10, name="constant", warmup=4)
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0], "the first step trains, too"
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from toolkit.run.table import grouped, table
-from toolkit.train.console import clock, held_out, line
+from toolkit.train.loop import clock, held_out, line
 
 
 def lines(columns: dict[str, str], rows: Sequence[Sequence[Any]], width: int = 80, **options: Any) -> list[str]:

@@ -9,7 +9,6 @@ Regimes, by the share of the steps that a doubling saves, at best 50 %: perfect 
 """
 
 import dataclasses
-import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from toolkit.config.schema import Batch, RunConfig, Schedule
 from toolkit.deepspeed import ds_config
 from toolkit.engine.start import start_engine
 from toolkit.errors import ConfigError
-from toolkit.job import nvme, ranks
+from toolkit.job import ranks
 from toolkit.models.build import build_model
 from toolkit.report import figures
 from toolkit.run.directory import Run
@@ -135,9 +134,6 @@ class Trials:
             return _steps_to(engine, task, self.target, limit)
         finally:
             engine.close()
-            nvme.release()
-            del engine
-            gc.collect()
 
 
 def _steps_to(engine: Any, task: Any, target: float, limit: int) -> tuple[int | None, str, float]:

@@ -24,6 +24,7 @@ from toolkit.engine.plain import Engine
 from toolkit.errors import CheckpointError
 from toolkit.job import ranks
 from toolkit.run.directory import Run
+from toolkit.run.files import as_json, replace
 
 MANIFEST = "manifest.json"
 
@@ -38,9 +39,7 @@ class State:
 
 def save(run: Run, engine: Engine, state: State, keep: int | None = None) -> None:
     """Write ``checkpoints/step-N`` and drop all but the newest ``train.keep_checkpoints`` and that of step ``keep``.
-
-    Raises CheckpointError on every rank if any cannot write; the checkpoints before stay as they are.
-    """
+    Raises CheckpointError on every rank if any cannot write; the checkpoints before stay as they are."""
     final = run.dir / "checkpoints" / f"step-{state.step}"
     staging = final.with_name(f".{final.name}.staging")
     try:
@@ -49,13 +48,18 @@ def save(run: Run, engine: Engine, state: State, keep: int | None = None) -> Non
                 _sweep(final.parent)
                 (staging / ds_state.TAG).mkdir(parents=True)
         with _agreed(final):
-            rng = f"rng.rank{ranks.rank()}.pt"
-            mine = {**ds_state.write(engine.ds, staging), rng: ds_state.save_file(_rng(), staging / rng)}
+            mine, name = ds_state.write(engine.ds, staging), f"rng.rank{ranks.rank()}.pt"
+            rng = {"cpu": torch.get_rng_state()}  # dropout's generators; data draws from none (toolkit/data/draws.py)
+            rng |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+            mine[name] = ds_state.save_file(rng, staging / name)
         files = {name: digest for part in ranks.gathered(mine) for name, digest in part.items()}
         with _agreed(final):
             if ranks.rank() == 0:
                 _seal(staging, {**asdict(state), **_layout(engine), "order": _order(engine), "files": files})
-                _swap(staging, final)
+                if final.exists():  # a broken one of that name
+                    final.rename(final.with_name(f".{final.name}.old"))
+                staging.rename(final)
+                _sync_folder(final.parent)
                 _prune(final, run.config.train.keep_checkpoints, keep)
     except CheckpointError:
         if ranks.rank() == 0:
@@ -72,9 +76,16 @@ def resume(run: Run, engine: Engine) -> State:
     manifest = ranks.from_rank0(_manifest(path))
     _compare(path, manifest, _layout(engine))
     compare_order(path, manifest, _order(engine))
-    _refuse_code(path, manifest)
+    # Every rank looks at its share of the files before any rank reads one.
+    mine = [path / name for name in sorted(manifest["files"])[ranks.rank() :: ranks.world()]]
+    for found in ranks.gathered([f"{file} {code}" for file in mine if (code := ds_state.foreign_code(file))]):
+        for message in found:
+            raise CheckpointError(f"{message}. Nothing of it was run; do not trust where this checkpoint comes from.")
     ds_state.read(engine.ds, path)
-    _restore_rng(torch.load(path / f"rng.rank{ranks.rank()}.pt", weights_only=True))
+    rng = torch.load(path / f"rng.rank{ranks.rank()}.pt", weights_only=True)
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
     run.console.print(f"Resuming from {path}.")
     return State(manifest["step"], manifest["samples"])
 
@@ -158,14 +169,6 @@ def _problem(path: Path) -> str | None:
     return next((p for p in found if p is not None), None)
 
 
-def _refuse_code(path: Path, manifest: dict[str, Any]) -> None:
-    """Every rank looks at its share of the files before any rank reads one."""
-    names = sorted(manifest["files"])[ranks.rank() :: ranks.world()]
-    found = ranks.gathered([f"{path / name} {code}" for name in names if (code := ds_state.foreign_code(path / name))])
-    for message in (m for part in found for m in part):
-        raise CheckpointError(f"{message}. Nothing of it was run; do not trust where this checkpoint comes from.")
-
-
 @contextmanager
 def _agreed(final: Path) -> Iterator[None]:
     """What fails on one rank fails on all, with that rank's words. The body must not leave a collective early."""
@@ -209,10 +212,8 @@ def _order(engine: Engine) -> dict[str, Any]:
 
 
 def compare_order(path: Path, manifest: dict[str, Any], order: dict[str, Any]) -> None:
-    """Refuse to go on at a place that would be another one; of a manifest without its order the batch's size is known.
-
-    Raises CheckpointError.
-    """
+    """Raises CheckpointError where the place in the data would be another one; of a manifest without its order the
+    batch's size is known."""
     saved = manifest.get("order", {"batch.global_size": manifest["samples"] // manifest["step"]})
     _compare(path, saved, {key: value for key, value in order.items() if key in saved})
 
@@ -222,27 +223,12 @@ def _compare(path: Path, manifest: dict[str, Any], layout: dict[str, Any]) -> No
         there = manifest.get(key)
         if there != here:
             if isinstance(here, dict) and isinstance(there, dict):
-                key, there, here = next(
-                    (f"{key}.{k}", there.get(k), here.get(k))
-                    for k in sorted({*here, *there})
-                    if there.get(k) != here.get(k)
-                )
+                own = next(k for k in sorted({*here, *there}) if there.get(k) != here.get(k))
+                key, there, here = f"{key}.{own}", there.get(own), here.get(own)
             raise CheckpointError(
                 f"{path}: saved with {key}={there}, this run has {key}={here}. Use the saved value, or start a "
                 "new run from its weights: toolkit export, then model.weights=<that export>."
             )
-
-
-def _rng() -> dict[str, Any]:
-    """Dropout's generators; data draws from none (toolkit/data/draws.py)."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -268,37 +254,24 @@ def _sha256(file: Path) -> str:
 def _seal(staging: Path, manifest: dict[str, Any]) -> None:
     if missing := [name for name in manifest["files"] if not (staging / name).is_file()]:
         raise OSError(f"{missing[0]} was written by another host and is not here: output_dir must be a shared disk")
-    with (staging / MANIFEST).open("w") as file:
-        json.dump(manifest | {"manifest_sha256": _own_hash(manifest)}, file, indent=2, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
+    replace(staging / MANIFEST, as_json(manifest | {"manifest_sha256": _own_hash(manifest)}))
     for folder in (staging / ds_state.TAG, staging):
         _sync_folder(folder)
 
 
-def _swap(staging: Path, final: Path) -> None:
-    """Rename ``staging`` to ``final``; an older (broken) one of that name is in nobody's way."""
-    if final.exists():
-        final.rename(final.with_name(f".{final.name}.old"))
-    staging.rename(final)
-    _sync_folder(final.parent)
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _prune(final: Path, keep: int, best: int | None) -> None:
     """Keep ``final``, the ``keep`` - 1 before it and the best. Later ones are of steps that this run went back on."""
     newest_first = list_checkpoints(final.parent)
-    for path in newest_first[: newest_first.index(final)] + newest_first[newest_first.index(final) + keep :]:
-        if path.name == f"step-{best}":
-            continue
-        path.rename(path.with_name(f".{path.name}.old"))  # by one rename: never a half-deleted checkpoint
+    here = newest_first.index(final)
+    for path in newest_first[:here] + newest_first[here + keep :]:
+        if path.name != f"step-{best}":
+            path.rename(path.with_name(f".{path.name}.old"))  # by one rename: never a half-deleted checkpoint
     _sweep(final.parent)
 
 

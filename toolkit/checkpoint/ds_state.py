@@ -7,6 +7,7 @@ Works around DeepSpeed 0.19.8 where it would lose or run something; each place s
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,37 +26,28 @@ Digest = dict[str, Any]  # bytes, sha256
 
 
 def write(ds: Any, folder: Path) -> dict[str, Digest]:
-    """Write ``folder/state``. Collective; returns the files that this rank wrote.
-
-    Raises this rank's OSError only after all ranks have left DeepSpeed's barriers.
-    """
+    """Write ``folder/state``. Collective; returns the files that this rank wrote, or raises its OSError after all ranks
+    have left DeepSpeed's barriers."""
     files = _attach(ds, folder)
     ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     if hasattr(ds.module, "hf_name"):
-        _write_stage(ds, files, folder)
+        # A pipe stage's weights in fp32 under their Hugging Face names, for `toolkit export`: DeepSpeed writes them
+        # layer by layer in the training type, and cannot put a pipeline's fp32 parts together.
+        named = {ds.module.hf_name(n): p for n, p in ds.module.named_parameters()}
+        weights = {n: safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") else p for n, p in named.items()}
+        if ds.grid.data_parallel_id == 0:
+            state = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
+            files.save(state, str(folder / TAG / STAGE.format(f"{ds.stage_id:02}")))
     if files.problem is not None:
         raise files.problem
     return files.written
 
 
-def _write_stage(ds: Any, files: "_Files", folder: Path) -> None:
-    """This pipe stage's weights in fp32 under their Hugging Face names, for `toolkit export`.
-
-    DeepSpeed writes them layer by layer in the training type, and cannot put a pipeline's fp32 parts together.
-    """
-    parameters = ds.module.named_parameters()
-    weights = {
-        ds.module.hf_name(n): safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") else p for n, p in parameters
-    }
-    if ds.grid.data_parallel_id == 0:
-        state = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
-        files.save(state, str(folder / TAG / STAGE.format(f"{ds.stage_id:02}")))
-
-
 def read(ds: Any, folder: Path) -> None:
     """Load ``folder/state``. Collective; the hyperparameters stay those of this run's configuration."""
     _attach(ds, folder)
-    chosen = _hyperparameters(ds)
+    names = {"initial_lr", "lr", *(ds.optimizer_params() or {})}
+    chosen = [{k: group[k] for k in names if k in group} for group in ds.optimizer.param_groups]
     with safe_loading():
         ds.load_checkpoint(str(folder), tag=TAG)
     _restore_hyperparameters(ds, chosen)
@@ -64,15 +56,14 @@ def read(ds: Any, folder: Path) -> None:
 
 def save_file(tree: Any, path: Path) -> Digest:
     """torch.save, synced to the disk and hashed on the way."""
-    with path.open("wb") as file:
-        hashed = _Hashed(file)
+    with _Hashed(path) as file:
         try:
-            torch.save(tree, hashed)  # type: ignore[arg-type]
+            torch.save(tree, file)
         except RuntimeError as error:  # torch says "unexpected pos 704 vs 598" of a full disk
-            raise hashed.problem or error from error
+            raise file.problem or error from error
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": hashed.bytes, "sha256": hashed.sha256.hexdigest()}
+        return {"bytes": file.tell(), "sha256": file.sha256.hexdigest()}
 
 
 def foreign_code(path: Path) -> str | None:
@@ -128,24 +119,21 @@ class _Files(CheckpointEngine):  # type: ignore[misc]
         return True
 
 
-class _Hashed:
+class _Hashed(io.BufferedWriter):
     """A file that hashes what passes through and remembers why it could not."""
 
-    def __init__(self, file: Any) -> None:
-        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.sha256 = hashlib.sha256()
         self.problem: OSError | None = None
 
     def write(self, block: Any) -> int:
         self.sha256.update(block)
-        self.bytes += len(block)
         try:
-            return int(self.file.write(block))
+            return super().write(block)
         except OSError as error:
             self.problem = error
             raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _attach(ds: Any, folder: Path) -> _Files:
@@ -182,9 +170,8 @@ def _restore_swapped(optimizer: Any, tree: dict[str, Any]) -> None:
     saved = tree["optimizer_state_dict"]
     for group, kept in zip(optimizer.optimizer.param_groups, saved["param_groups"], strict=True):
         group |= {k: v for k, v in kept.items() if k != "params"}
-    for i, (group, kept) in enumerate(
-        zip(optimizer.fp32_partitioned_groups_flat, tree["fp32_flat_groups"], strict=True)
-    ):
+    pairs = zip(optimizer.fp32_partitioned_groups_flat, tree["fp32_flat_groups"], strict=True)
+    for i, (group, kept) in enumerate(pairs):
         with _in_memory(optimizer, i):
             group.data.copy_(kept)
             state = optimizer.optimizer.state[group]
@@ -207,14 +194,9 @@ def _in_memory(optimizer: Any, i: int) -> Iterator[None]:
         optimizer._optimizer_states_and_gradient_swap_out(i)
 
 
-def _hyperparameters(ds: Any) -> list[dict[str, Any]]:
-    """Per optimizer group what the configuration says: lr, weight decay, betas …"""
-    names = {"initial_lr", "lr", *(ds.optimizer_params() or {})}
-    return [{k: group[k] for k in names if k in group} for group in ds.optimizer.param_groups]
-
-
 def _restore_hyperparameters(ds: Any, chosen: list[dict[str, Any]]) -> None:
-    """A checkpoint also carries the old values, and DeepSpeed would go on with those without a word."""
+    """Per optimizer group what the configuration says: lr, weight decay, betas … A checkpoint also carries the old
+    values, and DeepSpeed would go on with those without a word."""
     schedule = ds.lr_scheduler
     for i, (group, values) in enumerate(zip(ds.optimizer.param_groups, chosen, strict=True)):
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
@@ -228,9 +210,8 @@ def _restore_hyperparameters(ds: Any, chosen: list[dict[str, Any]]) -> None:
 
 
 def _replay_bias_correction(ds: Any) -> None:
-    """DeepSpeed's Adam on the CPU keeps beta^t in C++ as a running product of floats, which no checkpoint holds:
-    after a resume it takes pow(beta, t) instead, an ulp off (csrc/includes/cpu_adam.h, IncrementStep). So count
-    one number up to t.
+    """DeepSpeed's Adam on the CPU keeps beta^t in C++ as a running product of floats, which no checkpoint holds: after
+    a resume it takes pow(beta, t), an ulp off (csrc/includes/cpu_adam.h, IncrementStep). So count one number up to t.
     """
     adam = ds.basic_optimizer
     offloaded = hasattr(adam, "ds_opt_adam")
@@ -245,6 +226,5 @@ def _replay_bias_correction(ds: Any) -> None:
         if offloaded:
             adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *one)
         else:
-            columns = [[x] for x in one]
-            mode = adam.adam_w_mode
-            adam.multi_tensor_adam(1, adam._dummy_overflow_buf, columns, 0.0, beta1, beta2, 1.0, step, mode, 1, 0.0)
+            rates, more = (0.0, beta1, beta2, 1.0), (step, adam.adam_w_mode, 1, 0.0)
+            adam.multi_tensor_adam(1, adam._dummy_overflow_buf, [[x] for x in one], *rates, *more)

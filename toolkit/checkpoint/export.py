@@ -13,6 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from deepspeed.checkpoint.affine import ParamAffineMap
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import save_file
+
 from toolkit.checkpoint import checkpoint, ds_state
 from toolkit.errors import CheckpointError
 
@@ -20,10 +25,7 @@ MODEL = "model.safetensors"
 
 
 def export(run_dir: Path, out: Path | None = None) -> Path:
-    """Export the best checkpoint of a run in fp32, or the newest whole one.
-
-    It replaces an earlier export, and nothing else.
-    """
+    """Export the best checkpoint of a run in fp32, or the newest whole one: it replaces an earlier export alone."""
     out = (out or run_dir / "export").absolute()
     if not (run_dir / "model" / "config.json").exists():
         raise CheckpointError(f"{run_dir}: not the directory of a run that has begun (no model/config.json).")
@@ -60,20 +62,15 @@ def weights(path: Path) -> dict[str, Any]:
 
 def _stages(folder: Path) -> dict[str, Any]:
     """What the stages of a pipeline held."""
-    import torch
-
-    parts = sorted(folder.glob(ds_state.STAGE.format("*")), reverse=True)
     state: dict[str, Any] = {}
-    for file in parts:  # the first stage last: of a tied weight its copy counts
+    # The first stage last: of a tied weight its copy counts
+    for file in sorted(folder.glob(ds_state.STAGE.format("*")), reverse=True):
         state |= torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 
 def _shard(folder: Path, stage: int, tensor_rank: int) -> dict[str, Any]:
     """What one of the ranks that share layers held, the parts of ZeRO put together."""
-    import torch
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     files = list(folder.glob(f"*mp_rank_{tensor_rank:02d}_*"))
     if stage == 0:
         return dict(torch.load(files[0], map_location="cpu", weights_only=True)["module"])
@@ -87,9 +84,6 @@ def _shard(folder: Path, stage: int, tensor_rank: int) -> dict[str, Any]:
 
 def _merged(shards: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Whole tensors, by the maps that AutoTP leaves in each checkpoint."""
-    import torch
-    from deepspeed.checkpoint.affine import ParamAffineMap
-
     file = next(folder.glob("*mp_rank_00_model_states.pt"))
     info = torch.load(file, map_location="cpu", weights_only=True)["universal_checkpoint_info"]
     whole: dict[int, Any] = {}  # by address: a tied weight is described under its first name only
@@ -107,14 +101,9 @@ def _merged(shards: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
 
 def _save(state: dict[str, Any], file: Path) -> None:
     """One file; of tensors that are tied the first name is written, as Hugging Face does."""
-    from safetensors.torch import save_file
-
-    seen: set[int] = set()
-    unique = {}
+    first: dict[int, str] = {}
     for name, tensor in state.items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            unique[name] = tensor.float().contiguous()
-    save_file(unique, file, metadata={"format": "pt"})
+        first.setdefault(tensor.data_ptr(), name)
+    save_file({name: state[name].float().contiguous() for name in first.values()}, file, metadata={"format": "pt"})
     with file.open("rb") as written:
         os.fsync(written.fileno())

@@ -30,7 +30,7 @@ from toolkit.config.units import MIB
 from toolkit.deepspeed import ds_config
 from toolkit.deepspeed.facts import BATCH_KEYS
 from toolkit.errors import ConfigError, OutOfMemory, PlanError, ToolkitError
-from toolkit.job import nvme, ranks
+from toolkit.job import ranks
 from toolkit.plan import machines
 from toolkit.plan.plan import plan_on
 from toolkit.plan.shapes import model_shape
@@ -162,7 +162,6 @@ def main(config: RunConfig) -> None:
     engine = start_engine(build_model(run, task, ds), task, run, ds)
     machine = _stepped(here.model_copy(update=rates), run.config, ds, engine, task.train_batches(start_sample=0))
     engine.close()
-    nvme.release()
     run.write_text("machine.json", machine.model_dump_json())
 
 

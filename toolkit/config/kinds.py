@@ -46,7 +46,7 @@ _OURS = (
     Kind("regress", "toolkit.tasks.classify:Regress", _LABELLED, _METRICS, ("pearson", "spearman", "mse"), "pooled", 1),
     Kind("tag", "toolkit.tasks.tag:Tag", _LABELLED, _METRICS, ("f1", "precision", "recall", "accuracy")),
     Kind("span_qa", "toolkit.tasks.span_qa:SpanQA", _LABELLED, _METRICS, _SQUAD),
-    Kind("choose", "toolkit.tasks.choose:Choose", _LABELLED | {"choices"}, _METRICS, ("accuracy",), "pooled", 1),
+    Kind("choose", "toolkit.tasks.classify:Choose", _LABELLED | {"choices"}, _METRICS, ("accuracy",), "pooled", 1),
     Kind(
         "translate", "toolkit.tasks.translate:Translate",
         frozenset({"plan", "activation", "weights", "metrics", "seeds", "decoder", "tokens", "subwords"}),

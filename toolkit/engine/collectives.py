@@ -4,10 +4,9 @@ traffic = Traffic()          # from now on every call of deepspeed.comm is count
 sent, seconds = traffic.read()
 
 Bytes are those that a rank puts on the wire in a ring of n ranks, the convention of the ZeRO paper (section 7) and
-of NCCL's bus bandwidth: an all-reduce of S bytes is 2 S (n-1)/n, a reduce-scatter or an all-gather to S bytes
-S (n-1)/n. Seconds are those that the computation is held up: the call, and the wait for one begun asynchronously;
-on CUDA by events on the stream of the call, so that nothing is made to wait for the count. On a side stream
-(overlap_comm) they are the collective's own, though computing may hide them.
+of NCCL's bus bandwidth. Seconds are those that the computation is held up: the call, and the wait for one begun
+asynchronously; on CUDA by events on the stream of the call, so that nothing is made to wait for the count. On a side
+stream (overlap_comm) they are the collective's own, though computing may hide them.
 
 DeepSpeed's comms_logger (0.19.8) is not used: it blocks the device after each call, it takes only the begin of an
 asynchronous one, and its latency of a call is the sum of all since the start (timers(…).elapsed(reset=False)).
@@ -41,22 +40,18 @@ class Traffic:
 
         self.counting = True
         self.cuda = torch.cuda.is_available() and dist.cdb.get_backend() == "nccl"
-        self._restart()
+        self.sent = self.seconds = 0.0
+        self.events: list[tuple[Any, Any]] = []
         for name in WIRE:
             method = getattr(type(dist.cdb), name).__get__(dist.cdb)  # not one of an earlier Traffic
             setattr(dist.cdb, name, self._counted(name, method))
-
-    def _restart(self) -> None:
-        self.sent = 0.0
-        self.seconds = 0.0
-        self.events: list[tuple[Any, Any]] = []
 
     def read(self) -> tuple[float, float]:
         """Bytes sent and seconds held up since the last call; waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
         result = self.sent, self.seconds + sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
-        self._restart()
+        self.sent, self.seconds, self.events = 0.0, 0.0, []
         return result
 
     @contextmanager
@@ -93,8 +88,7 @@ class _Waited:
     """A handle of an asynchronous collective; waiting for it counts."""
 
     def __init__(self, work: Any, traffic: Traffic) -> None:
-        self._work = work
-        self._traffic = traffic
+        self._work, self._traffic = work, traffic
 
     def wait(self, *args: Any) -> Any:
         with self._traffic.clock():

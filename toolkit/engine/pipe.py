@@ -8,24 +8,23 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from torch import Tensor
 
 from toolkit.data.batch import IGNORED, Batch
-from toolkit.engine.pipe_events import Event, Kind
-from toolkit.engine.pipe_schedule import GPipeSchedule
+from toolkit.engine.pipe_events import Direction, Event
+from toolkit.engine.pipe_schedule import PASSES, GPipeSchedule
 from toolkit.engine.plain import Engine, Step
 from toolkit.job import ranks
 from toolkit.tasks.task import Collect, Task
 
 KEPT = ("attention_mask",)  # of a micro-batch without anything to predict: the model still reads it
-PASSES: dict[Any, Kind] = {instructions.ForwardPass: "forward", instructions.BackwardPass: "backward"}
 
 
 class PipeEngine(Engine):
@@ -34,11 +33,11 @@ class PipeEngine(Engine):
     def __init__(self, ds: Any, task: Task, replica: ranks.Replica, schedule: str) -> None:
         super().__init__(ds, task, replica)
         ds.module.loss_fn = self._loss
-        self._counts: dict[str, float] = {}
+        self._step = Step({}, {}, 0.0, False)  # the one under way
         self._sums: dict[str, Tensor] = {}
         self._collect: Collect | None = None
         self._events: list[Event] | None = None
-        self._done: Counter[tuple[Kind, int]] = Counter()
+        self._done = Counter[tuple[Direction, int]]()
         self._began = 0.0
         if schedule == "gpipe":
             fill_and_drain(ds)
@@ -48,15 +47,16 @@ class PipeEngine(Engine):
         }
 
     def train_batch(self, batches: Iterator[Batch], *, stop: bool = False, trace: bool = False) -> Step:
-        micro, self._counts, waited, stopping = self._draw(batches, stop)
-        self._sums = {}
+        micro, self._step = self._draw(batches, stop)
         if trace:
             # One zero for all: the ranks of a host share its clock, hosts agree as well as NTP makes them.
             self._events, self._done, self._began = [], Counter(), ranks.from_rank0(time.time())
         self.ds.train_batch(iter([self._pair(batch) for batch in micro]))
-        losses = {name: self._sums.get(name, torch.zeros(())) for name in self.task.predicted}
-        events, self._events = self._events, None
-        return Step(losses, self._counts, waited, stopping, () if events is None else self._gather(events))
+        losses = {name: self._step.losses.get(name, torch.zeros(())) for name in self.task.predicted}
+        mine, self._events = self._events, None
+        # those of the first copy of the model, of all its stages
+        parts = [] if mine is None else ranks.gathered(mine if self.replica.rank == 0 else [])
+        return replace(self._step, losses=losses, events=tuple(event for part in parts for event in part))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], collect: Collect | None = None) -> dict[str, float]:
@@ -80,10 +80,8 @@ class PipeEngine(Engine):
         if not self.ds.module.training:
             if self._collect is not None:
                 self._collect(named, batch)
-            return torch.stack(list(self._tally(self._sums, named, batch).values())).sum()
-        shares = self._shares(self.task.losses(named, batch), self._counts)
-        self._note(self._sums, shares)
-        return torch.stack(list(shares.values())).sum() * self._scale
+            return sum(self._tally(self._sums, named, batch).values())  # type: ignore[return-value]
+        return self._share(named, batch, self._step)
 
     def _pair(self, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
         """What the first stage reads, and what the last one does."""
@@ -94,19 +92,17 @@ class PipeEngine(Engine):
         nothing = {n: math.nan if batch[n].is_floating_point() else IGNORED for n in self.task.labels if n not in KEPT}
         return batch | {name: torch.full_like(batch[name], value) for name, value in nothing.items()}
 
-    def _timed(self, execute: Callable[..., None], kind: Kind) -> Callable[..., None]:
+    def _timed(self, execute: Callable[..., None], kind: Direction) -> Callable[..., None]:
         """``execute`` that notes its times in a traced step."""
 
         def timed(ds: Any, **where: Any) -> None:
             start = self._now()
             execute(ds, **where)
             if self._events is not None:
-                phase = where.get("phase", 0)
+                phase, end = where.get("phase", 0), self._now()
                 number = self._done[kind, phase]
                 self._done[kind, phase] += 1
-                end = self._now()
-                event = Event(ds.stage_id, kind, number, start - self._began, end - self._began, phase)
-                self._events.append(event)
+                self._events.append(Event(ds.stage_id, kind, number, start - self._began, end - self._began, phase))
 
         return timed
 
@@ -114,11 +110,6 @@ class PipeEngine(Engine):
         if self._events is not None:
             get_accelerator().synchronize()
         return time.time()
-
-    def _gather(self, events: list[Event]) -> tuple[Event, ...]:
-        """Those of the first copy of the model, of all its stages."""
-        found = ranks.gathered(events if self.replica.rank == 0 else [])
-        return tuple(event for part in found for event in part)
 
 
 def fill_and_drain(ds: Any) -> None:
@@ -134,11 +125,5 @@ def fill_and_drain(ds: Any) -> None:
         engine.loss = losses.pop(buffer_id)
         backward(engine, buffer_id=buffer_id)
 
-    ds._train_schedule = lambda: GPipeSchedule(
-        micro_batches=ds.micro_batches, stages=ds.num_stages, stage_id=ds.stage_id
-    )
-    ds._INSTRUCTION_MAP = {
-        **ds._INSTRUCTION_MAP,
-        instructions.ForwardPass: forward_pass,
-        instructions.BackwardPass: backward_pass,
-    }
+    ds._train_schedule = lambda: GPipeSchedule(ds.micro_batches, ds.num_stages, ds.stage_id)
+    ds._INSTRUCTION_MAP = ds._INSTRUCTION_MAP | dict(zip(PASSES, (forward_pass, backward_pass), strict=True))

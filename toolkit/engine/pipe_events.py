@@ -6,7 +6,7 @@ bubble_share(timeline.events, timeline.stages)    # 0.27: 27 % of the stages' ti
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -14,20 +14,18 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, Positiv
 
 from toolkit.errors import ToolkitError
 
-Kind = Literal["forward", "backward"]
-KINDS: tuple[Kind, ...] = ("forward", "backward")
+Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 CLOCK = 1e-5  # seconds by which two readings may disagree: CUDA events tell half a microsecond
 
 
 @dataclass(frozen=True)
 class Event:
-    """One pass of one micro-batch through one stage; times in seconds or in units of a forward pass.
-
-    ``phase`` is 1 on the way back of DualPipeV, whose ranks hold two parts of the model each, else 0.
-    """
+    """One pass of one micro-batch through one stage; times in seconds or in units of a forward pass. ``phase`` is 1 on
+    the way back of DualPipeV, whose ranks hold two parts of the model each, else 0."""
 
     stage: int
-    kind: Kind
+    kind: Direction
     micro_batch: int
     start: FiniteFloat
     end: FiniteFloat
@@ -49,8 +47,7 @@ class Timeline(BaseModel):
         """Every micro-batch passes every stage once in each direction, and a stage does one thing at a time."""
         found = sorted((e.stage, e.phase, e.kind, e.micro_batch) for e in self.events)
         phases = range(2 if self.schedule == "dualpipev" else 1)
-        every = (range(self.stages), phases, sorted(KINDS), range(self.micro_batches))
-        wanted = [(s, p, k, m) for s in every[0] for p in every[1] for k in every[2] for m in every[3]]
+        wanted = list(product(range(self.stages), phases, sorted(DIRECTIONS), range(self.micro_batches)))
         if found != wanted:
             odd = next((f for f, w in zip(found, wanted, strict=False) if f != w), None)
             at = "; the first that is odd: stage {}, phase {}, {} of micro-batch {}".format(*odd) if odd else ""
@@ -93,7 +90,7 @@ def formula(stages: int, micro_batches: int) -> float:
     return (stages - 1) / (micro_batches + stages - 1)
 
 
-def mean_seconds(timeline: Timeline, kind: Kind) -> float:
+def mean_seconds(timeline: Timeline, kind: Direction) -> float:
     """What one micro-batch takes on one stage, on average over both; the two phases of DualPipeV together."""
     total = sum(e.end - e.start for e in timeline.events if e.kind == kind)
     return total / (timeline.stages * timeline.micro_batches)

@@ -4,19 +4,22 @@ engine = start_engine(model, task, run, plan.ds)    # start.py
 step = engine.train_batch(batches, stop=False)     # one optimizer step
 """
 
+import gc
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from deepspeed.utils import groups
 from torch import Tensor
 
 from toolkit.config.schema import Dtype
 from toolkit.data.batch import Batch
 from toolkit.engine.pipe_events import Event
-from toolkit.job import ranks
+from toolkit.job import nvme, ranks
 from toolkit.tasks.task import Collect, Task
 
 
@@ -42,53 +45,52 @@ class Engine:
         self.last_learning_rate: float | None = None  # the one the last step used
 
     def train_batch(self, batches: Iterator[Batch], *, stop: bool = False, trace: bool = False) -> Step:
-        """One optimizer step over accumulation-many micro-batches.
+        """One optimizer step over accumulation-many micro-batches; ``trace`` asks a pipeline for its passes' times.
 
-        The loss is the mean over all predictions of the global batch, so counts are added up over
-        the ranks first: the same number and gradient however the batch is split. ``trace`` asks a
-        pipeline for the times of its forward and backward passes.
+        The loss is the mean over all predictions of the global batch, so counts are added up over the ranks first:
+        the same number and gradient however the batch is split.
         """
         self.ds.train()
-        micro, counts, waited, stopping = self._draw(batches, stop)
-        losses: dict[str, Tensor] = {}
+        micro, step = self._draw(batches, stop)
         for batch in micro:
-            batch = self._to_device(batch)
-            shares = self._shares(self.task.losses(self._forward(batch), batch), counts)
-            self.ds.backward(sum(shares.values()) * self._scale)
+            self.ds.backward(self._share(*self._forward(batch), step))
             self.ds.step()
-            self._note(losses, shares)
-        losses = {name: share / self.replica.split for name, share in losses.items()}
-        return Step(losses, counts, waited, stopping)
+        return replace(step, losses={name: share / self.replica.split for name, share in step.losses.items()})
 
-    def _draw(self, batches: Iterator[Batch], stop: bool) -> tuple[list[Batch], dict[str, float], float, bool]:
-        """The step's micro-batches, what all copies of the model draw together, the wait, and whether to stop."""
+    def _draw(self, batches: Iterator[Batch], stop: bool) -> tuple[list[Batch], Step]:
+        """The micro-batches of a step, and what is known of it before: nothing of its losses yet."""
         start = time.perf_counter()
         micro = [next(batches) for _ in range(self.ds.gradient_accumulation_steps())]
         waited = time.perf_counter() - start
-        counts = _added(self.task.counts(b) for b in micro)
+        counts = Counter[str]()
+        for batch in micro:
+            counts.update(self.task.counts(batch))
         *sums, stops = ranks.total([*counts.values(), float(stop)])
-        counts = {name: total / self.replica.split for name, total in zip(counts, sums, strict=True)}
         self.last_learning_rate = float(self.ds.get_lr()[0])
-        return micro, counts, waited, stops > 0
+        # all copies of the model draw together, and the ranks that share one draw the same
+        drawn = {name: total / self.replica.split for name, total in zip(counts, sums, strict=True)}
+        return micro, Step({}, drawn, waited, stops > 0)
 
-    @property
-    def _scale(self) -> int:
-        """DeepSpeed divides by accumulation steps and averages over the copies of the model: this undoes both."""
-        return int(self.ds.gradient_accumulation_steps()) * self.replica.world
+    def _share(self, outputs: Batch, batch: Batch, step: Step) -> Tensor:
+        """What DeepSpeed minimises of a micro-batch: its shares of the global means; ``step`` keeps what people see."""
+        losses = self.task.losses(outputs, batch)
+        shares = {name: loss / max(1.0, step.counts[name]) for name, loss in losses.items()}
+        for name, share in shares.items():
+            step.losses[name] = step.losses.get(name, 0) + self.task.unit * share.detach()
+        # DeepSpeed divides by accumulation steps and averages over the copies of the model: this undoes both.
+        scale = int(self.ds.gradient_accumulation_steps()) * self.replica.world
+        return sum(shares.values()) * scale  # type: ignore[return-value]
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], collect: Collect | None = None) -> dict[str, float]:
-        """Mean losses and accuracies over all ranks' batches, each sample counted once; {} without a batch.
-
-        ``collect(outputs, batch)`` sees what the model says of each micro-batch, on the ranks that have it.
-        """
+        """Mean losses and accuracies over all ranks' batches, each sample counted once; {} without a batch. On the
+        ranks that have it, ``collect(outputs, batch)`` sees what the model says of each micro-batch."""
         self.ds.eval()
         sums: dict[str, Tensor] = {}  # on the device: no step waits for the host
-        counts: dict[str, float] = {}
+        counts = Counter[str]()
         for batch in batches:
-            counts = _added([counts, self.task.counts(batch)])
-            batch = self._to_device(batch)
-            outputs = self._forward(batch)
+            counts.update(self.task.counts(batch))
+            outputs, batch = self._forward(batch)
             self._tally(sums, outputs, batch)
             if collect is not None:
                 collect(outputs, batch)
@@ -104,33 +106,20 @@ class Engine:
 
     def _means(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, float]:
         """Mean losses and accuracies from this rank's ``<name>_loss``, ``<name>_right`` and counts; {} of nothing."""
-        mine = [
-            float(x)
-            for n in self.task.predicted
-            for x in (sums.get(f"{n}_loss", 0), sums.get(f"{n}_right", 0), counts.get(n, 0))
-        ]
+        names, result = self.task.predicted, dict[str, float]()
+        rows = [(sums.get(f"{n}_loss", 0), sums.get(f"{n}_right", 0), counts.get(n, 0)) for n in names]
+        mine = [float(x) for row in rows for x in row]
         totals = iter(ranks.total(mine))
-        result: dict[str, float] = {}
-        for name in self.task.predicted:
-            loss, right, count = next(totals), next(totals), next(totals)
+        for name, loss, right, count in zip(names, totals, totals, totals, strict=True):  # three of each
             if count:
                 result[loss_key(name)] = self.task.unit * loss / count
                 result |= {f"{name}_accuracy": right / count} if name in self.task.judged else {}
         return {"loss": sum(v for k, v in result.items() if k.endswith("loss")), **result} if result else {}
 
-    def _forward(self, batch: Batch) -> Batch:
-        return self.ds(**{name: batch[name] for name in self.task.inputs})  # type: ignore[no-any-return]
-
-    def _shares(self, losses: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, Tensor]:
-        return {name: loss / max(1.0, counts[name]) for name, loss in losses.items()}
-
-    def _note(self, noted: dict[str, Tensor], shares: Mapping[str, Tensor]) -> None:
-        """Add the shares of one micro-batch to those that people see."""
-        for name, share in shares.items():
-            noted[name] = noted.get(name, 0) + self.task.unit * share.detach()
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+    def _forward(self, batch: Batch) -> tuple[Batch, Batch]:
+        """What the model says of ``batch``, and it, on the device."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return self.ds(**{name: batch[name] for name in self.task.inputs}), batch
 
     def report(self, record: Mapping[str, Any]) -> None:
         """The finite numbers of a record to DeepSpeed's monitors."""
@@ -140,11 +129,12 @@ class Engine:
             monitor.write_events([(f"toolkit/{k}", v, record["step"]) for k, v in numbers.items() if k != "step"])
 
     def close(self) -> None:
-        """Give up what the next engine of this process would find in its way."""
-        from deepspeed.utils import groups
-
+        """Give up what the next engine of this process would find in its way: groups, memory, folders on NVMe."""
         self.ds.destroy()
         groups.mpu = None  # of split layers or stages, which the next engine would take for its own
+        del self.ds
+        nvme.release()
+        gc.collect()
 
     @property
     def dtype(self) -> Dtype:
@@ -165,10 +155,3 @@ class Engine:
 def loss_key(name: str) -> str:
     """What records call a loss: ``mlm_loss``; a task's only one is ``loss``."""
     return name if name == "loss" else f"{name}_loss"
-
-
-def _added(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for row in rows:
-        total = {name: total.get(name, 0) + value for name, value in row.items()}
-    return total

@@ -18,10 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 def apply(layers: Iterable[nn.Module], *, recompute: bool, offload: bool) -> None:
-    """Let ``layers`` (transformers' GradientCheckpointingLayer) keep only their inputs, and what they keep on the host.
-
-    A layer is called with tensors, or with one tuple of them as in a pipeline.
-    """
+    """Let ``layers`` (transformers' GradientCheckpointingLayer) keep only their inputs, and what they keep on the host;
+    a layer is called with tensors, or with one tuple of them as in a pipeline."""
     for layer in layers if recompute or offload else ():
         layer.gradient_checkpointing = True  # type: ignore[assignment]
         layer._gradient_checkpointing_func = partial(_run, recompute, offload)  # type: ignore[assignment]
@@ -39,11 +37,8 @@ def _run(recompute: bool, offload: bool, forward: Callable[..., Any], *args: Any
 
 def _on_host(args: tuple[Any, ...]) -> AbstractContextManager[None]:
     """As PyTorch's save_on_cpu, but weights and what all layers share (the mask) stay, nothing is moved twice, and
-    strides are kept, which compiled code insists on.
-
-    On CUDA the copies go to pinned memory and the host does not wait for them; they take their turn on the
-    stream that computes.
-    """
+    strides are kept, which compiled code insists on. On CUDA the copies go to pinned memory and the host does not wait
+    for them; they take their turn on the stream that computes."""
     shared = {_storage(a) for a in args if isinstance(a, Tensor) and not a.requires_grad}
     moved: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 

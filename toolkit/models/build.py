@@ -7,7 +7,7 @@ values are then drawn, or copied from a checkpoint that rank 0 alone reads, one 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AutoConfig, BertConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from toolkit.config.schema import Model
+from toolkit.config.schema import Model, RunConfig
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.job import ranks
 from toolkit.models import Described, activation
@@ -26,30 +26,38 @@ from toolkit.run.directory import Run, weights_folder
 
 def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
     """The Hugging Face configuration of a model made from scratch."""
-    names = BertConfig().to_dict().keys() & Model.model_fields.keys()
-    shape = model.model_dump(include=names)
+    shape = model.model_dump(include=BertConfig().to_dict().keys() & Model.model_fields.keys())
     dropout = {"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": model.dropout}
     return BertConfig(**(shape | dropout | {"vocab_size": vocab_size, "pad_token_id": pad_id}))
 
 
-def model_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
-    """From ``model.weights`` if given (shape and vocabulary are its own), else from the keys."""
+def encoder_config(
+    config: RunConfig, vocab_size: int, pad_id: int, *, exact: bool, kind: Any = AutoConfig, tokenizer: str = ""
+) -> Any:
+    """From ``model.weights`` if given (shape and vocabulary are its own), else from the keys. Raises ConfigError. For
+    ``kind`` see :func:`read_config`, for ``exact`` and ``tokenizer`` :func:`require_vocabulary`."""
+    model, length = config.model, config.data.max_length
     if model.weights is None:
-        return bert_config(model, vocab_size=vocab_size, pad_id=pad_id)
-    config = read_config(model.weights, BertConfig)
-    if config.vocab_size != vocab_size:
+        found: Any = bert_config(model, vocab_size=vocab_size, pad_id=pad_id)
+    else:
+        found = read_config(model.weights, kind)
+        require_vocabulary(model.weights, found.vocab_size, vocab_size, exact, tokenizer)
+        set_dropout(found, model.dropout, "attention_dropout")
+    positions = getattr(found, "max_position_embeddings", length)
+    if "roberta" in found.model_type:
+        positions -= pad_id + 1  # its positions are numbered from there
+    if length > positions:
         raise ConfigError(
-            f"model.weights={model.weights}: its vocabulary has {config.vocab_size} entries, the tokenizer "
-            f"{vocab_size}. Use the tokenizer of these weights: tokenizer.path={model.weights}."
+            f"data.max_length={length}: model.weights={model.weights} has only {positions} positions. "
+            "Lower data.max_length."
         )
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = model.dropout
-    return config
+    return found
 
 
-def read_config(weights: str, kind: Any, **changes: Any) -> Any:
-    """The Hugging Face configuration of ``weights``; ``kind`` is AutoConfig or a class. Raises ConfigError."""
+def read_config(weights: str, kind: Any = AutoConfig) -> Any:
+    """The Hugging Face configuration of ``weights``, of any kind or of a class. Raises ConfigError."""
     try:
-        return kind.from_pretrained(weights_folder(weights), **changes)
+        return kind.from_pretrained(weights_folder(weights))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.weights={weights}: neither a folder with a config.json, nor a run, nor a hub name that "
@@ -57,34 +65,46 @@ def read_config(weights: str, kind: Any, **changes: Any) -> Any:
         ) from error
 
 
+def require_vocabulary(weights: str, there: int, here: int, exact: bool, tokenizer: str = "") -> None:
+    """The tokenizer's largest id must be a row of the weights, and the last where ``exact``; ``tokenizer``: how that
+    of the weights is had, else by their own name. Raises ConfigError."""
+    if there < here or (exact and there != here):
+        raise ConfigError(
+            f"model.weights={weights}: its vocabulary has {there} entries, the tokenizer {here}. "
+            f"Use the tokenizer of these weights: tokenizer.path={tokenizer or weights}."
+        )
+
+
+def set_dropout(hf_config: Any, dropout: float, also: str) -> None:
+    """Under whichever names this kind of model has for it."""
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", also):
+        if hasattr(hf_config, name):
+            setattr(hf_config, name, dropout)
+
+
 def build_model(run: Run, task: Described, ds: Mapping[str, Any]) -> nn.Module:
     """The task's model in the layout of ``ds``, on the CPU or partitioned; its activations where asked for."""
     config, hf_config, staged = run.config, task.hf_config, run.config.pipeline.stages > 1
     if hasattr(hf_config, "num_attention_heads"):
         hf_config._attn_implementation = config.model.attention
-    model: nn.Module = _stage(run, task) if staged else _dense(task, ds, config.tensor_size)
+    model: Any
+    if staged:
+        from toolkit.models.pipeline import build_pipeline
+
+        model = build_pipeline(run, task)
+    else:
+        with no_init_weights(), _partitioned(ds, config.tensor_size):
+            model = task.model_class(hf_config)
+        model.tie_weights()
     if not config.model.weights or task.new_head:
         initialise(model, config.seed)
     if config.model.weights:
         # Every pipe stage takes its own of all weights; else the ranks of the first copy read for the others
         state = ranks.agreed(lambda: _read(task, config.model) if staged or run.replica.rank == 0 else {})
-        (_fill if staged else _copy)(model, state)
+        _copy(model, state, staged)
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     activation.apply(layers, **config.activation.model_dump())
-    return model
-
-
-def _stage(run: Run, task: Described) -> Any:
-    from toolkit.models.pipeline import build_pipeline
-
-    return build_pipeline(run, task)
-
-
-def _dense(task: Described, ds: Mapping[str, Any], tensor_size: int) -> Any:
-    with no_init_weights(), _partitioned(ds, tensor_size):
-        model = task.model_class(task.hf_config)
-    model.tie_weights()
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def parameters(task: Described) -> int:
@@ -105,10 +125,8 @@ def _partitioned(ds: Mapping[str, Any], tensor_size: int) -> AbstractContextMana
 
 
 def initialise(model: Any, seed: int) -> None:
-    """Draw every module's parameters as Hugging Face does, from (seed, module name).
-
-    So the weights depend neither on the ZeRO stage nor on which modules this rank holds.
-    """
+    """Draw every module's parameters as Hugging Face does, from (seed, module name): the weights depend neither on the
+    ZeRO stage nor on which modules this rank holds."""
     seen: set[int] = set()
     hf_name = getattr(model, "hf_name", str)  # a pipe stage has names of its own
     for name, module in model.named_modules():
@@ -116,22 +134,16 @@ def initialise(model: Any, seed: int) -> None:
         if not own:
             continue  # nothing here, or only weights tied to a module already drawn
         seen.update(id(p) for p in own)
-        with _whole(own), torch.random.fork_rng(devices=[]):
+        with _whole(own), torch.random.fork_rng(devices=[]), torch.no_grad():
             digest = hashlib.sha256(f"{seed}/{hf_name(name)}".encode()).digest()
             torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # the CPU's, and no other
-            _draw(model, module, own)
-
-
-def _draw(model: Any, module: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Run the model's own initialisation on the CPU in fp32: the same draws on every device and dtype."""
-    places = [p.data for p in parameters]
-    for p, place in zip(parameters, places, strict=True):
-        p.data = torch.zeros(place.shape)
-    with torch.no_grad():
-        module.apply(lambda m: model._init_weights(m) if m is module else None)
-        for p, place in zip(parameters, places, strict=True):
-            place.copy_(p.data)
-            p.data = place
+            places = [p.data for p in own]
+            for p, place in zip(own, places, strict=True):
+                p.data = torch.zeros(place.shape)  # on the CPU in fp32: the same draws on every device and dtype
+            model._init_weights(module)
+            for p, place in zip(own, places, strict=True):
+                place.copy_(p.data)
+                p.data = place
 
 
 def _read(task: Described, options: Model) -> dict[str, torch.Tensor]:
@@ -144,10 +156,11 @@ def _read(task: Described, options: Model) -> dict[str, torch.Tensor]:
     body = f"{model.base_model_prefix}."
     may_be_new = {n for n in model.state_dict() if task.new_head and (not n.startswith(body) or ".pooler." in n)}
     if missing := sorted(set(info["missing_keys"]) - may_be_new):
+        found = read_config(weights)
         lacks = f"{len(missing)} of the {len(model.state_dict())} weights of {class_name(task.model_class)}"
         raise CheckpointError(
-            f"model.weights={weights}: a {_architecture(weights)}, which lacks {lacks}, such as "
-            f"{', '.join(missing[:3])}. Use weights of that architecture."
+            f"model.weights={weights}: a {(found.architectures or [found.model_type])[0]}, which lacks {lacks}, such "
+            f"as {', '.join(missing[:3])}. Use weights of that architecture."
         )
     for name, there, here in sorted(info["mismatched_keys"]):  # a set: the same one first in every run
         if not (options.new_head and name in may_be_new):
@@ -166,34 +179,16 @@ def class_name(model_class: Any) -> str:
     return str(getattr(model_class, "saved_as", model_class.__name__))
 
 
-def _architecture(weights: str) -> str:
-    """What its config.json says that it is."""
-    config = read_config(weights, AutoConfig)
-    return str((config.architectures or [config.model_type])[0])
-
-
-def _fill(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """What of ``state`` this pipe stage has."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if (found := state.get(model.hf_name(name))) is not None:
-                parameter.copy_(found)
-
-
-def _copy(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """The first copy's ``state`` into the model of every rank, one parameter at a time."""
-    for name, parameter in model.named_parameters():
-        with _whole([parameter]), torch.no_grad():
-            if name in state:
-                parameter.copy_(state[name])
-            if not hasattr(parameter, "ds_id"):
-                torch.distributed.broadcast(parameter.data, src=0, group=ranks._control)
-    saved = model.state_dict().keys()
-    for name, buffer in model.named_buffers():  # such as the bias that Marian and BART add to their logits
-        if name in saved:
-            if name in state:
-                buffer.copy_(state[name])
-            torch.distributed.broadcast(buffer, src=0, group=ranks._control)
+def _copy(model: Any, state: Mapping[str, torch.Tensor], staged: bool) -> None:
+    """``state`` into the model, a tensor at a time: each pipe stage has its own, else the first copy's goes to all."""
+    hf_name, saved = getattr(model, "hf_name", str), model.state_dict().keys()
+    buffers = [(n, b) for n, b in model.named_buffers() if n in saved]  # as the bias on Marian's and BART's logits
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        with _whole([tensor]), torch.no_grad():
+            if (found := state.get(hf_name(name))) is not None:
+                tensor.copy_(found)
+            if not (staged or hasattr(tensor, "ds_id")):
+                torch.distributed.broadcast(tensor.data, src=0, group=ranks._control)
 
 
 def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -207,16 +202,13 @@ def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two optimizer groups: weight matrices decay, biases and LayerNorm do not (Devlin et al., A.2)."""
-    exempt = set(_exempt(model))
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for n, p in named if n not in exempt]
-    rest = [p for n, p in named if n in exempt]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    decays: dict[nn.Parameter, bool] = {}  # a tied one counts where it is first
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            exempt = name.endswith("bias") or "LayerNorm" in type(module).__name__  # T5 has one of its own
+            decays.setdefault(parameter, not exempt)
+    groups = [
+        {"params": [p for p, decayed in decays.items() if decayed is of and p.requires_grad], "weight_decay": rate}
+        for of, rate in ((True, weight_decay), (False, 0.0))
+    ]
     return [g for g in groups if g["params"]]
-
-
-def _exempt(model: nn.Module) -> Iterator[str]:
-    for prefix, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            if name.endswith("bias") or "LayerNorm" in type(module).__name__:  # T5 has one of its own
-                yield f"{prefix}.{name}" if prefix else name

@@ -8,13 +8,14 @@ sent for those). Layers 0 and 1 embed, 2 to L+1 are the encoder's, L+2 and follo
 pretraining, or the one of a fine-tuning task.
 """
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.utils import partition_balanced, partition_uniform
@@ -23,12 +24,7 @@ from torch.nn import functional
 from transformers import BertConfig
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.bert.modeling_bert import (
-    BertEmbeddings,
-    BertLayer,
-    BertPooler,
-    BertPredictionHeadTransform,
-)
+from transformers.models.bert import modeling_bert as bert
 
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
@@ -40,17 +36,15 @@ Tensors = tuple[Tensor, ...]
 
 
 class Words(nn.Embedding):
-    """Ids, mask, types [batch, length], positions [batch, predictions] -> the ids looked up, the rest as it is.
-
-    Of multiple choice [batch, choices, length] each choice becomes a sequence of its own.
-    """
+    """Ids, mask, types [batch, length], positions [batch, predictions] -> the ids looked up, the rest as it is; of
+    multiple choice [batch, choices, length] each choice becomes a sequence of its own."""
 
     def forward(self, inputs: Tensors) -> Tensors:  # type: ignore[override]
         ids, mask, types = (t.flatten(0, -2) for t in inputs[:3])
         return super().forward(ids), mask, types, *inputs[3:]
 
 
-class Embeddings(BertEmbeddings):  # type: ignore[misc]
+class Embeddings(bert.BertEmbeddings):  # type: ignore[misc]
     """Position and type embeddings; the word embeddings are a layer of their own, for they are tied."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -62,7 +56,7 @@ class Embeddings(BertEmbeddings):  # type: ignore[misc]
         return super().forward(inputs_embeds=words, token_type_ids=types), mask, *positions
 
 
-class Encoder(BertLayer):  # type: ignore[misc]
+class Encoder(bert.BertLayer):  # type: ignore[misc]
     """One encoder layer."""
 
     def __init__(self, config: BertConfig, index: int) -> None:
@@ -80,10 +74,10 @@ class Heads(nn.Module):
 
     def __init__(self, config: BertConfig, pair: bool) -> None:
         super().__init__()
-        predictions = nn.ModuleDict({"transform": BertPredictionHeadTransform(config)})
-        self.cls = nn.ModuleDict({"predictions": predictions})
+        transform = nn.ModuleDict({"transform": bert.BertPredictionHeadTransform(config)})
+        self.cls = nn.ModuleDict({"predictions": transform})
         if pair:
-            self.bert = nn.ModuleDict({"pooler": BertPooler(config)})
+            self.bert = nn.ModuleDict({"pooler": bert.BertPooler(config)})
             self.cls["seq_relationship"] = nn.Linear(config.hidden_size, 2)
 
     def forward(self, inputs: Tensors) -> Tensors:
@@ -119,7 +113,7 @@ class TaskHead(nn.Module):
         self.choices = choices
         config, body = skeleton.config, skeleton.base_model
         if body.pooler is not None:
-            self.bert = nn.ModuleDict({"pooler": BertPooler(config)})
+            self.bert = nn.ModuleDict({"pooler": bert.BertPooler(config)})
         if hasattr(skeleton, "qa_outputs"):
             self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         else:
@@ -137,41 +131,35 @@ class TaskHead(nn.Module):
         return logits.view(-1, self.choices) if self.choices > 1 else logits, mask
 
 
-@dataclass(frozen=True)
-class PipeLayer:
-    """A layer of the pipeline and what Hugging Face puts before the names of its parameters."""
-
-    spec: LayerSpec
-    prefix: str
+# What Hugging Face puts before the names of a layer's parameters; the heads' own are whole
+PREFIX: dict[type, str] = {
+    Words: "bert.embeddings.word_embeddings.", Embeddings: "bert.embeddings.", Encoder: "bert.encoder.layer.{}.",
+}  # fmt: skip
 
 
-def pipe_layers(skeleton: Any, choices: int = 1) -> list[PipeLayer]:
+def pipe_layers(skeleton: Any, choices: int = 1) -> list[LayerSpec]:
     """BERT with the heads of ``skeleton``, Hugging Face's model of it: for pretraining, or for a task."""
-    config, name = skeleton.config, "bert.embeddings.word_embeddings."
+    config = skeleton.config
     table = (config.vocab_size, config.hidden_size, config.pad_token_id)
     if hasattr(skeleton, "cls"):
         # DeepSpeed saves a tied weight only for a layer without forward_fn (PipelineModule.save_state_dict).
         words = TiedLayerSpec("words", Words, *table)
-        heads = [
-            PipeLayer(LayerSpec(Heads, config, hasattr(skeleton.cls, "seq_relationship")), ""),
-            PipeLayer(TiedLayerSpec("words", Words, *table, forward_fn=decode), name),
-            PipeLayer(LayerSpec(Bias, config), ""),
-        ]
+        again = TiedLayerSpec("words", Words, *table, forward_fn=decode)
+        pair = hasattr(skeleton.cls, "seq_relationship")
+        heads = [LayerSpec(Heads, config, pair), again, LayerSpec(Bias, config)]
     else:
-        words, heads = LayerSpec(Words, *table), [PipeLayer(LayerSpec(TaskHead, skeleton, choices), "")]
-    encoder = (
-        PipeLayer(LayerSpec(Encoder, config, i), f"bert.encoder.layer.{i}.") for i in range(config.num_hidden_layers)
-    )
-    return [PipeLayer(words, name), PipeLayer(LayerSpec(Embeddings, config), "bert.embeddings."), *encoder, *heads]
+        words, heads = LayerSpec(Words, *table), [LayerSpec(TaskHead, skeleton, choices)]
+    encoder = (LayerSpec(Encoder, config, i) for i in range(config.num_hidden_layers))
+    return [words, LayerSpec(Embeddings, config), *encoder, *heads]
 
 
 class Pipe(PipelineModule):  # type: ignore[misc]
     """DeepSpeed's module, cut where it is told to, that knows its parameters' names at Hugging Face."""
 
-    def __init__(self, layers: Sequence[PipeLayer], parts: list[int], skeleton: Any, stages: int) -> None:
+    def __init__(self, layers: Sequence[LayerSpec], parts: list[int], skeleton: Any, stages: int) -> None:
         self.layers = layers
         self.chosen_parts = parts
-        super().__init__([layer.spec for layer in layers], num_stages=stages)
+        super().__init__(list(layers), num_stages=stages)
         self._init_weights = skeleton._init_weights
         for p in self.parameters():
             # At ZeRO 0 the norm for clipping takes all of the first stage, and of the others what is marked so
@@ -186,10 +174,9 @@ class Pipe(PipelineModule):  # type: ignore[misc]
         """What Hugging Face calls the module or parameter that is ``name`` here."""
         first, _, rest = name.partition(".")
         if first == "tied_modules":
-            key, _, rest = rest.partition(".")
-            prefix = next(x.prefix for x in self.layers if getattr(x.spec, "key", None) == key)
+            prefix, rest = PREFIX[Words], rest.partition(".")[2]
         else:
-            prefix = self.layers[int(first)].prefix if first else ""
+            prefix = PREFIX.get(self.layers[int(first)].typename, "").format(int(first) - 2) if first else ""
         return f"{prefix}{rest}".removesuffix(".")
 
 
@@ -216,18 +203,18 @@ def build_pipeline(run: Run, task: Described) -> Pipe:
     return model
 
 
-def partition(layers: Sequence[PipeLayer], how: str | tuple[int, ...], stages: int, task: Described) -> list[int]:
+def partition(layers: Sequence[LayerSpec], how: str | tuple[int, ...], stages: int, task: Described) -> list[int]:
     """The first layer of each stage, and the number of layers. Raises ConfigError for a stage without any."""
-    blocks = len(layers) - heads(layers) + 1
+    # The heads are never cut apart: two float tensors between them would need two backwards.
+    blocks = 2 + max(i for i, layer in enumerate(layers) if layer.typename is Encoder)
     if how == "uniform":
         parts = partition_uniform(num_items=blocks, num_parts=stages)
-    elif how == "parameters":
-        parts = partition_balanced(_merged(parameters(layers), blocks), num_parts=stages)
-    elif how == "time":
-        found = ranks.from_rank0(times(layers, task) if ranks.rank() == 0 else None)
-        parts = partition_balanced(_merged(found, blocks), num_parts=stages)
-    else:
+    elif isinstance(how, tuple):
         parts = [0, *how, blocks]
+    else:
+        measured = how == "time"
+        each = ranks.from_rank0(times(layers, task) if ranks.rank() == 0 else None) if measured else parameters(layers)
+        parts = partition_balanced([*each[: blocks - 1], sum(each[blocks - 1 :])], num_parts=stages)
     if len(parts) != stages + 1 or any(a >= b for a, b in pairwise(parts)):
         raise ConfigError(
             f"pipeline.partition={how}: stages would begin at layers {parts[:-1]} of {blocks} (0 and 1 embed, "
@@ -237,43 +224,30 @@ def partition(layers: Sequence[PipeLayer], how: str | tuple[int, ...], stages: i
     return [*map(int, parts[:-1]), len(layers)]  # some are numpy's
 
 
-def heads(layers: Sequence[PipeLayer]) -> int:
-    """How many of the last layers are never cut apart: two float tensors between them would need two backwards."""
-    return next(i for i, layer in enumerate(reversed(layers)) if layer.spec.typename is Encoder)
-
-
-def _merged(weights: Sequence[int], blocks: int) -> list[int]:
-    return [*weights[: blocks - 1], sum(weights[blocks - 1 :])]
-
-
-def parameters(layers: Sequence[PipeLayer]) -> list[int]:
+def parameters(layers: Sequence[LayerSpec]) -> list[int]:
     """Parameters per layer, the tied ones in both places, as DeepSpeed counts them."""
     with torch.device("meta"), no_init_weights():
-        return [sum(p.numel() for p in layer.spec.build().parameters()) for layer in layers]
+        return [sum(p.numel() for p in layer.build().parameters()) for layer in layers]
 
 
-def times(layers: Sequence[PipeLayer], task: Described) -> list[int]:
+def times(layers: Sequence[LayerSpec], task: Described) -> list[int]:
     """Microseconds that forward and backward of each layer take on one micro-batch, the best of three."""
     batch = next(task.train_batches(start_sample=0))
     device = torch.device(ranks.device())
     inputs = tuple(batch[name].to(device) for name in task.inputs)
     found = []
     for layer in layers:
-        module = layer.spec.build().to(device)
-        call = getattr(layer.spec, "forward_fn", None) or type(module).__call__
-        seconds = []
+        module = layer.build().to(device)
+        call = getattr(layer, "forward_fn", None) or type(module).__call__
+        best = math.inf
         for _ in range(3):
-            start = _now(device)
+            get_accelerator().synchronize()
+            start = time.perf_counter()
             fresh = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in inputs)
             outputs = call(module, fresh)
             torch.autograd.backward([t.float().sum() for t in outputs if t.is_floating_point()])
-            seconds.append(_now(device) - start)
+            get_accelerator().synchronize()
+            best = min(best, time.perf_counter() - start)
         inputs = outputs
-        found.append(max(1, round(min(seconds) * 1e6)))
+        found.append(max(1, round(best * 1e6)))
     return found
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

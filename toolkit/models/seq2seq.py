@@ -1,6 +1,6 @@
 """Encoder-decoder models: from scratch as in Vaswani et al. 2017, pretrained, or made of two BERTs.
 
-    hf_config = seq2seq_config(config.model, special, vocab_size=6000)
+    hf_config = seq2seq_config(config.model, tokenizer, vocab_size=6000)
     model_class(hf_config)             # MarianMTModel, T5ForConditionalGeneration, …, or Bert2Bert
 
 From scratch it is Hugging Face's Marian: sinusoidal positions, LayerNorm after each residual sum, one embedding
@@ -10,19 +10,12 @@ for source, target and output, scaled by sqrt(hidden_size). Its bias on the outp
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    BertConfig,
-    BertForMaskedLM,
-    EncoderDecoderConfig,
-    EncoderDecoderModel,
-    MarianConfig,
-)
+from transformers import BertConfig, BertForMaskedLM, EncoderDecoderConfig, EncoderDecoderModel, MarianConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from toolkit.config.schema import Model
 from toolkit.errors import ConfigError
-from toolkit.models.build import read_config
+from toolkit.models.build import read_config, require_vocabulary, set_dropout
 from toolkit.plan.flops import Seq2SeqShape
 
 
@@ -48,7 +41,7 @@ class Bert2Bert(EncoderDecoderModel):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, folder: str, *, config: Any, **options: Any) -> Any:
         """(model, loading info) of a BERT for ``halves``, or of a model that was made of two."""
-        if AutoConfig.from_pretrained(folder).model_type != "bert":
+        if read_config(folder).model_type != "bert":
             return super().from_pretrained(folder, config=config, **options)
         bert, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
         found = {name: t for name, t in bert.state_dict().items() if name not in info["missing_keys"]}
@@ -74,45 +67,47 @@ BERT_INIT = {"both": Bert2Bert, "encoder": HalfBert2Bert, "none": NewBert2Bert}
 def seq2seq_config(model: Model, tokenizer: Any, vocab_size: int) -> Any:
     """The Hugging Face configuration: of ``model.weights`` where given, else from the keys. Raises ConfigError."""
     if model.weights is None:
-        return marian_config(model, Special(*_ids(tokenizer)), vocab_size)
-    config = read_config(model.weights, AutoConfig)
+        return marian_config(model, special(tokenizer), vocab_size)
+    config = read_config(model.weights)
     if isinstance(config, BertConfig):
-        config = bert2bert_config(config, Special(*_ids(tokenizer)))
+        config = bert2bert_config(config, special(tokenizer))
     elif type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         raise ConfigError(
             f"model.weights={model.weights}: a {config.model_type} model does not translate. Use an encoder-decoder "
             "(Marian, T5, BART), or a BERT to make one of."
         )
-    found = shape(config).vocab_size
-    if found < vocab_size:
-        raise ConfigError(
-            f"model.weights={model.weights}: its vocabulary has {found} entries, the tokenizer {vocab_size}. "
-            f"Use the tokenizer of these weights: tokenizer.path={model.weights}."
-        )
-    _set_dropout(config, model.dropout)
+    require_vocabulary(model.weights, shape(config).vocab_size, vocab_size, exact=False)
+    for part in _parts(config):
+        set_dropout(part, model.dropout, "dropout_rate")  # what Vaswani et al. call residual dropout, and BERT's
     return config
 
 
-def _ids(tokenizer: Any) -> tuple[int, int, int]:
-    """Ours ends with </s> and the decoder starts with <pad>, as in Marian; BERT's are [SEP] and [CLS]."""
+def special(tokenizer: Any, hf_config: Any = None) -> Special:
+    """Ours ends with </s> and the decoder starts with <pad>, as in Marian, or with what the model's configuration
+    says; BERT's are [SEP] and [CLS]."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if eos is None:
-        return pad, tokenizer.sep_token_id, tokenizer.cls_token_id
-    return pad, eos, pad
+    start, eos = (tokenizer.cls_token_id, tokenizer.sep_token_id) if eos is None else (pad, eos)
+    given = getattr(hf_config, "decoder_start_token_id", None)
+    return Special(pad, eos, start if given is None else given)
+
+
+def _parts(hf_config: Any) -> list[Any]:
+    """The configuration, and those of its halves if it was made of two."""
+    halves = (getattr(hf_config, name, None) for name in ("encoder", "decoder"))
+    return [hf_config, *(half for half in halves if half is not None)]
 
 
 def marian_config(model: Model, special: Special, vocab_size: int) -> MarianConfig:
     """The keys of ``model`` under Marian's names."""
-    sides = {
-        "ffn_dim": model.intermediate_size,
-        "attention_heads": model.num_attention_heads,
-    }
     return MarianConfig(
         vocab_size=vocab_size,
         d_model=model.hidden_size,
         encoder_layers=model.num_hidden_layers,
         decoder_layers=model.decoder_layers or model.num_hidden_layers,
-        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()},
+        encoder_ffn_dim=model.intermediate_size,
+        decoder_ffn_dim=model.intermediate_size,
+        encoder_attention_heads=model.num_attention_heads,
+        decoder_attention_heads=model.num_attention_heads,
         max_position_embeddings=model.max_position_embeddings,
         activation_function=model.hidden_act,
         dropout=model.dropout,
@@ -139,26 +134,10 @@ def bert2bert_config(bert: BertConfig, special: Special) -> EncoderDecoderConfig
     )
 
 
-def _set_dropout(config: Any, dropout: float) -> None:
-    """Under whichever names this kind of model has for what Vaswani et al. call residual dropout."""
-    for part in (config, getattr(config, "encoder", None), getattr(config, "decoder", None)):
-        for name in ("dropout", "dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if part is not None and hasattr(part, name):
-                setattr(part, name, dropout)
-
-
-def special(hf_config: Any, tokenizer: Any) -> Special:
-    """The ids that a model's configuration names, or else its tokenizer."""
-    pad, eos, start = _ids(tokenizer)
-    given = hf_config.decoder_start_token_id
-    return Special(pad, eos, start if given is None else given)
-
-
 def without_cache(hf_config: Any) -> None:
     """Training keeps no keys and values; call it before the model is made."""
-    for part in (hf_config, getattr(hf_config, "encoder", None), getattr(hf_config, "decoder", None)):
-        if part is not None:
-            part.use_cache = False
+    for part in _parts(hf_config):
+        part.use_cache = False
 
 
 def model_class(hf_config: Any, init: str = "both") -> Any:
@@ -170,13 +149,12 @@ def model_class(hf_config: Any, init: str = "both") -> Any:
 
 def made_of_bert(hf_config: Any, weights: str | None) -> bool:
     """Whether ``weights`` are a BERT's, which lack the decoder's attention to the source."""
-    return isinstance(hf_config, EncoderDecoderConfig) and isinstance(read_config(str(weights), AutoConfig), BertConfig)
+    return isinstance(hf_config, EncoderDecoderConfig) and isinstance(read_config(str(weights)), BertConfig)
 
 
 def positions(hf_config: Any) -> int | None:
     """How many tokens a side may have; None: any number (T5)."""
-    part = getattr(hf_config, "encoder", hf_config)
-    return getattr(part, "max_position_embeddings", None)
+    return getattr(getattr(hf_config, "encoder", hf_config), "max_position_embeddings", None)
 
 
 def shape(hf_config: Any) -> Seq2SeqShape:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from toolkit.engine.pipe_events import KINDS, Event, bubble_share, formula, span
+from toolkit.engine.pipe_events import DIRECTIONS, Event, bubble_share, formula, span
 from toolkit.report import figures
 
 LABELS = {"1f1b": "1F1B", "gpipe": "GPipe", "dualpipev": "DualPipeV"}
@@ -54,7 +54,7 @@ def draw(timelines: Mapping[str, Sequence[Event]], out: Path, *, title: str, uni
     panels[-1].set_xlabel(f"time ({unit})", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     names = {0: "", 1: ", second half"} if any(e.phase for e in every) else {0: ""}
-    entries = [Patch(color=FILL[kind, phase], label=f"{kind}{names[phase]}") for kind in KINDS for phase in names]
+    entries = [Patch(color=FILL[kind, phase], label=f"{kind}{names[phase]}") for kind in DIRECTIONS for phase in names]
     entries.append(Patch(color=BUBBLE, label="bubble"))
     style = {"fontsize": 8, "frameon": False, "handlelength": 1.2, "columnspacing": 1.5}
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), **style)

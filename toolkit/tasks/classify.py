@@ -1,22 +1,24 @@
-"""Single sentences and pairs: a class for each, or a score."""
+"""A label of a whole example: of a sentence or a pair a class or a score, of a prompt the ending that follows it."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.nn.functional import mse_loss
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.encoded import Sample
+from toolkit.run.directory import Run
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Finetune, Rows, softmax, tsv
+from toolkit.tasks.finetune import Finetune, Rows
 
 
-class Sentences(Finetune):
-    """What classification and regression share: one vector of outputs a sample."""
+class Classify(Finetune):
+    """One of several classes."""
 
     models = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"
 
@@ -26,48 +28,45 @@ class Sentences(Finetune):
         pairs = bool(examples) and examples[0].text_pair is not None
         texts = ([e.text for e in examples], [e.text_pair for e in examples] if pairs else None)
         found = tokenizer(*texts, truncation=True, max_length=config.data.max_length, return_token_type_ids=True)
+        nothing = math.nan if cls.float_labels else IGNORED
         for example, ids, types in zip(examples, found["input_ids"], found["token_type_ids"], strict=True):
-            nothing = math.nan if cls.float_labels else IGNORED
-            label = nothing if example.label is None else example.label
-            yield Sample([(ids, types)], [label])
+            yield Sample([(ids, types)], [nothing if example.label is None else example.label])
+
+    def decide(self, logits: NDArray[np.float32]) -> NDArray[Any]:
+        """Predictions [samples] of logits [samples, outputs]."""
+        return np.asarray(logits.argmax(-1))
+
+    def named(self, label: Any) -> str:
+        return self.names[int(label)]
+
+    def texts(self, example: Any, decided: Any) -> dict[str, str]:
+        """What a person judges the prediction by."""
+        return {"text": example.text, "text_pair": example.text_pair or ""}
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
         gold = np.array([self.examples(split)[i].label for i in said])
         decided = self.decide(np.stack(list(said.values())))
         return metrics.scores(self.config.task.metrics, decided, gold, len(self.names))
 
-    def decide(self, logits: NDArray[Any]) -> NDArray[Any]:
-        """Predictions [samples] of logits [samples, outputs]."""
-        raise NotImplementedError
-
-    def named(self, value: Any) -> str:
-        raise NotImplementedError
-
     def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
         """``index`` and ``prediction`` as GLUE's server takes them; beside known labels, these and the texts."""
         logits = np.stack(list(said.values()))
-        rows = [self.examples(split)[i] for i in said]
-        decided = [self.named(d) for d in self.decide(logits)]
-        columns = {"index": [e.id for e in rows], "prediction": decided}
-        if labelled:
-            columns["label"] = [self.named(e.label) for e in rows]
-            if logits.shape[-1] > 1:
-                columns["probability"] = [f"{p:.3f}" for p in softmax(logits).max(-1)]
-            columns |= {"text": [e.text for e in rows], "text_pair": [e.text_pair or "" for e in rows]}
-        return {"tsv": tsv(list(columns), zip(*columns.values(), strict=True))}
+        chances = torch.from_numpy(logits).softmax(-1).max(-1).values.tolist()
+        rows: list[dict[str, Any]] = []
+        for index, decided, chance in zip(said, self.decide(logits), chances, strict=True):
+            example = self.examples(split)[index]
+            row = {"index": example.id, "prediction": self.named(decided)}
+            if labelled:
+                row["label"] = self.named(example.label)
+                row |= {"probability": f"{chance:.3f}"} if logits.shape[-1] > 1 else {}
+                row |= self.texts(example, decided)
+            rows.append(row)
+        # cells hold neither tabs nor ends of lines
+        lines: list[Iterable[Any]] = [rows[0], *(row.values() for row in rows)]
+        return {"tsv": "".join("\t".join(" ".join(str(c).split()) for c in line) + "\n" for line in lines)}
 
 
-class Classify(Sentences):
-    """One of several classes."""
-
-    def decide(self, logits: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(logits.argmax(-1))
-
-    def named(self, value: Any) -> str:
-        return self.names[int(value)]
-
-
-class Regress(Sentences):
+class Regress(Classify):
     """A number; the loss is the squared error."""
 
     float_labels = True
@@ -80,8 +79,33 @@ class Regress(Sentences):
         real = ~batch["labels"].isnan()
         return {"loss": mse_loss(outputs["logits"].float()[:, 0][real], batch["labels"][real], reduction="sum")}
 
-    def decide(self, logits: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(logits[:, 0])
+    def decide(self, logits: NDArray[np.float32]) -> NDArray[Any]:
+        return logits[:, 0]
 
-    def named(self, value: Any) -> str:
-        return f"{float(value):.3f}"
+    def named(self, label: Any) -> str:
+        return f"{float(label):.3f}"
+
+
+class Choose(Classify):
+    """Each ending makes a sequence with the prompt; the softmax is over the endings, known by their numbers."""
+
+    models = "MODEL_FOR_MULTIPLE_CHOICE_MAPPING"
+    label_names = ("choice",)
+
+    def __init__(self, run: Run) -> None:
+        self.choices = len(run.config.data.columns.endings)
+        super().__init__(run)
+
+    @classmethod
+    def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
+        for example in examples:
+            texts = [example.prompt] * len(example.endings), list(example.endings)
+            found = tokenizer(*texts, truncation=True, max_length=config.data.max_length, return_token_type_ids=True)
+            sequences = list(zip(found["input_ids"], found["token_type_ids"], strict=True))
+            yield Sample(sequences, [IGNORED if example.label is None else example.label])
+
+    def named(self, label: Any) -> str:
+        return str(int(label))
+
+    def texts(self, example: Any, decided: Any) -> dict[str, str]:
+        return {"prompt": example.prompt, "chosen": example.endings[int(decided)]}

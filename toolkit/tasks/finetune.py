@@ -1,19 +1,16 @@
 """What all fine-tuning tasks share: examples to batches, evaluation over ranks, files of predictions.
 
-A kind of task (classify.py, tag.py, span_qa.py, choose.py) says how its examples become token ids, what its loss is
-and how the model's outputs become predictions.
+A kind of task (classify.py, tag.py, span_qa.py) says how examples become token ids, and outputs losses and predictions.
 """
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 import transformers
 from numpy.typing import NDArray
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from toolkit.config.schema import RunConfig
 from toolkit.data import labelled, loader
@@ -23,7 +20,7 @@ from toolkit.data.order import Grouped
 from toolkit.data.prepared import Prepared
 from toolkit.errors import ConfigError
 from toolkit.job import ranks
-from toolkit.models.build import bert_config, read_config
+from toolkit.models import build
 from toolkit.plan import flops
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
@@ -53,8 +50,19 @@ class Finetune(Task):
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
         self.vocab_size = self.prepared.vocab_size
         self.names = tuple(self.prepared.facts["labels"]) or self.label_names
-        self.hf_config = self._hf_config()
-        self.model_class = self._model_class()
+        given = config.tokenizer.path is not None  # with a tokenizer of its own, a model may have more rows
+        sizes = self.vocab_size, self.prepared.pad_id
+        self.hf_config = build.encoder_config(config, *sizes, exact=given, tokenizer="null")
+        self.hf_config.id2label = dict(enumerate(self.names))  # num_labels is its length
+        self.hf_config.label2id = {name: i for i, name in enumerate(self.names)}
+        models = getattr(transformers, self.models)
+        if type(self.hf_config) not in models:
+            kind = type(self.hf_config).__name__.removesuffix("Config")
+            raise ConfigError(
+                f"model.weights={config.model.weights}: transformers has no {kind} for task.kind={config.task.kind}. "
+                "Use weights of a BERT."
+            )
+        self.model_class = models[type(self.hf_config)]
         takes = ("input_ids", "attention_mask", "token_type_ids")
         self.inputs = takes if "token_type_ids" in self.tokenizer.model_input_names else takes[:2]
         run.write_model(self.hf_config, self.model_class.__name__, self.prepared.tokenizer)
@@ -141,13 +149,12 @@ class Finetune(Task):
         said: Rows = {}
 
         def collect(outputs: Batch, batch: Batch) -> None:
-            for index, row in zip(batch["index"].tolist(), self.rows(outputs, batch), strict=True):
-                said[index] = row
+            rows = zip(batch["index"].tolist(), self.rows(outputs, batch), strict=True)
+            said.update((index, row) for index, row in rows if index >= 0)
 
         limit = self.config.train.eval_samples if name.startswith("eval") else None
         batches = loader.eval_batches(self._split(name), self.split, limit=limit)
         means = engine.evaluate(watch(batches), collect)
-        said = {index: row for index, row in said.items() if index >= 0}
         parts = ranks.gathered_on_rank0(said)
         if ranks.rank() == 0:
             self._said[name] = {index: row for part in parts for index, row in sorted(part.items())}
@@ -161,56 +168,3 @@ class Finetune(Task):
     def _split(self, name: str) -> Encoded:
         pad_id = self.prepared.pad_id
         return Encoded(self.prepared.path / name, pad_id, self.choices, self.per_token, self.width)
-
-    def _hf_config(self) -> Any:
-        config, vocab_size, pad_id = self.config, self.vocab_size, self.prepared.pad_id
-        names = {"id2label": dict(enumerate(self.names)), "label2id": {n: i for i, n in enumerate(self.names)}}
-        # num_labels is the length of id2label
-        if config.model.weights is None:
-            hf_config = bert_config(config.model, vocab_size=vocab_size, pad_id=pad_id)
-            hf_config.id2label, hf_config.label2id = names["id2label"], names["label2id"]
-        else:
-            hf_config = read_config(config.model.weights, AutoConfig, **names)
-            self._same_vocabulary(hf_config.vocab_size)
-            for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-                if hasattr(hf_config, key):
-                    setattr(hf_config, key, config.model.dropout)
-        positions = getattr(hf_config, "max_position_embeddings", config.data.max_length)
-        if "roberta" in hf_config.model_type:
-            positions -= pad_id + 1  # its positions are numbered from there
-        if config.data.max_length > positions:
-            raise ConfigError(
-                f"data.max_length={config.data.max_length}: model.weights={config.model.weights} has only {positions} "
-                "positions. Lower data.max_length."
-            )
-        return hf_config
-
-    def _same_vocabulary(self, size: int) -> None:
-        """The tokenizer's largest id must be a row of the model; with a tokenizer of its own, the last."""
-        own = self.config.tokenizer.path is None
-        if size < self.vocab_size or (size != self.vocab_size and not own):
-            raise ConfigError(
-                f"model.weights={self.config.model.weights}: its vocabulary has {size} entries, the tokenizer "
-                f"{self.vocab_size}. Use the tokenizer of these weights: tokenizer.path=null."
-            )
-
-    def _model_class(self) -> Any:
-        table = getattr(transformers, self.models)
-        if type(self.hf_config) not in table:
-            kind = type(self.hf_config).__name__.removesuffix("Config")
-            raise ConfigError(
-                f"model.weights={self.config.model.weights}: transformers has no {kind} for task.kind="
-                f"{self.config.task.kind}. Use weights of a BERT."
-            )
-        return table[type(self.hf_config)]
-
-
-def softmax(logits: NDArray[Any]) -> NDArray[Any]:
-    """Probabilities over the last axis."""
-    return torch.softmax(torch.from_numpy(np.asarray(logits)), -1).numpy()
-
-
-def tsv(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table of cells without tabs and line ends."""
-    lines = ["\t".join(header), *("\t".join(" ".join(str(cell).split()) for cell in row) for row in rows)]
-    return "\n".join(lines) + "\n"

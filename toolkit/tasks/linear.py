@@ -33,9 +33,8 @@ class Linear(Task):
         self.kind = config.task.loss
         self.table = ranks.agreed(lambda: regression.read(config.data, config.seed))
         self.parts = regression.Parts(self.table.size, config.data.holdout)
-        self.moments = _moments(
-            self.table, *self.table.take(self.parts.rows("train", np.arange(min(self.parts.train, SOME))))
-        )
+        some = self.parts.rows("train", np.arange(min(self.parts.train, SOME)))
+        self.moments = _moments(self.table, *self.table.take(some))
         self.width = len(self.table.names)
         self.padded = -(-self.width // config.tensor_size) * config.tensor_size  # columns of zeros learn nothing
         mean, std, target_mean, target_std = self.moments
@@ -62,12 +61,11 @@ class Linear(Task):
                 f"The optimum is not computed: {self.parts.train:,} rows of {self.width} are many for loss={self.kind}."
             )
             return None
-        found: Optimum | None = ranks.from_rank0(self._optimum() if ranks.rank() == 0 else None)
-        return found
-
-    def _optimum(self) -> Optimum:
-        x, y = self._rows("train").take(np.arange(self.parts.train))
-        return optimum(self.kind, x, y, self.config.task.huber_delta)
+        found: Optimum | None = None
+        if ranks.rank() == 0:
+            x, y = self._rows("train").take(np.arange(self.parts.train))
+            found = optimum(self.kind, x, y, self.config.task.huber_delta)
+        return ranks.from_rank0(found)  # type: ignore[no-any-return]
 
     # Rows to batches -------------------------------------------------------------------------------------------------
 
@@ -105,9 +103,8 @@ class Linear(Task):
 
     def evaluate(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """``loss`` on what is held out, ``train_loss`` on the training rows, and ``optimum_loss``, the least there."""
-        found = {"loss": engine.evaluate(watch(self._eval_batches("eval")))} if self.parts.held_out else {}
-        found["train_loss"] = engine.evaluate(watch(self._eval_batches("train")))
-        result = {name: means["loss"] for name, means in found.items()}
+        parts = ({"loss": "eval"} if self.parts.held_out else {}) | {"train_loss": "train"}
+        result = {name: engine.evaluate(watch(self._eval_batches(part)))["loss"] for name, part in parts.items()}
         return result | ({"optimum_loss": self.unit * self.optimum.loss} if self.optimum else {})
 
     def coefficients(self, weights: Any, intercept: float) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Metrics of the finetuning tasks, computed by the libraries that the field compares with.
 
-    check(config.task)  # known to the task? else a ConfigError
     scores(["accuracy", "f1"], predicted, gold, labels=2)  # {"accuracy": 0.84, "f1": 0.89}
 
 Shares are 0 to 1, SQuAD's too; only BLEU is 0 to 100, as papers print it.
@@ -9,12 +8,12 @@ Shares are 0 to 1, SQuAD's too; only BLEU is 0 to 100, as papers print it.
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from toolkit.config.kinds import KINDS
 from toolkit.config.schema import Task
@@ -53,26 +52,26 @@ def scores(names: Iterable[str], predicted: ArrayLike, gold: ArrayLike, labels: 
     ``f1`` is that of label number 1 where there are two labels, else ``f1_macro``: the mean over the
     labels that occur. Correlations with a constant, Matthews' too, are undefined and count as 0.
     """
-    predicted, gold = np.asarray(predicted), np.asarray(gold)
-    return {name: float(_score(name, predicted, gold, labels)) for name in names}
-
-
-def _score(name: str, predicted: NDArray[Any], gold: NDArray[Any], labels: int) -> Any:
     from scipy import stats
     from sklearn import metrics
 
-    if name == "accuracy":
-        return np.mean(predicted == gold)
-    if name == "mse":
-        return np.mean((predicted - gold) ** 2)
-    if name in ("f1", "f1_macro"):
-        average = "binary" if name == "f1" and labels == 2 else "macro"
+    predicted, gold = np.asarray(predicted), np.asarray(gold)
+
+    def f1(average: str) -> Any:
         return metrics.f1_score(gold, predicted, average=average, zero_division=0)
+
+    found: dict[str, Callable[[], Any]] = {
+        "accuracy": lambda: np.mean(predicted == gold),
+        "mse": lambda: np.mean((predicted - gold) ** 2),
+        "f1": lambda: f1("binary" if labels == 2 else "macro"),
+        "f1_macro": lambda: f1("macro"),
+        "matthews": lambda: metrics.matthews_corrcoef(gold, predicted),
+        "pearson": lambda: stats.pearsonr(predicted, gold).statistic,
+        "spearman": lambda: stats.spearmanr(predicted, gold).statistic,
+    }
     if np.ptp(predicted) == 0 or np.ptp(gold) == 0:
-        return 0.0
-    if name == "matthews":
-        return metrics.matthews_corrcoef(gold, predicted)
-    return {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name](predicted, gold).statistic
+        found |= dict.fromkeys(("matthews", "pearson", "spearman"), lambda: 0.0)
+    return {name: float(found[name]()) for name in names}
 
 
 def tagging(predicted: list[list[str]], gold: list[list[str]]) -> dict[str, float]:
@@ -100,43 +99,35 @@ def squad(predictions: Mapping[str, str], golds: Mapping[str, Sequence[str]]) ->
     No gold answer means that the question has none, which the prediction "" says. Where there are such
     questions, ``no_answer_accuracy`` is theirs, ``has_answer_exact_match`` and ``has_answer_f1`` the others'.
     """
-    f1 = {key: token_f1(predictions[key], answers) for key, answers in golds.items()}
-    exact = {key: exact_match(predictions[key], answers) for key, answers in golds.items()}
-    has = [key for key, answers in golds.items() if answers]
-    has_no = [key for key, answers in golds.items() if not answers]
-    result = {"exact_match": _mean(exact, exact), "f1": _mean(f1, f1)}
-    if has_no:
-        result["no_answer_accuracy"] = _mean(exact, has_no)
-    if has_no and has:
-        result |= {"has_answer_exact_match": _mean(exact, has), "has_answer_f1": _mean(f1, has)}
-    return result
-
-
-def _mean(values: Mapping[str, float], keys: Iterable[str]) -> float:
-    return float(np.mean([values[key] for key in keys]))
+    exact = np.array([exact_match(predictions[key], answers) for key, answers in golds.items()])
+    f1 = np.array([token_f1(predictions[key], answers) for key, answers in golds.items()])
+    has = np.array([bool(answers) for answers in golds.values()])
+    result = {"exact_match": exact.mean(), "f1": f1.mean()}
+    if not has.all():
+        result["no_answer_accuracy"] = exact[~has].mean()
+        result |= {"has_answer_exact_match": exact[has].mean(), "has_answer_f1": f1[has].mean()} if has.any() else {}
+    return {name: float(value) for name, value in result.items()}
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
     """1 where the normalised prediction is one of the gold answers, else 0."""
-    return float(normal(prediction) in _accepted(golds))
+    return float(_normal(prediction) in _accepted(golds))
 
 
 def token_f1(prediction: str, golds: Sequence[str]) -> float:
     """The best F1 of the prediction's bag of words with that of a gold answer."""
-    return max(_overlap(normal(prediction).split(), gold.split()) for gold in _accepted(golds))
+    words, best = _normal(prediction).split(), 0.0
+    for gold in map(str.split, _accepted(golds)):
+        common = (Counter(words) & Counter(gold)).total()
+        best = max(best, 2 * common / (len(words) + len(gold)) if words and gold else float(words == gold))
+    return best
 
 
-def normal(text: str) -> str:
+def _normal(text: str) -> str:
     """An answer as SQuAD compares it: lower case without punctuation, articles and extra blanks."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def _accepted(golds: Sequence[str]) -> list[str]:
-    return [gold for gold in map(normal, golds) if gold] or [""]
-
-
-def _overlap(predicted: list[str], gold: list[str]) -> float:
-    if not predicted or not gold:
-        return float(predicted == gold)
-    return 2 * (Counter(predicted) & Counter(gold)).total() / (len(predicted) + len(gold))
+    return [gold for gold in map(_normal, golds) if gold] or [""]

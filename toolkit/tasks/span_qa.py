@@ -40,44 +40,35 @@ class SpanQA(Finetune):
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         """The mean of the two cross-entropies, of the first and of the last token."""
-        both = [
-            summed_loss(_without_padding(outputs[name], batch), batch["labels"][:, i])
-            for i, name in enumerate(self.outputs)
-        ]
-        return {"loss": torch.stack(both).sum() / 2}
+        first, last = (_without_padding(outputs[name], batch) for name in self.outputs)
+        return {"loss": (summed_loss(first, batch["labels"][:, 0]) + summed_loss(last, batch["labels"][:, 1])) / 2}
 
     def rows(self, outputs: Batch, batch: Batch) -> NDArray[Any]:
         """[samples, 2, length]: logits of the first and of the last token."""
         return torch.stack([_without_padding(outputs[name], batch) for name in self.outputs], 1).cpu().numpy()
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
-        examples = self.examples(split)
+        """SQuAD's, and the best F1 that a threshold on "no answer" gives, as the official script reports it."""
         decoded = self._decoded(split, said)
-        golds = {examples[i].id: [text for text, _ in examples[i].answers] for i in decoded}
-        found = metrics.squad({examples[i].id: d.text for i, d in decoded.items()}, golds)
+        golds = {e.id: [text for text, _ in e.answers] for e in self.examples(split) if e.id in decoded}
+        found = metrics.squad({key: d.text for key, d in decoded.items()}, golds)
         if self.config.task.null_answers:
-            found |= self._threshold(decoded, examples)
+            differences = {key: d.null_score_difference for key, d in decoded.items()}
+            f1 = {key: metrics.token_f1(d.answer, golds[key]) for key, d in decoded.items()}
+            best = windows.best_threshold(differences, f1, {key: bool(texts) for key, texts in golds.items()})
+            found |= {"best_f1": best.score, "best_f1_threshold": best.threshold}
         return found
 
-    def _threshold(self, decoded: Mapping[int, windows.Decoded], examples: list[Any]) -> dict[str, float]:
-        """The best F1 that a threshold on "no answer" gives, as the official script reports it."""
-        differences = {examples[i].id: d.null_score_difference for i, d in decoded.items()}
-        answers = {examples[i].id: [text for text, _ in examples[i].answers] for i in decoded}
-        f1 = {examples[i].id: metrics.token_f1(d.answer, answers[examples[i].id]) for i, d in decoded.items()}
-        best = windows.best_threshold(differences, f1, {key: bool(texts) for key, texts in answers.items()})
-        return {"best_f1": best.score, "best_f1_threshold": best.threshold}
-
-    def _decoded(self, split: str, said: Rows) -> dict[int, windows.Decoded]:
-        """The answer to each question all windows of which were read."""
-        examples, task = self.examples(split), self.config.task
-        cuts = self._cuts(split)
+    def _decoded(self, split: str, said: Rows) -> dict[str, windows.Decoded]:
+        """The answer to each question all windows of which were read, by its id."""
+        task, cuts = self.config.task, self._cuts(split)
         first = np.cumsum([0, *map(len, cuts)])  # a window is a sample
         decoded = {}
-        for number, example in enumerate(examples):
-            mine = range(first[number], first[number] + len(cuts[number]))
+        for number, example in enumerate(self.examples(split)):
+            mine = range(first[number], first[number + 1])
             if all(i in said for i in mine):
                 starts, ends = zip(*(said[i] for i in mine), strict=True)
-                decoded[number] = windows.decode(
+                decoded[example.id] = windows.decode(
                     cuts[number], starts, ends, example.context,
                     n_best=task.n_best, max_answer=task.max_answer, null_answers=task.null_answers,
                 )  # fmt: skip
@@ -89,12 +80,11 @@ class SpanQA(Finetune):
 
     def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
         """The answer of each question by its id, as SQuAD's scripts and servers read it; n best, odds of no answer."""
-        examples, decoded = self.examples(split), self._decoded(split, said)
-        by_id = {examples[i].id: d for i, d in decoded.items()}
-        n_best = {key: [{"text": t, "probability": round(p, 4)} for t, p in d.n_best] for key, d in by_id.items()}
-        texts: dict[str, Any] = {"json": {key: d.text for key, d in by_id.items()}, "nbest.json": n_best}
+        decoded = self._decoded(split, said)
+        n_best = {key: [{"text": t, "probability": round(p, 4)} for t, p in d.n_best] for key, d in decoded.items()}
+        texts: dict[str, Any] = {"json": {key: d.text for key, d in decoded.items()}, "nbest.json": n_best}
         if self.config.task.null_answers:
-            odds = {key: d.null_score_difference for key, d in by_id.items()}
+            odds = {key: d.null_score_difference for key, d in decoded.items()}
             texts["null_odds.json"] = {key: odd if math.isfinite(odd) else 1e9 for key, odd in odds.items()}
         return {suffix: json.dumps(tree, indent=1, ensure_ascii=False) + "\n" for suffix, tree in texts.items()}
 

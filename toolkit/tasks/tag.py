@@ -19,13 +19,7 @@ class Tag(Finetune):
     @classmethod
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         for example in examples:
-            found = tokenizer(
-                example.words,
-                is_split_into_words=True,
-                truncation=True,
-                max_length=config.data.max_length,
-                return_token_type_ids=True,
-            )
+            found = _tokens(config, tokenizer, example.words)
             tags = example.tags or [0] * len(example.words)  # without tags too, a label marks where one is asked for
             labels, before = [], None
             for word in found.word_ids():
@@ -35,8 +29,7 @@ class Tag(Finetune):
 
     def rows(self, outputs: Batch, batch: Batch) -> list[Any]:
         """The tags that are asked for, of each sentence."""
-        decided = outputs["logits"].argmax(-1).cpu().numpy()
-        labels = batch["labels"].cpu().numpy()
+        decided, labels = outputs["logits"].argmax(-1).cpu().numpy(), batch["labels"].cpu().numpy()
         return [d[asked != IGNORED] for d, asked in zip(decided, labels, strict=True)]
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
@@ -48,22 +41,13 @@ class Tag(Finetune):
         """A tag for every word: those cut off at data.max_length, or of no token, are outside."""
         named = []
         for index, tags in said.items():
-            words = self._asked(split, index)
-            whole = ["O"] * len(self.examples(split)[index].words)
-            for word, tag in zip(words, tags.tolist(), strict=True):
+            words = self.examples(split)[index].words
+            asked = {word for word in _tokens(self.config, self.tokenizer, words).word_ids() if word is not None}
+            whole = ["O"] * len(words)
+            for word, tag in zip(sorted(asked), tags.tolist(), strict=True):
                 whole[word] = self.names[tag]
             named.append(whole)
         return named
-
-    def _asked(self, split: str, index: int) -> list[int]:
-        """The words of an example that have a token within data.max_length."""
-        found = self.tokenizer(
-            self.examples(split)[index].words,
-            is_split_into_words=True,
-            truncation=True,
-            max_length=self.config.data.max_length,
-        )
-        return sorted({w for w in found.word_ids() if w is not None})
 
     def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
         """A word, its tag and the prediction a line, as conlleval reads them."""
@@ -73,3 +57,8 @@ class Tag(Finetune):
             gold = [self.names[t] for t in example.tags] if labelled else [None] * len(tags)
             lines += [" ".join(filter(None, row)) for row in zip(example.words, gold, tags, strict=True)] + [""]
         return {"conll": "\n".join(lines) + "\n"}
+
+
+def _tokens(config: RunConfig, tokenizer: Any, words: list[str]) -> Any:
+    options = {"truncation": True, "max_length": config.data.max_length, "return_token_type_ids": True}
+    return tokenizer(words, is_split_into_words=True, **options)

@@ -73,8 +73,7 @@ class Task:
     def lasts(self, steps_of: Callable[[float], int]) -> None:
         """Settle how many steps the run has, of a function that tells those of so many epochs."""
         train, schedule = self.config.train, self.config.schedule
-        self.epoch_steps = steps_of(1)
-        by_epochs = train.epochs and steps_of(train.epochs)
+        self.epoch_steps, by_epochs = steps_of(1), train.epochs and steps_of(train.epochs)
         self.steps = min(n for n in (train.steps, by_epochs) if n)
         if schedule.name != "none" and schedule.warmup > self.steps:
             raise ConfigError(

@@ -1,15 +1,18 @@
 """Translation by an encoder-decoder: cross-entropy with label smoothing, beam search, BLEU."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer, GenerationConfig
 
 from toolkit.config.schema import RunConfig
 from toolkit.data import loader, parallel, subwords
 from toolkit.data.batch import IGNORED, Batch
-from toolkit.data.order import Grouped
+from toolkit.data.order import Grouped, Split
 from toolkit.data.prepared import Prepared
 from toolkit.data.tokenizer import vocab_size
 from toolkit.data.translations import Translations
@@ -19,7 +22,6 @@ from toolkit.models import seq2seq
 from toolkit.models.build import class_name
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
-from toolkit.tasks.decoding import Decoding, translate
 from toolkit.tasks.task import Evaluates, Task, Watch, summed_loss
 
 
@@ -32,20 +34,26 @@ class Translate(Task):
     prepares = "pairs"
 
     def __init__(self, run: Run) -> None:
-        from transformers import AutoTokenizer
-
         super().__init__(run)
         config = self.config
         metrics.check(config.task)
         self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
-        _refuse_two_vocabularies(subwords.digest(self.tokenizer))
+        if len(set(ranks.gathered(subwords.digest(self.tokenizer)))) > 1:
+            raise DataError(
+                "tokenizer.model=unigram: the hosts have trained vocabularies that number their entries differently "
+                "(its training is not exact to the last digit). Use a data.cache_dir that they share, or "
+                "tokenizer.model=bpe."
+            )
         self.hf_config = seq2seq.seq2seq_config(config.model, self.tokenizer, vocab_size(self.tokenizer))
         self.model_class = seq2seq.model_class(self.hf_config, config.model.init)
         self.new_head = seq2seq.made_of_bert(self.hf_config, config.model.weights)
-        self.special = seq2seq.special(self.hf_config, self.tokenizer)
+        self.special = seq2seq.special(self.tokenizer, self.hf_config)
         self.vocab_size = seq2seq.shape(self.hf_config).vocab_size
-        self._refuse_long()
+        longest = seq2seq.positions(self.hf_config)
+        for key, value in (("data.max_length", config.data.max_length), ("task.max_target", config.task.max_target)):
+            if longest is not None and value > longest:
+                raise ConfigError(f"{key}={value}: the model has only {longest} positions. Lower it.")
         fixed = config.data.max_length if config.data.padding == "max_length" else 0
         self.splits = {
             name: Translations(self.prepared.path / name, self.special.pad, self.special.start, fixed)
@@ -66,13 +74,6 @@ class Translate(Task):
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
         return parallel.prepare(config)
-
-    def _refuse_long(self) -> None:
-        longest = seq2seq.positions(self.hf_config)
-        lengths = {"data.max_length": self.config.data.max_length, "task.max_target": self.config.task.max_target}
-        for key, value in lengths.items():
-            if longest is not None and value > longest:
-                raise ConfigError(f"{key}={value}: the model has only {longest} positions. Lower it.")
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Predicted tokens, pairs, tokens of both sides with and without padding, and what FLOPs depend on."""
@@ -104,12 +105,10 @@ class Translate(Task):
         result: dict[str, float] = {}
         limit, task = self.config.train.eval_samples, self.config.task
         for name, split in self.held_out.items():
-            prefix = _prefix(name)
             loss = engine.evaluate(watch(loader.eval_batches(split, self.split, limit=limit)))["loss"]
-            texts = self._translated(engine, split, limit, task.eval_beams, watch)
-            bleu = metrics.bleu(texts, [target for _, target in split.texts[:limit]])
+            _, bleu = self._translated(engine, split, limit, task.eval_beams, watch)
             found = {"loss": loss, "perplexity": math.exp(min(loss, 100)), "bleu": bleu.score}
-            result |= {f"{prefix}{key}": value for key, value in found.items()}
+            result |= {f"{_prefix(name)}{key}": value for key, value in found.items()}
         return result
 
     def predict(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
@@ -120,8 +119,7 @@ class Translate(Task):
         for name, split in self.splits.items():
             if name == "train":
                 continue
-            texts = self._translated(engine, split, None, task.beams, watch)
-            bleu = metrics.bleu(texts, [target for _, target in split.texts])
+            texts, bleu = self._translated(engine, split, None, task.beams, watch)
             file = f"predictions.{name}.{task.target}"
             run.write_text(file, "".join(f"{' '.join(text.split())}\n" for text in texts))
             facts[name] = {
@@ -141,37 +139,56 @@ class Translate(Task):
         split = split.replace(".", "_")
         return f"{split}_bleu" if split.startswith("test") else f"{split}_bleu_{self.config.task.beams}_beams"
 
+    @torch.no_grad()
     def _translated(
         self, engine: Evaluates, split: Translations, limit: int | None, beams: int, watch: Watch
-    ) -> list[str]:
-        task = self.config.task
-        number = len(split) if limit is None else min(limit, len(split))
+    ) -> tuple[list[str], metrics.Bleu]:
+        """Translations of the first ``limit`` pairs, on every rank, each searched for once over all; and their BLEU.
+
+        In ZeRO 3 each forward gathers weights, so all ranks make equally many of them; a rank whose sentences have
+        ended, or that is left without any, goes on with the others.
+        """
         engine.ds.eval()
-        ids = translate(
-            engine.ds.module,
-            [split.source(i) for i in range(number)],
-            self.special,
-            Decoding(beams, task.length_penalty, task.max_target),
-            self.replica,
-            size=self.config.batch.micro_size,
-            synced=engine.ds.zero_optimization_stage() == 3,
-            watch=watch,
+        model, synced, size = engine.ds.module, engine.ds.zero_optimization_stage() == 3, self.config.batch.micro_size
+        search = self._search(model, beams)
+        lengths = np.array([len(split.source(i)) for i in range(len(split))[:limit]])
+        unpadded = replace(split, width=0)
+        found: dict[int, list[int]] = {}
+        for keys in watch(Split(size, size, self.replica.rank, self.replica.world).held_out(lengths)):
+            indices = [index for index in keys[:, 1].tolist() if index >= 0]
+            if not indices and not synced:
+                continue
+            batch = unpadded[keys]
+            sources = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            out = model.generate(**sources, generation_config=search, synced_gpus=synced)
+            found |= zip(indices, out.tolist(), strict=False)  # none of them where indices is empty
+        ids = dict(pair for part in ranks.gathered(found) for pair in part.items())
+        ordered = [ids[i] for i in range(len(lengths))]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(ordered, skip_special_tokens=True)]
+        return texts, metrics.bleu(texts, [target for _, target in split.texts[:limit]])
+
+    def _search(self, model: Any, beams: int) -> GenerationConfig:
+        """The model's own configuration (BART forces its first token), with this run's search."""
+        task, config = self.config.task, GenerationConfig(**model.generation_config.to_dict())
+        config.update(
+            max_length=None,
+            max_new_tokens=task.max_target,
+            num_beams=beams,
+            length_penalty=task.length_penalty if beams > 1 else 1.0,
+            early_stopping=False,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.special.pad,
+            eos_token_id=self.special.eos,
+            decoder_start_token_id=self.special.start,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return config
 
 
 def _prefix(split: str) -> str:
     """``eval.flickr`` has records named flickr_bleu, plain ``eval`` bleu."""
     name = split.partition(".")[2]
     return f"{name}_" if name else ""
-
-
-def _refuse_two_vocabularies(digest: str) -> None:
-    if len(set(ranks.gathered(digest))) > 1:
-        raise DataError(
-            "tokenizer.model=unigram: the hosts have trained vocabularies that number their entries differently (its "
-            "training is not exact to the last digit). Use a data.cache_dir that they share, or tokenizer.model=bpe."
-        )
 
 
 def _samples(name: str, pairs: list[tuple[str, str]], texts: list[str]) -> list[str]:

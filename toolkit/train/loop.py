@@ -1,4 +1,4 @@
-"""The loop: train, log, evaluate, save, and stop cleanly when asked to.
+"""The loop: train, log, evaluate, save, and stop cleanly when asked to; and what a person at the terminal sees of it.
 
 fit(engine, task, run, plan)
 """
@@ -7,10 +7,13 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from toolkit.checkpoint import checkpoint
 from toolkit.engine.pipe_events import Timeline, bubble_share, formula
@@ -18,9 +21,10 @@ from toolkit.engine.plain import Engine, Step, loss_key
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.job import ranks, watchdog
 from toolkit.run.directory import Run
+from toolkit.run.table import table
 from toolkit.tasks import metrics
 from toolkit.tasks.task import Task, Watch
-from toolkit.train import console, own_plan
+from toolkit.train import own_plan
 from toolkit.train.meter import Meter
 
 
@@ -42,7 +46,7 @@ def fit(engine: Engine, task: Task, run: Run, plan: own_plan.OwnPlan) -> dict[st
     watch = functools.partial(watched, minutes=config.train.hang_minutes)
     batches = watch(task.train_batches(start_sample=samples))
     result: dict[str, Any] = {}
-    with stop_signals() as stopping, console.progress(run.console, step, total) as bar:
+    with stop_signals() as stopping, progress(run.console, step, total) as bar:
         while step < total and not best.ended:
             logged = due(step + 1, config.train.log_every, total) or step == 0
             done = engine.train_batch(batches, stop=stopping(), trace=logged)
@@ -71,9 +75,9 @@ def fit(engine: Engine, task: Task, run: Run, plan: own_plan.OwnPlan) -> dict[st
     if predicted := task.predict(engine, watch):
         record(run, engine, {"step": step, **predicted})
     watchdog.expect(None)
-    own_plan.finish(run, plan, meter.peak_gib, meter.overall())
-    if (summary := console.summary(run, task.notes, meter, result)) is not None:
-        run.console.print(summary, f"Run directory: {run.dir}", sep="\n")
+    rates = meter.overall()
+    own_plan.finish(run, plan, meter.peak_gib, rates)
+    summary(run, task.notes, rates, result)
     return result
 
 
@@ -100,10 +104,10 @@ def find_best(run: Run, task: Task, now: int) -> Best:
         step = max(candidates, key=lambda s: (sign * scores[s], -s))
         mine = Best(step, patience is not None and sum(s > step for s in scores) >= patience)
     found: Best = ranks.from_rank0(mine)
-    if found.step is None and ranks.rank() == 0:
-        (run.dir / "best.json").unlink(missing_ok=True)
-    elif found.step is not None:
+    if found.step is not None:
         run.write_json("best.json", {"step": found.step, "metric": task.best, "value": scores.get(found.step)})
+    elif ranks.rank() == 0:
+        (run.dir / "best.json").unlink(missing_ok=True)
     return found
 
 
@@ -136,7 +140,7 @@ def log(run: Run, engine: Engine, meter: Meter, total: int, step: int, done: Ste
     if "step_seconds" in found:
         found["eta_seconds"] = found["step_seconds"] * (total - step)
     record(run, engine, found)
-    run.console.print(console.line(found, total), highlight=False)
+    run.console.print(line(found, total), highlight=False)
     refuse_nan(run, step, found["loss"])
 
 
@@ -144,16 +148,11 @@ def bubbles(run: Run, step: int, done: Step) -> dict[str, float]:
     """What share of the pipe stages' time was idle, measured and by the formula; the events go to timeline.json."""
     if not done.events:
         return {}
-    pipeline = run.config.pipeline
-    micro_batches = 1 + max(e.micro_batch for e in done.events)
-    timeline = Timeline(
-        schedule=pipeline.schedule, stages=pipeline.stages, micro_batches=micro_batches, step=step, events=done.events
-    )
+    schedule, stages = run.config.pipeline.schedule, run.config.pipeline.stages
+    number = 1 + max(e.micro_batch for e in done.events)
+    timeline = Timeline(schedule=schedule, stages=stages, micro_batches=number, step=step, events=done.events)
     run.write_json("timeline.json", timeline.model_dump())
-    return {
-        "bubble": bubble_share(done.events, pipeline.stages),
-        "bubble_formula": formula(pipeline.stages, micro_batches),
-    }
+    return {"bubble": bubble_share(done.events, stages), "bubble_formula": formula(stages, number)}
 
 
 def global_losses(done: Step) -> dict[str, float]:
@@ -181,7 +180,7 @@ def evaluate(engine: Engine, task: Task, run: Run, step: int, watch: Watch) -> d
         return {}  # nothing is held out
     told = {"step": step, **result, "eval_seconds": time.perf_counter() - start}
     record(run, engine, told)
-    run.console.print(console.held_out(step, result), highlight=False)
+    run.console.print(held_out(step, result), highlight=False)
     return told
 
 
@@ -195,3 +194,61 @@ def stop_signals() -> Iterator[Any]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def progress(console: Console, step: int, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere: the log lines say it there."""
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("train", total=total, completed=step)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def line(record: dict[str, Any], total: int) -> str:
+    """A training record as one line."""
+    losses = "  ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in record.items() if k.endswith("_loss"))
+    text = f"step {record['step']}/{total}  loss {record['loss']:.3f}  {losses}  lr {record['lr']:.2e}"
+    if "samples_per_second" in record:
+        unit = "tokens" if "tokens_per_second" in record else "samples"
+        text += f"  {record[f'{unit}_per_second']:,.0f} {unit}/s"
+        if "gb_per_second" in record:
+            text += f"  {record['gb_per_second']:.3g} GB/s"
+        elif record["mfu"] is not None:
+            text += f"  MFU {record['mfu']:.1%}"
+        text += f"  ETA {clock(record['eta_seconds'])}"
+    return text
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def held_out(step: int, result: dict[str, Any]) -> str:
+    """An evaluation as one line."""
+    told = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.3f}" for k, v in result.items())
+    return f"step {step}  held out: {told}"
+
+
+def summary(run: Run, notes: dict[str, float], rates: Mapping[str, Any], result: dict[str, Any]) -> None:
+    """Print the table at the end of a run that has a step."""
+    steps = [r for r in run.records() if "loss" in r]
+    if not steps:
+        return
+    first, last = steps[0], steps[-1]
+    losses = [k for k in first if k.endswith("_loss")] or ["loss"]
+    rows = [(k.replace("_", " "), first[k], last.get(k), result.get(f"eval_{k}")) for k in losses]
+    for key, value in result.items():
+        name = key.removeprefix("eval_")
+        if key.startswith("eval_") and name not in ("loss", "seconds", *losses):
+            rows.append((name.replace("_", " "), None, None, f"{value:.1%}" if name.endswith("accuracy") else value))
+    rows += [(name, None, None, value) for name, value in notes.items()]
+    if rates:
+        unit = "tokens" if "tokens_per_second" in rates else "samples"
+        rows.append((f"{unit}/s (all ranks)", None, f"{rates[f'{unit}_per_second']:,.0f}", None))
+    numbers = (f"step {first['step']}", f"step {last['step']}", "held out")
+    found = table([("", ""), *((n, ".3f") for n in numbers)], rows, f"{run.dir.name}: {last['step']} steps")
+    run.console.print(found, f"Run directory: {run.dir}", sep="\n")

@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,27 +31,21 @@ class Meter:
     """Counts steps between two readings. Reading is the only place where the device is waited for."""
 
     def __init__(self, config: RunConfig, task: Task, dtype: Dtype) -> None:
-        self.config = config
         self.task = task
-        cuda = torch.cuda.is_available() and ranks.device() == "cuda"
-        self.cuda = cuda
-        name = torch.cuda.get_device_name() if cuda else None
-        if dtype == "fp32" and cuda and config.train.tf32:
+        self.cuda = torch.cuda.is_available() and ranks.device() == "cuda"
+        if dtype == "fp32" and self.cuda and config.train.tf32:
             dtype = "tf32"
+        name = torch.cuda.get_device_name() if self.cuda else None
         self.peak_tflops = peak_tflops(config.machine, dtype, name)
         self.seen = 0
-        self.active_seconds = 0.0  # of all counted steps of this process
-        self.active_steps = 0
-        self.active_counts: dict[str, float] = {}
+        self.active = Counter[str]()  # what the counted steps of this process hold, and their ``steps`` and ``seconds``
         self.peak_gib = 0.0  # of this rank's device, at the last reading
         self.traffic = Traffic() if config.train.communication else None
         self._restart()
 
     def _restart(self) -> None:
-        self.steps = 0
-        self.counts: dict[str, float] = {}
-        self.waited = 0.0
-        self.paused_seconds = 0.0
+        self.counts = Counter[str]()
+        self.waited = self.paused_seconds = 0.0
         if self.traffic:
             self.traffic.read()
         self.start = self._now()
@@ -63,9 +58,8 @@ class Meter:
     def add(self, step: Step) -> None:
         """Count one."""
         self.seen += 1
-        self.steps += 1
         self.waited += step.data_seconds
-        self.counts = {k: self.counts.get(k, 0) + v for k, v in step.counts.items()}
+        self.counts.update(step.counts | {"steps": 1})
         if self.seen == WARMUP_STEPS:
             self._restart()
 
@@ -81,51 +75,52 @@ class Meter:
             self.traffic.counting = True
 
     def read(self) -> dict[str, float | None]:
-        """Rates since the last reading, over all ranks; {} while warming up. All ranks must call it."""
+        """Rates since the last reading, over all ranks; while warming up memory only. All ranks must call it."""
         seconds = self._now() - self.start - self.paused_seconds
-        self.peak_gib, _ = memory = self._memory()
-        steps, counts, waited = self.steps, self.counts, self.waited
-        warming = self.seen < WARMUP_STEPS or steps == 0
-        found = {} if warming else self._conditions(seconds, memory[0])
+        process = _process_peak() / GIB
+        # Where there is no device, it is the process that holds the tensors
+        self.peak_gib = torch.cuda.max_memory_allocated() / GIB if self.cuda else process
+        counts, waited = self.counts, self.waited
+        warming = self.seen < WARMUP_STEPS or not counts
+        found = {} if warming else self._conditions(seconds)
         if not warming:
             self._restart()
-        slowest, peak, process = ranks.largest([seconds, *memory])
+        memory = self.peak_gib, process
+        slowest, *peaks = ranks.largest([seconds, *memory])
         (all_waited,) = ranks.total([waited])
-        memory_record = {"peak_gib": peak, "process_peak_gib": process}
+        record: dict[str, float | None] = dict(zip(("peak_gib", "process_peak_gib"), peaks, strict=True))
         if warming:
-            return dict(memory_record)
-        self.active_seconds += slowest
-        self.active_steps += steps
-        for name, count in counts.items():
-            self.active_counts[name] = self.active_counts.get(name, 0) + count
-        waiting = {"data_wait": all_waited / ranks.world() / slowest}
-        return {**self._speed(steps, counts, slowest), **waiting, **memory_record, **found}
+            return record
+        counts.update({"seconds": slowest})
+        self.active.update(counts)
+        return {**self._speed(counts), "data_wait": all_waited / ranks.world() / slowest, **record, **found}
 
     def overall(self) -> dict[str, float | None]:
         """Rates of all counted steps of this process; {} if there were none."""
-        return self._speed(self.active_steps, self.active_counts, self.active_seconds) if self.active_steps else {}
+        return self._speed(self.active) if self.active else {}
 
-    def _speed(self, steps: int, counts: dict[str, float], seconds: float) -> dict[str, float | None]:
-        tflops = self.task.useful_flops(counts) / seconds / ranks.world() / 1e12
-        return {
-            "step_seconds": seconds / steps,
-            "samples_per_second": counts["sequences"] / seconds,
-            **_rates(counts, seconds),
-            "tflops_per_device": tflops,
-            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
-        }
+    def _speed(self, counts: Counter[str]) -> dict[str, float | None]:
+        """Of tokens where the task has any, of bytes where it counts those that it reads."""
+        seconds = counts["seconds"]
+        found = {"step_seconds": seconds / counts["steps"], "samples_per_second": counts["sequences"] / seconds}
+        if "bytes" in counts:
+            found["gb_per_second"] = counts["bytes"] / seconds / 1e9
+        else:
+            found |= {
+                "tokens_per_second": counts["positions"] / seconds,
+                "tokens_per_second_unpadded": counts["tokens"] / seconds,
+                "padding": 1 - counts["tokens"] / counts["positions"],
+            }
+        tflops = self.task.useful_flops(dict(counts)) / seconds / ranks.world() / 1e12
+        mfu = tflops / self.peak_tflops if self.peak_tflops else None
+        return {**found, "tflops_per_device": tflops, "mfu": mfu}
 
-    def _conditions(self, seconds: float, peak: float) -> dict[str, float]:
+    def _conditions(self, seconds: float) -> dict[str, float]:
         if self.traffic is None:
             return {}
         sent, held = self.traffic.read()
-        mine = Share(sent / self.steps, held / seconds, seconds - self.waited - held, peak)
-        return conditions(ranks.gathered(mine))
-
-    def _memory(self) -> tuple[float, float]:
-        """Peak GiB of the device (of the process where there is none) and of the process."""
-        process = _process_peak() / GIB
-        return (torch.cuda.max_memory_allocated() / GIB if self.cuda else process), process
+        busy = seconds - self.waited - held
+        return conditions(ranks.gathered(Worked(sent / self.counts["steps"], held / seconds, busy, self.peak_gib)))
 
 
 def _process_peak() -> int:
@@ -137,19 +132,8 @@ def _process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _rates(counts: dict[str, float], seconds: float) -> dict[str, float]:
-    """Of tokens where the task has any, of bytes where it counts those that it reads."""
-    if "bytes" in counts:
-        return {"gb_per_second": counts["bytes"] / seconds / 1e9}
-    return {
-        "tokens_per_second": counts["positions"] / seconds,
-        "tokens_per_second_unpadded": counts["tokens"] / seconds,
-        "padding": 1 - counts["tokens"] / counts["positions"],
-    }
-
-
 @dataclass(frozen=True)
-class Share:
+class Worked:
     """What one rank had of the work since the last reading."""
 
     sent: float  # bytes in a step
@@ -158,12 +142,12 @@ class Share:
     peak: float  # memory
 
 
-def conditions(shares: Sequence[Share]) -> dict[str, float]:
+def conditions(every: Sequence[Worked]) -> dict[str, float]:
     """What linear scaling asks for: little communication; work and memory even (mean by largest, at best 1)."""
-    busy, peak = ([getattr(s, name) for s in shares] for name in ("busy", "peak"))
+    busy, peak = [one.busy for one in every], [one.peak for one in every]
     return {
-        "comm_mib": mean(s.sent for s in shares) / MIB,  # that a rank sends in a step
-        "comm_share": min(s.held for s in shares),  # of the rank that waits least for the others
+        "comm_mib": mean(one.sent for one in every) / MIB,  # that a rank sends in a step
+        "comm_share": min(one.held for one in every),  # of the rank that waits least for the others
         "work_balance": mean(busy) / max(busy),
         "memory_balance": mean(peak) / max(peak),
     }
