@@ -234,7 +234,7 @@ def _compare(path: Path, manifest: dict[str, Any], layout: dict[str, Any]) -> No
 
 
 def _rng() -> dict[str, Any]:
-    """Dropout's generators; data draws from none (toolkit/data/draws.py)."""
+    """Dropout's generators; data draws from none (toolkit/data/order.py)."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 

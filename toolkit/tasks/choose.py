@@ -7,7 +7,7 @@ import numpy as np
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.batch import IGNORED
-from toolkit.data.encoded import Sample
+from toolkit.data.labelled import Sample
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Finetune, Rows, softmax, tsv

@@ -7,12 +7,12 @@ import torch
 from rich.console import Console
 
 from toolkit.config.schema import RunConfig
-from toolkit.data import loader, parallel, subwords
+from toolkit.data import loader, parallel
 from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.order import Grouped
+from toolkit.data.parallel import Translations
 from toolkit.data.prepared import Prepared
-from toolkit.data.tokenizer import vocab_size
-from toolkit.data.translations import Translations
+from toolkit.data.tokenizer import digest, vocab_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.job import ranks
 from toolkit.models import seq2seq
@@ -40,7 +40,7 @@ class Translate(Task):
         metrics.check(config.task)
         self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
-        _refuse_two_vocabularies(subwords.digest(self.tokenizer))
+        _refuse_two_vocabularies(digest(self.tokenizer))
         self.hf_config = seq2seq.seq2seq_config(config.model, self.tokenizer, vocab_size(self.tokenizer))
         self.model_class = seq2seq.model_class(self.hf_config, config.model.init)
         self.new_head = seq2seq.made_of_bert(self.hf_config, config.model.weights)
@@ -167,8 +167,8 @@ def _prefix(split: str) -> str:
     return f"{name}_" if name else ""
 
 
-def _refuse_two_vocabularies(digest: str) -> None:
-    if len(set(ranks.gathered(digest))) > 1:
+def _refuse_two_vocabularies(vocabulary: str) -> None:
+    if len(set(ranks.gathered(vocabulary))) > 1:
         raise DataError(
             "tokenizer.model=unigram: the hosts have trained vocabularies that number their entries differently (its "
             "training is not exact to the last digit). Use a data.cache_dir that they share, or tokenizer.model=bpe."
