@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config.schema import Data, RunConfig, Tokenizer
+from toolkit.config.schema import RunConfig, Tokenizer
 from toolkit.data import examples, prepared, tables
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch, padded, tensors
@@ -30,6 +30,7 @@ from toolkit.errors import DataError
 
 READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length"}
 TASK = {"kind", "scheme", "stride", "max_question", "null_answers"}
+WAY_OUT = "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
 MULTIPLE = 8  # of which widths are: what tensor cores like
 
 
@@ -47,7 +48,7 @@ Encode = Callable[[Any, list[Any]], Iterator[Sample]]
 def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) -> Prepared:
     """Read, check and tokenise all splits, or find them in the cache. Raises DataError naming file and row."""
     data = config.data
-    sources = [[name, tables.identity(place, data, name)] for name, place in _sources(data).items()]
+    sources = [[name, tables.identity(place, data, name)] for name, place in prepared.splits(data, WAY_OUT).items()]
     chosen = data.model_dump(mode="json", include=READING), config.task.model_dump(mode="json", include=TASK)
     tokenizer = prepared.with_weights(config)
     key = prepared.fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
@@ -58,7 +59,7 @@ def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) ->
 def read(config: RunConfig, split: str, labels: examples.Labels, problems: Problems | None = None) -> list[Any]:
     """The examples of a split as they are now; without data.eval a share of the training rows is held out."""
     data = config.data
-    source = _sources(data).get(split)
+    source = prepared.splits(data, WAY_OUT).get(split)
     place = (source, split) if source else (str(data.train), "train")
     found: list[Any] = examples.read(*place, data, config.task, labels, problems)
     if data.eval or prepared.role(split) == "test" or not data.holdout:
@@ -67,14 +68,8 @@ def read(config: RunConfig, split: str, labels: examples.Labels, problems: Probl
     return [example for example, out in zip(found, held, strict=True) if out == (split == "eval")]
 
 
-def _sources(data: Data) -> dict[str, str]:
-    return prepared.splits(
-        data, "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
-    )
-
-
 def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, float_labels: bool) -> None:
-    data, sources = config.data, _sources(config.data)
+    data, sources = config.data, prepared.splits(config.data, WAY_OUT)
     labels = examples.find_labels(tables.rows(sources["train"], data, "train"), data, config.task.kind)
     tokenizer = tokenizers.create(chosen, lambda: _texts(read(config, "train", labels)))
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,24 @@ class Pair:
 
 
 def pairs(place: str, split: str, data: Data, task: Task) -> Iterator[Pair]:
-    """Every pair of ``place``, in order, stripped of white space at the ends. Raises DataError."""
-    if sides := _sides(place, split, task):
-        yield from _aligned(*sides, split)
+    """Every pair of ``place``, in order, stripped of white space at the ends; of two files, lines of the same number.
+    Raises DataError."""
+    sides = _sides(place, split, task)
+    if sides is None:
+        for where, row in tables.rows(place, data, split):
+            yield Pair(_cell(row, data.columns.source, where), _cell(row, data.columns.target, where), where)
         return
-    for where, row in tables.rows(place, data, split):
-        yield Pair(_cell(row, data.columns.source, where), _cell(row, data.columns.target, where), where)
+    source, target = sides
+    counts = [0, 0]
+    for a, b in zip_longest(_lines(source), _lines(target)):
+        counts = [counts[0] + (a is not None), counts[1] + (b is not None)]
+        if a is not None and b is not None:
+            yield Pair(a.strip(), b.strip(), f"{source}:{counts[0]}")
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"data.{split}: {source} has {counts[0]:,} lines, {target} {counts[1]:,}. Line by line they are to be "
+            "translations of each other: align them."
+        )
 
 
 def _identity(place: str, split: str, data: Data, task: Task) -> list[Any]:
@@ -110,20 +122,6 @@ def _sides(place: str, split: str, task: Task) -> tuple[Path, Path] | None:
     )
 
 
-def _aligned(source: Path, target: Path, split: str) -> Iterator[Pair]:
-    """Lines of the same number; the counts are compared once both files have ended."""
-    counts = [0, 0]
-    for a, b in zip_longest(_lines(source), _lines(target)):
-        counts = [counts[0] + (a is not None), counts[1] + (b is not None)]
-        if a is not None and b is not None:
-            yield Pair(a.strip(), b.strip(), f"{source}:{counts[0]}")
-    if counts[0] != counts[1]:
-        raise DataError(
-            f"data.{split}: {source} has {counts[0]:,} lines, {target} {counts[1]:,}. Line by line they are to be "
-            "translations of each other: align them."
-        )
-
-
 def _lines(path: Path) -> Iterator[str]:
     """Lines end with a newline and nothing else: a form feed or U+2028 within one would shift all that follow."""
     number = 0
@@ -139,29 +137,23 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: float) -> None:
     data, task = config.data, config.task
-
-    def texts() -> Iterator[str]:
-        for pair in pairs(places["train"], "train", data, task):
-            yield pair.source
-            yield pair.target
-
-    tokenizer = tokenizers.create(config.tokenizer, texts)
+    training = partial(pairs, places["train"], "train", data, task)
+    tokenizer = tokenizers.create(config.tokenizer, lambda: (t for p in training() for t in (p.source, p.target)))
     tokenizer.save_pretrained(folder / "tokenizer")
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts
-    names = ["train", *(["eval"] if holdout else []), *list(places)[1:]]
-    audit = {
-        name: _write_split(folder / name, name, _share(name, places, holdout, data, task), tokenizer, config)
-        for name in names
-    }
+    audit = {}
+    for name in ["train", *(["eval"] if holdout else []), *list(places)[1:]]:
+        found = _share(name, places, holdout, data, task)
+        audit[name] = _write_split(folder / name, name, found, tokenizer, config)
     for name, counts in audit.items():
         if not counts["kept"]:
             way_out = "" if name in places else " Raise data.holdout, or name data.eval."
             place = places.get(name, places["train"])
             raise DataError(f"{name}: no pair is left of {place}: {_told(counts)}.{way_out}")
     size = tokenizers.vocab_size(tokenizer)
-    found = {"splits": audit, "vocabulary": {"model": config.tokenizer.model, "size": size}}
+    told = {"splits": audit, "vocabulary": {"model": config.tokenizer.model, "size": size}}
     notes = [f"{name}: {_told(counts)}" for name, counts in audit.items()]
-    prepared.finish(folder, found, vocab_size=size, splits=audit, notes=notes)
+    prepared.finish(folder, told, vocab_size=size, splits=audit, notes=notes)
 
 
 def _share(name: str, places: dict[str, str], holdout: float, data: Data, task: Task) -> Iterator[Pair]:

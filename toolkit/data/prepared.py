@@ -114,22 +114,18 @@ def build(data: Data, name: str, write: Callable[[Path], None]) -> Path:
     with held:
         for leftover in cache.glob(f"{name}.building-*"):  # under the lock, so its process is dead
             shutil.rmtree(leftover)
-        if not folder.is_dir():
-            _stage(folder, write)
-    return folder
-
-
-def _stage(folder: Path, write: Callable[[Path], None]) -> None:
-    staging = folder.with_name(f"{folder.name}.building-{os.getpid()}")
-    staging.mkdir()
-    try:
-        write(staging)
-        for path in (path for path in staging.rglob("*") if path.is_file()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # the name must not outlive a power cut that the content does not
-        staging.replace(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if folder.is_dir():
+            return folder
+        staging = cache / f"{name}.building-{os.getpid()}"
+        staging.mkdir()
+        try:
+            write(staging)
+            for path in (path for path in staging.rglob("*") if path.is_file()):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # the name must not outlive a power cut that the content does not
+            return staging.replace(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def splits(data: Data, way_out: str) -> dict[str, str]:

@@ -31,11 +31,8 @@ def prepare(config: RunConfig, *, progress: bool = False, console: Any = None) -
     tokenised corpus depends on the sources and the tokenizer, the sample index on the corpus and on how samples are
     drawn; another max_length does not tokenise again."""
     data = config.data
-    key = fingerprint(
-        *(getattr(data, name) for name in ("format", "column", "language", "on_error")),
-        sources.identity(data),
-        tokenizers.identity(config.tokenizer),
-    )
+    reading = data.format, data.column, data.language, data.on_error
+    key = fingerprint(*reading, sources.identity(data), tokenizers.identity(config.tokenizer))
     path = build(data, f"corpus-{key}", lambda f: _write_corpus(f, config, progress, console))
     sampling = data.model_dump(include=SAMPLING) | {"seed": config.seed, "objective": config.task.objective}
     name = "samples-" + fingerprint(path.name, sampling)
