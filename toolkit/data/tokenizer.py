@@ -106,7 +106,8 @@ def _subwords(config: Tokenizer, texts: Texts) -> Any:
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Backend(models.BPE(unk_token=UNK) if config.model == "bpe" else models.Unigram())
+    bpe = config.model == "bpe"
+    backend = Backend(models.BPE(unk_token=UNK) if bpe else models.Unigram())
     lower = [normalizers.Lowercase()] if config.lowercase else []
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
@@ -114,13 +115,12 @@ def _subwords(config: Tokenizer, texts: Texts) -> Any:
     alphabet = _alphabet(texts(), backend.normalizer, config.vocab_size // 2)
     if not alphabet:
         raise DataError("tokenizer: the pairs hold no word to train on. Check data.train.")
-    given = {"special_tokens": [PAD, EOS, UNK], "initial_alphabet": ["▁", *alphabet], "show_progress": False}
-    if config.model == "bpe":
-        given |= {"min_frequency": config.min_frequency, "limit_alphabet": len(alphabet) + 1}
-        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, **given)
-    else:
-        trainer = trainers.UnigramTrainer(vocab_size=config.vocab_size, unk_token=UNK, **given)
-    backend.train_from_iterator(texts(), trainer)
+    trainer: Any = trainers.BpeTrainer if bpe else trainers.UnigramTrainer
+    rest: dict[str, Any] = {"unk_token": UNK}
+    if bpe:
+        rest = {"min_frequency": config.min_frequency, "limit_alphabet": len(alphabet) + 1}
+    rest |= {"special_tokens": [PAD, EOS, UNK], "initial_alphabet": ["▁", *alphabet], "show_progress": False}
+    backend.train_from_iterator(texts(), trainer(vocab_size=config.vocab_size, **rest))
     eos = backend.token_to_id(EOS)
     backend.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, eos)])
     return PreTrainedTokenizerFast(
