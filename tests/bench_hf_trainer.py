@@ -36,7 +36,7 @@ def trainer(weights: str, glue: str, task: str, out: str) -> None:
     config = compose([f"task={task}", f"data=files/{task}", f"data.path={glue}"])
     data = config.data
     labels = examples.find_labels(tables.rows(str(data.train), data, "train"), data, "classify")
-    rows = examples.read(str(data.train), data, config.task, "train", labels, labelled=True)[: SIZE * (STEPS + 1)]
+    rows = examples.read(str(data.train), "train", data, config.task, labels)[: SIZE * (STEPS + 1)]
     tokenizer = AutoTokenizer.from_pretrained(weights)
     pairs = [[r.text_pair for r in rows]] if rows[0].text_pair is not None else []
     encoded = tokenizer([r.text for r in rows], *pairs, padding="max_length", truncation=True, max_length=128)

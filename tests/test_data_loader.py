@@ -11,15 +11,14 @@ from data_helpers import dataset, random_lengths, toy
 from torch import Tensor
 
 from toolkit.config.schema import RunConfig
-from toolkit.data import encoded
-from toolkit.data.arrays import RaggedWriter
-from toolkit.data.draws import Shuffle
-from toolkit.data.encoded import Encoded
+from toolkit.data import labelled
+from toolkit.data.labelled import Encoded
 from toolkit.data.loader import eval_batches, train_batches
 from toolkit.data.masked import MaskedText
-from toolkit.data.order import Grouped, Split, Stream
+from toolkit.data.order import Grouped, Split, Stream, shuffled
+from toolkit.data.parallel import Translations
+from toolkit.data.prepared import RaggedWriter
 from toolkit.data.text import require
-from toolkit.data.translations import Translations
 from toolkit.errors import DataError
 
 Step = dict[str, Tensor]
@@ -88,12 +87,12 @@ def test_an_epoch_has_every_sample_once_and_the_next_one_another_order(pairs: Ma
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
 def test_the_shuffle_is_a_permutation(n: int) -> None:
     for epoch in range(3):
-        assert sorted(Shuffle(n, 7, epoch)(np.arange(n)).tolist()) == list(range(n))
+        assert sorted(shuffled(n, 7, epoch, np.arange(n)).tolist()) == list(range(n))
 
 
 def test_the_shuffle_differs_by_seed_and_epoch_and_looks_random() -> None:
     n = 4000
-    orders = [Shuffle(n, seed, epoch)(np.arange(n)) for seed in (1, 2) for epoch in (0, 1)]
+    orders = [shuffled(n, seed, epoch, np.arange(n)) for seed in (1, 2) for epoch in (0, 1)]
     for i, order in enumerate(orders):
         assert (order == np.arange(n)).sum() < 10  # a random permutation has one fixed point on average
         assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 5 / n**0.5
@@ -102,7 +101,7 @@ def test_the_shuffle_differs_by_seed_and_epoch_and_looks_random() -> None:
 
 
 def test_a_shuffle_of_a_trillion_costs_no_memory() -> None:
-    images = Shuffle(10**12, 1, 0)(np.arange(1000))
+    images = shuffled(10**12, 1, 0, np.arange(1000))
     assert len(set(images.tolist())) == 1000 and images.max() < 10**12 and images.max() > 10**11
 
 
@@ -150,7 +149,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labelled samples and sentence pairs of many lengths."""
     folder, rng = tmp_path_factory.mktemp("others"), np.random.default_rng(0)
     rows = [rng.integers(5, 99, rng.integers(1, 30)).tolist() for _ in range(101)]
-    encoded.write(folder / "labelled", (encoded.Sample([(row, [0] * len(row))], [i]) for i, row in enumerate(rows)))
+    labelled.write(folder / "labelled", (labelled.Sample([(row, [0] * len(row))], [i]) for i, row in enumerate(rows)))
     (folder / "pairs").mkdir()
     for side in ("source", "target"):
         writer = RaggedWriter(folder / "pairs" / side, id=np.uint16)

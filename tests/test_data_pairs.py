@@ -24,8 +24,8 @@ from data_helpers import (
 )
 
 from toolkit.config.schema import RunConfig
-from toolkit.data.draws import generator
 from toolkit.data.masked import MaskedText, truncate
+from toolkit.data.order import generator
 from toolkit.data.text import prepare
 from toolkit.errors import ConfigError, DataError
 

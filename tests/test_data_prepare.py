@@ -31,17 +31,13 @@ from data_helpers import (
 from filelock import FileLock
 from rich.console import Console
 
-from toolkit.config.schema import RunConfig
+from toolkit.config.schema import Data, RunConfig
 from toolkit.data import corpus as corpora
 from toolkit.data import tokenizer as tokenizers
-from toolkit.data.arrays import Spool, open_columns, seal
-from toolkit.data.audit import format_audit
-from toolkit.data.cache import build
 from toolkit.data.masked import MaskedText
-from toolkit.data.prepared import Prepared
-from toolkit.data.sentences import split
+from toolkit.data.prepared import Prepared, Spool, build, open_columns, seal
 from toolkit.data.sources import documents
-from toolkit.data.text import prepare
+from toolkit.data.text import format_audit, prepare
 from toolkit.errors import DataError
 
 PRETRAIN, VOCABULARY = SHARED / "pretrain", SHARED / "vocab"
@@ -274,7 +270,7 @@ def test_waiting_for_another_process_is_said(tmp_path: Path, caplog: pytest.LogC
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait()
-    build(tmp_path, "x", lambda folder: built_at.append("built"))
+    build(Data(cache_dir=str(tmp_path)), "x", lambda folder: built_at.append("built"))
     holder.join()
     assert built_at == ["released", "built"]
     assert "waiting for another process that is preparing" in caplog.text
@@ -305,7 +301,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data import text
 def anonymous():
     return next(int(l.split()[1]) / 1024 for l in open('/proc/self/status') if l.startswith('RssAnon'))
-import transformers.models.bert.tokenization_bert, toolkit.data.audit, toolkit.data.corpus
+import transformers.models.bert.tokenization_bert, toolkit.data.masked, toolkit.data.corpus
 toolkit.data.corpus.BLOCK_CHARACTERS = 2**14  # so that the heap's own size settles early
 peak, base = 0.0, anonymous()
 def watch():
@@ -385,8 +381,8 @@ def test_real_text_with_the_real_vocabulary_reads_back(tmp_path: Path) -> None:
     config = text_config(tmp_path, path=source, documents="^ = [^=].* = $", max_length=128, tokenizer={"path": vocab})
     prepared = prepare(config)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer)
-    assert (prepared.vocab_size, corpus_of(prepared).special.mask) == (30522, 103)
-    text = [s for d in documents(config.data) for p in d.paragraphs for s in split(p)]
+    assert (prepared.vocab_size, corpus_of(prepared).facts["special"]["mask"]) == (30522, 103)
+    text = [s for paragraphs in documents(config.data) for p in paragraphs for s in corpora.split(p)]
     assert corpus_of(prepared).tokens.tolist() == list(chain(*tokenizer(text, add_special_tokens=False).input_ids))
     audit = prepared.audit
     assert 58 <= audit["documents"] <= 64 and audit["unknown_share"] < 0.01
@@ -413,7 +409,7 @@ def test_preparing_is_nearly_as_fast_as_the_tokenizer_alone(tmp_path: Path) -> N
     source.write_bytes(gzip.decompress((PRETRAIN / "wikitext2_raw_test.txt.gz").read_bytes()) * 2)
     vocab = str(VOCABULARY / "bert-base-uncased-vocab.txt")
     config = text_config(tmp_path, path=str(source), documents="^ = [^=].* = $", tokenizer={"path": vocab})
-    text = [s for d in documents(config.data) for p in d.paragraphs for s in split(p)]
+    text = [s for paragraphs in documents(config.data) for p in paragraphs for s in corpora.split(p)]
     encode = tokenizers.create(config.tokenizer, lambda: iter(())).backend_tokenizer.encode_batch
     ratios = []
     for number in range(5):  # alternating, so that a busy machine slows both down

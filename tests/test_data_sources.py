@@ -13,8 +13,8 @@ import pytest
 from data_helpers import SHARED, needs_shared
 
 from toolkit.config.schema import Data
+from toolkit.data.corpus import LONGEST, split
 from toolkit.data.python_docs import documents as python_documents
-from toolkit.data.sentences import LONGEST, split
 from toolkit.data.sources import Problems, documents
 from toolkit.errors import DataError
 
@@ -27,8 +27,7 @@ def text(path: Path, content: str | bytes) -> str:
 
 
 def read(format: str = "text", problems: Problems | None = None, **data: Any) -> list[list[str]]:
-    found = documents(Data.model_validate({"format": format, **data}), problems)
-    return [document.paragraphs for document in found]
+    return list(documents(Data.model_validate({"format": format, **data}), problems))
 
 
 def test_blank_lines_separate_documents_in_spite_of_bom_and_crlf(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from toolkit.checkpoint.checkpoint import compare_order
-from toolkit.data import encoded
-from toolkit.data.encoded import Encoded, Sample
+from toolkit.data import labelled
+from toolkit.data.labelled import Encoded, Sample
 from toolkit.data.loader import eval_batches, train_batches
 from toolkit.data.order import Grouped, Order, Rounds, Split, Stream, keyed
 from toolkit.errors import CheckpointError
@@ -25,7 +25,7 @@ LENGTHS = RNG.integers(5, 120, 1003)
 def data(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
     folder = tmp_path_factory.mktemp("encoded") / "train"
     samples = (Sample([(range(1, n + 1), [0] * n)], [i % 3]) for i, n in enumerate(LENGTHS.tolist()))
-    encoded.write(folder, samples)
+    labelled.write(folder, samples)
     return Encoded(folder, pad_id=0)
 
 
@@ -112,7 +112,7 @@ def test_samples_of_like_length_need_little_padding(data: Encoded) -> None:
 
 def test_a_batch_holds_what_was_written(data: Encoded) -> None:
     indices = np.array([3, 10, -1])
-    batch = replace(data, pad_id=9).collate(indices)
+    batch = replace(data, pad_id=9)[keyed(0, indices)]
     for row, index in enumerate(indices[:2]):
         n = LENGTHS[index]
         assert batch["input_ids"][row, :n].tolist() == list(range(1, n + 1))
@@ -124,16 +124,16 @@ def test_a_batch_holds_what_was_written(data: Encoded) -> None:
 
 
 def test_labels_of_tokens_are_as_wide_as_the_tokens_even_where_all_are_equally_many(tmp_path: Path) -> None:
-    encoded.write(tmp_path / "a", iter([Sample([([1, 2, 3], [0, 0, 0])], [5, 6, 7]) for _ in range(2)]))
-    batch = Encoded(tmp_path / "a", pad_id=0, per_token=True).collate(np.array([0, 1]))
+    labelled.write(tmp_path / "a", iter([Sample([([1, 2, 3], [0, 0, 0])], [5, 6, 7]) for _ in range(2)]))
+    batch = Encoded(tmp_path / "a", pad_id=0, per_token=True)[keyed(0, np.array([0, 1]))]
     assert batch["labels"].shape == batch["input_ids"].shape == (2, 8)
     assert batch["labels"][0].tolist() == [5, 6, 7, *[-100] * 5]
 
 
 def test_choices_are_sequences_of_one_sample_and_missing_scores_are_no_numbers(tmp_path: Path) -> None:
     two = [([1, 2], [0, 0]), ([3, 4, 5], [0, 1, 1])]
-    encoded.write(tmp_path / "a", iter([Sample(two, [0.5])]), float_labels=True)
-    batch = Encoded(tmp_path / "a", pad_id=0, choices=2).collate(np.array([0, -1]))
+    labelled.write(tmp_path / "a", iter([Sample(two, [0.5])]), float_labels=True)
+    batch = Encoded(tmp_path / "a", pad_id=0, choices=2)[keyed(0, np.array([0, -1]))]
     assert batch["input_ids"].shape == (2, 2, 8)
     assert batch["input_ids"][0, 1, :3].tolist() == [3, 4, 5] and batch["token_type_ids"][0, 1, :3].tolist() == [
         0,

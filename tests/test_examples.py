@@ -36,7 +36,7 @@ def examples(
     task = Task.model_validate({"kind": kind, **{k: v for k, v in keys.items() if k in Task.model_fields}})
     source = write(folder, rows)
     labels = find_labels(tables.rows(source, data, "train"), data, kind) if known is None else known
-    return read(source, data, task, "train", labels, labelled=labelled, problems=problems)
+    return read(source, "train" if labelled else "test", data, task, labels, problems)
 
 
 def labels_of(folder: Path, kind: str, rows: list[Any], **data: Any) -> tuple[str, ...]:
@@ -47,10 +47,9 @@ def labels_of(folder: Path, kind: str, rows: list[Any], **data: Any) -> tuple[st
 def test_a_text_or_a_pair_has_the_number_of_its_label(tmp_path: Path) -> None:
     rows = [{"a": "A.", "b": "B.", "y": "yes", "n": 7}, {"a": " C", "b": "D", "y": "no", "n": 8}]
     columns = {"text": "a", "text_pair": "b", "label": "y", "id": "n"}
-    where = f"{tmp_path}/x.jsonl"
     assert examples(tmp_path, "classify", rows, columns=columns) == [
-        Text(f"{where}:1", "7", "A.", "B.", 1),
-        Text(f"{where}:2", "8", " C", "D", 0),
+        Text("7", "A.", "B.", 1),
+        Text("8", " C", "D", 0),
     ]
     alone = examples(tmp_path, "classify", rows, columns={"text": "a", "label": "y"})
     assert [(e.id, e.text_pair) for e in alone] == [("0", None), ("1", None)]
@@ -93,10 +92,9 @@ def test_scores_are_numbers_in_their_range(tmp_path: Path) -> None:
 def test_endings_go_on_from_their_start(tmp_path: Path) -> None:
     rows = [{"p": "Rain.", "s": "It", "0": "fell.", "1": "sang.", "label": "1"}]
     columns = {"prompt": "p", "endings": ["0", "1"]}
-    where = f"{tmp_path}/x.jsonl:1"
-    assert examples(tmp_path, "choose", rows, columns=columns) == [Choice(where, "0", "Rain.", ("fell.", "sang."), 1)]
+    assert examples(tmp_path, "choose", rows, columns=columns) == [Choice("0", "Rain.", ("fell.", "sang."), 1)]
     with_start = examples(tmp_path, "choose", rows, columns=columns | {"start": "s"})
-    assert with_start == [Choice(where, "0", "Rain.", ("It fell.", "It sang."), 1)]
+    assert with_start == [Choice("0", "Rain.", ("It fell.", "It sang."), 1)]
     without = examples(tmp_path, "choose", [rows[0] | {"s": ""}], columns=columns | {"start": "s"})
     assert without[0].endings == ("fell.", "sang.")
 
@@ -108,7 +106,7 @@ def test_iob1_is_read_as_bio_and_broken_bio_as_it_is(tmp_path: Path) -> None:
     rows = [{"tokens": list("abcdefghij"), "tags": iob1}]
     for scheme, tags in (("iob1", bio), ("bio", iob1)):
         (found,) = examples(tmp_path, "tag", rows, scheme=scheme)
-        assert found == Tagged(f"{tmp_path}/x.jsonl:1", "0", list("abcdefghij"), [labels.index(tag) for tag in tags])
+        assert found == Tagged("0", list("abcdefghij"), [labels.index(tag) for tag in tags])
 
 
 SQUAD = {"id": "q", "question": "Who?", "context": "Ann met Bob."}
@@ -118,7 +116,7 @@ def test_answers_of_both_shapes_are_spans_of_the_context(tmp_path: Path) -> None
     dicts = [{"text": "Bob", "answer_start": 8}, {"text": "Ann", "answer_start": 0}]
     lists = {"text": ["Bob", "Ann"], "answer_start": [8, 0]}
     answers = (("Bob", 8), ("Ann", 0))
-    expected = Question(f"{tmp_path}/x.jsonl:1", "q", "Who?", "Ann met Bob.", answers, impossible=False)
+    expected = Question("q", "Who?", "Ann met Bob.", answers)
     for value in (dicts, lists):
         assert examples(tmp_path, "span_qa", [SQUAD | {"answers": value}], columns={"id": "id"}) == [expected]
 
@@ -130,7 +128,7 @@ def test_questions_without_an_answer_are_impossible_where_the_task_allows_it(tmp
         {"answers": [{"text": "Ann", "answer_start": 0}], "is_impossible": True},
     ):
         (found,) = examples(tmp_path, "span_qa", [SQUAD | none], null_answers=True)
-        assert found.answers == () and found.impossible is True
+        assert found.answers == ()
 
 
 TEXT = {"text": "A."}
@@ -164,7 +162,7 @@ def test_words_of_a_test_file_may_lack_their_tags(tmp_path: Path, tags: dict[str
 @pytest.mark.parametrize("answers", [{}, {"answers": None}, {"answers": []}, {"answers": {"text": []}}])
 def test_questions_of_a_test_file_may_lack_their_answers(tmp_path: Path, answers: dict[str, Any]) -> None:
     (found,) = examples(tmp_path, "span_qa", [SQUAD | answers], labelled=False)
-    assert found.answers == () and found.impossible is None
+    assert found.answers == ()
 
 
 def answered(*answers: tuple[Any, Any], **more: Any) -> dict[str, Any]:
@@ -266,7 +264,7 @@ def test_every_question_has_its_own_id(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text(json.dumps({"data": [article]}))
     data = Data.model_validate({"format": None, "columns": {"id": "id"}})
     with pytest.raises(DataError, match=r"s.json: question q: id 'q' is that of .*s.json: question q too"):
-        read(str(tmp_path / "s.json"), data, Task(kind="span_qa"), "train", (), labelled=True)
+        read(str(tmp_path / "s.json"), "train", data, Task(kind="span_qa"), ())
 
 
 def test_a_file_of_which_every_row_is_skipped_is_an_error(tmp_path: Path) -> None:
@@ -279,8 +277,8 @@ def real(preset: str, folder: str, *overrides: str) -> dict[str, list[Example]]:
     data, task = config.data, config.task
     assert data.train and not isinstance(data.eval, dict)
     labels = find_labels(tables.rows(data.train, data, "train"), data, task.kind)
-    sources = {"train": data.train} | ({"validation": data.eval} if data.eval else {})
-    return {split: read(source, data, task, split, labels, labelled=True) for split, source in sources.items()}
+    sources = {"train": data.train} | ({"eval": data.eval} if data.eval else {})
+    return {split: read(source, split, data, task, labels) for split, source in sources.items()}
 
 
 def count(found: list[Any]) -> list[int]:
@@ -306,14 +304,14 @@ def count(found: list[Any]) -> list[int]:
 def test_the_glue_presets_read_the_real_files(preset: str, train: list[int], validation: list[int] | None) -> None:
     found = real(preset, "glue", "task.kind=classify")
     assert count(found["train"]) == train
-    assert count(found.get("validation", [])) == (validation or [])
+    assert count(found.get("eval", [])) == (validation or [])
     assert all(isinstance(e, Text) and (e.text_pair is None) == (preset in ("sst2", "cola")) for e in found["train"])
 
 
 @needs_shared
 def test_the_stsb_preset_reads_the_real_scores() -> None:
     found = real("stsb", "glue", "task.kind=regress")
-    for split, rows in (("train", 5749), ("validation", 1500)):
+    for split, rows in (("train", 5749), ("eval", 1500)):
         scores = [e.label for e in found[split] if isinstance(e, Text) and e.text_pair]
         assert len(scores) == rows and min(scores) == 0 and max(scores) == 5
 
@@ -322,7 +320,7 @@ def test_the_stsb_preset_reads_the_real_scores() -> None:
 def test_the_wnut_preset_reads_the_real_entities() -> None:
     found = real("wnut17", "ner/wnut17", "task.kind=tag")
     text = (SHARED / "ner" / "wnut17" / "wnut17train.conll").read_text()
-    assert {split: len(sentences) for split, sentences in found.items()} == {"train": 3394, "validation": 1009}
+    assert {split: len(sentences) for split, sentences in found.items()} == {"train": 3394, "eval": 1009}
     tags = Counter(tag for e in found["train"] if isinstance(e, Tagged) and e.tags for tag in e.tags)
     assert (
         sum(tags.values()) == 62_730 and tags[1] == text.count("\tB-corporation") and tags[12] == text.count("\tI-prod")
@@ -335,8 +333,8 @@ def test_the_squad_preset_reads_half_of_the_real_dev_set() -> None:
     flat = f"data.eval={SHARED}/squad/squad_flat_sample.json"
     found = real("squad_v2", "squad", half, flat, "task.kind=span_qa", "task.null_answers=true")
     questions = [e for e in found["train"] if isinstance(e, Question)]
-    assert len(questions) == 6078 and sum(e.impossible is True for e in questions) == 3168
-    assert len(found["validation"]) == 14
+    assert len(questions) == 6078 and sum(not e.answers for e in questions) == 3168
+    assert len(found["eval"]) == 14
     with pytest.raises(DataError, match=r"half.json.gz: question \w+: has no answer. .*task.null_answers=true"):
         real("squad", "squad", half, flat, "task.kind=span_qa")
 

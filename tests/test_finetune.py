@@ -25,8 +25,8 @@ from transformers import (
 
 from toolkit.checkpoint.export import export
 from toolkit.config.compose import compose
-from toolkit.data import encoded, labelled
-from toolkit.data.encoded import Encoded
+from toolkit.data import labelled
+from toolkit.data.labelled import Encoded
 from toolkit.data.order import Grouped
 from toolkit.engine.start import factor
 from toolkit.models.build import decay_groups, initialise
@@ -375,7 +375,7 @@ def test_prepared_data_is_found_again(tmp_path: Path) -> None:
 
     def encode(tokenizer: Any, examples: list[Any]) -> Any:
         calls.append(len(examples))
-        return (encoded.Sample([([1], [0])], [0]) for _ in range(len(examples)))
+        return (labelled.Sample([([1], [0])], [0]) for _ in range(len(examples)))
 
     first = labelled.prepare(config, encode)
     assert labelled.prepare(config, encode).path == first.path and calls == [203, 37]
@@ -388,9 +388,9 @@ def test_without_held_out_data_a_share_of_the_rows_is_held_out_whatever_the_seed
     rows = []
     for seed in (1, 2):
         config = compose([*common, f"seed={seed}"])
-        prepared = labelled.prepare(config, lambda t, e: (encoded.Sample([([1], [0])], [0]) for _ in e))
+        prepared = labelled.prepare(config, lambda t, e: (labelled.Sample([([1], [0])], [0]) for _ in e))
         labels = tuple(prepared.facts["labels"])
-        train, held = ({e.where for e in labelled.read(config, s, labels)} for s in ("train", "eval"))
+        train, held = ({e.id for e in labelled.read(config, s, labels)} for s in ("train", "eval"))
         assert len(held) == 20 and len(train) == 183 and not train & held
         rows.append(held)
     assert rows[0] == rows[1]

@@ -13,12 +13,13 @@ import torch
 from composing import compose
 
 from toolkit.config.schema import RunConfig
-from toolkit.data import aligned, parallel, subwords
+from toolkit.data import parallel
+from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED
 from toolkit.data.loader import eval_batches, train_batches
 from toolkit.data.order import Grouped, Split
+from toolkit.data.parallel import Translations
 from toolkit.data.prepared import Prepared
-from toolkit.data.translations import Translations
 from toolkit.errors import DataError
 
 MULTI30K = Path(__file__).parents[2] / "shared" / "data" / "translation" / "multi30k"
@@ -133,7 +134,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_line_ends_with_a_newline_only(tmp_path: Path) -> None:
     corpus(tmp_path, ["ein\u2028Hund\x0c da", "zwei"], ["a dog", "two"])
-    read = list(aligned.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
+    read = list(parallel.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
     assert [p.target for p in read] == ["a dog", "two"] and read[0].source == "ein\u2028Hund\x0c da"
 
 
@@ -147,7 +148,7 @@ def test_pairs_come_from_tables_too(tmp_path: Path) -> None:
     assert parallel.prepare(tsv).audit["splits"]["train"]["kept"] == 3
     columns = ["data.columns.source=translation.de", "data.columns.target=translation.en"]
     rows = config(tmp_path, f"data.train={tmp_path / 'val.jsonl'}", *columns)
-    assert [p.target for p in aligned.pairs(rows.data.train, "train", rows.data, rows.task)] == EN[:3]
+    assert [p.target for p in parallel.pairs(rows.data.train, "train", rows.data, rows.task)] == EN[:3]
     assert "train.tsv:2: has no column 'translation.de', only 'source', 'target'" in refused(
         tmp_path, f"data.train={tmp_path / 'train.tsv'}", *columns
     )
@@ -246,9 +247,9 @@ def test_multi30k_is_read_whole(tmp_path: Path) -> None:
 @needs_multi30k
 def test_training_bpe_twice_gives_the_same_ids() -> None:
     code = (
-        "import gzip, sys; from toolkit.config.schema import Tokenizer; from toolkit.data import subwords;"
+        "import gzip, sys; from toolkit.config.schema import Tokenizer; from toolkit.data import tokenizer;"
         "texts = lambda: (line.strip() for line in gzip.open(sys.argv[1], 'rt'));"
-        "print(subwords.digest(subwords.create(Tokenizer(model='bpe', vocab_size=2000), texts)))"
+        "print(tokenizer.digest(tokenizer.create(Tokenizer(model='bpe', vocab_size=2000), texts)))"
     )
     file = str(MULTI30K / "val.de.gz")
     runs = [subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True) for _ in range(2)]
@@ -259,5 +260,5 @@ def test_a_unigram_vocabulary_holds_the_same_entries_each_time() -> None:
     from toolkit.config.schema import Tokenizer
 
     texts = [f"{a} {b}" for a in DE[1].split() for b in EN[1].split()]
-    one, two = (subwords.create(Tokenizer(model="unigram", vocab_size=60), lambda: iter(texts)) for _ in range(2))
+    one, two = (tokenizers.create(Tokenizer(model="unigram", vocab_size=60), lambda: iter(texts)) for _ in range(2))
     assert one.get_vocab().keys() == two.get_vocab().keys()

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +139,12 @@ def hub_folder(folder: Path) -> Path:
 @pytest.mark.parametrize("streaming", [True, False])
 def test_classes_of_the_hub_are_names_and_the_split_follows_the_name(tmp_path: Path, streaming: bool) -> None:
     folder = hub_folder(tmp_path / "a@b")
-    for split, label in (("train", "yes"), ("validation", "no"), ("test", None)):
+    for ours, split, label in (("train", "train", "yes"), ("eval", "validation", "no"), ("test", "test", None)):
         first = {"label": label, "tags": ["O", "B-x"], "text": split}
         second = {"label": None, "tags": [None], "text": split}
         expected = [(f"{folder}:row 1", first), (f"{folder}:row 2", second)]
-        assert rows(folder, split=split, streaming=streaming) == expected
-        assert rows(folder, split=split, streaming=streaming, format="hub") == expected
+        assert rows(folder, split=ours, streaming=streaming) == expected
+        assert rows(folder, split=ours, streaming=streaming, format="hub") == expected
         assert values(f"{folder}@{split}", streaming=streaming) == [first, second]
         assert values(f"{folder}:default@{split}", streaming=streaming) == [first, second]
 
@@ -157,11 +156,13 @@ def test_a_hub_folder_of_json_is_as_good(tmp_path: Path) -> None:
 
 def test_a_name_without_a_file_is_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(tables.hub, "load", lambda *arguments: asked.append(arguments) or Dataset.from_dict({"a": [1]}))
+    monkeypatch.setattr(
+        tables.sources, "load", lambda *arguments: asked.append(arguments) or Dataset.from_dict({"a": [1]})
+    )
     assert wheres("nyu-mll/glue:mnli@validation_matched", streaming=False) == [
         "nyu-mll/glue:mnli@validation_matched:row 1"
     ]
-    rows("rajpurkar/squad_v2.0", split="validation")
+    rows("rajpurkar/squad_v2.0", split="eval")
     rows("squad.json", split="test", format="hub")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"set/train: the suffix '.' is unknown"):
@@ -266,12 +267,12 @@ def test_of_several_files_the_empty_one_is_named(tmp_path: Path) -> None:
     ("source", "split", "data", "message"),
     [
         ("no/such.tsv", "train", {}, r"data.train=no/such.tsv: no file matches \(working directory "),
-        ("no/such.tsv.gz", "validation", {}, r"data.eval=no/such.tsv.gz: no file matches"),
+        ("no/such.tsv.gz", "eval", {}, r"data.eval=no/such.tsv.gz: no file matches"),
         ("no/*.csv", "test", {}, r"data.test=no/\*.csv: no file matches"),
         ("reviews", "train", {}, r"data.train=reviews: no file matches"),
         ("/tmp", "train", {"format": "csv"}, r"data.train=/tmp: is a folder. Name its files: data.train='/tmp/\*'"),
         ("None/SST-2/dev.tsv", "train", {"format": "tsv"}, r"data.path is not set: data.train=None/SST-2/dev.tsv"),
-        ("no/such:x@y", "validation", {}, r"data.eval=no/such:x: the hub data set cannot .*\[:config\]\), the split"),
+        ("no/such:x@y", "eval", {}, r"data.eval=no/such:x: the hub data set cannot .*\[:config\]\), the split"),
     ],
 )  # fmt: skip
 def test_a_wrong_name_is_named(
@@ -291,8 +292,10 @@ def every(group: str) -> list[str]:
 def test_a_preset_names_tables_and_its_columns(preset: str) -> None:
     data = compose(f"data={preset}", "data.path=/some").data
     sources = [data.train, *(data.eval.values() if isinstance(data.eval, dict) else [data.eval] if data.eval else [])]
-    at: Callable[[str], bool] = tables._is_hub if preset.startswith("hub") else lambda name: name.startswith("/some/")
-    assert all(name and at(name) for name in sources)
+    hub = preset.startswith("hub")
+    assert all(
+        name and (tables._is_hub(name, Data(format=None)) if hub else name.startswith("/some/")) for name in sources
+    )
     assert data.workers == 0 and data.columns != Data().columns
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.config.schema import Model, Tokenizer
-from toolkit.data import subwords
+from toolkit.data import tokenizer as tokenizers
 from toolkit.models import seq2seq
 from toolkit.tasks.translate import summed_loss
 
@@ -123,7 +123,7 @@ def test_it_learns_to_reverse(tmp_path: Path, reversals: Path) -> None:
 
 
 def tokenizer() -> object:
-    return subwords.create(Tokenizer(model="bpe", vocab_size=60, lowercase=False), lambda: iter(WORDS * 3))
+    return tokenizers.create(Tokenizer(model="bpe", vocab_size=60, lowercase=False), lambda: iter(WORDS * 3))
 
 
 @pytest.fixture(scope="module")

@@ -272,13 +272,12 @@ def test_questions_and_ends_of_windows_are_no_answers():
     assert (decoded.text, decoded.answer, decoded.null_score_difference) == ("", "", np.inf)
 
 
-@pytest.mark.parametrize(("threshold", "text"), [(0.0, ""), (1.99, ""), (2.0, "aa")])
-def test_no_answer_is_told_by_the_threshold(threshold, text):
+def test_no_answer_is_told_where_it_exceeds_the_best():
     logits = [np.array([3.0, 0, 0, 2, 0, 0, 0]), np.array([9.0, 0, 0, 0, 0, 0, 0])]
     cuts = [toy(0, 3), toy(3, 3)]
-    options = {"n_best": 2, "max_answer": 1, "threshold": threshold}
+    options = {"n_best": 2, "max_answer": 1}
     decoded = decode(cuts, logits, logits, CONTEXT, null_answers=True, **options)
-    assert (decoded.text, decoded.answer, decoded.null_score_difference) == (text, "aa", 2.0)  # 3 + 3 - 2 - 2
+    assert (decoded.text, decoded.answer, decoded.null_score_difference) == ("", "aa", 2.0)  # 3 + 3 - 2 - 2
     assert decode(cuts, logits, logits, CONTEXT, null_answers=False, **options).text == "aa"
 
 

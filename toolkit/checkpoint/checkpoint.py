@@ -49,7 +49,7 @@ def save(run: Run, engine: Engine, state: State, keep: int | None = None) -> Non
                 (staging / ds_state.TAG).mkdir(parents=True)
         with _agreed(final):
             mine, name = ds_state.write(engine.ds, staging), f"rng.rank{ranks.rank()}.pt"
-            rng = {"cpu": torch.get_rng_state()}  # dropout's generators; data draws from none (toolkit/data/draws.py)
+            rng = {"cpu": torch.get_rng_state()}  # dropout's generators; data draws from none (toolkit/data/order.py)
             rng |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
             mine[name] = ds_state.save_file(rng, staging / name)
         files = {name: digest for part in ranks.gathered(mine) for name, digest in part.items()}

@@ -50,7 +50,7 @@ def add_to(commands: Commands) -> None:
 
 def prepare(overrides: list[str]) -> None:
     from toolkit.config.compose import compose
-    from toolkit.data.audit import format_audit
+    from toolkit.data.text import format_audit
     from toolkit.tasks import task_class
 
     told, config = console(), compose(overrides)

@@ -16,7 +16,7 @@ Batch = dict[str, Tensor]
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
-def padded(rows: Sequence[Any], value: int, width: int) -> NDArray[np.int64]:
+def padded(rows: Sequence[Any], value: float, width: int) -> NDArray[Any]:
     """The rows as those of one array [rows, width], ``value`` after their ends."""
     whole = np.full((len(rows), width), value)
     for row, values in zip(whole, rows, strict=True):

@@ -1,7 +1,7 @@
 """The rows of a table as checked examples of what a task learns from.
 
     labels = find_labels(rows(data.train, data, "train"), data, task.kind)    # ('negative', 'positive')
-    read(data.train, data, task, "train", labels, labelled=True)    # [Text('train.tsv:2', '0', 'hide …', None, 0), …]
+    read(data.train, "train", data, task, labels)    # [Text('0', 'hide …', None, 0), …]
 
 A row that does not fit is an error that names it, before anything is trained.
 """
@@ -13,17 +13,19 @@ from typing import Any
 
 from toolkit.config.schema import Data, Task
 from toolkit.data import tables
+from toolkit.data.prepared import role
 from toolkit.data.sources import Problems
+from toolkit.data.tables import number
 from toolkit.errors import DataError, nearest
 
 Labels = tuple[str, ...]  # in the order of their numbers
+ABSENT = (None, "", -1, "-1")  # what stands for a label that is not known
 
 
 @dataclass(frozen=True)
 class Text:
     """A text, or a pair, with its class or score."""
 
-    where: str
     id: str
     text: str
     text_pair: str | None
@@ -34,7 +36,6 @@ class Text:
 class Tagged:
     """Words, each with its tag's number."""
 
-    where: str
     id: str
     words: list[str]
     tags: list[int] | None
@@ -44,19 +45,16 @@ class Tagged:
 class Question:
     """A question on a context with answers that stand in it, as (text, its first character)."""
 
-    where: str
     id: str
     question: str
     context: str
     answers: tuple[tuple[str, int], ...]
-    impossible: bool | None  # None: unlabelled
 
 
 @dataclass(frozen=True)
 class Choice:
     """A prompt and its possible endings, with the number of the right one."""
 
-    where: str
     id: str
     prompt: str
     endings: tuple[str, ...]
@@ -68,40 +66,36 @@ Example = Text | Tagged | Question | Choice
 
 def find_labels(rows: Iterable[tables.Row], data: Data, kind: str) -> Labels:
     """``data.labels``, or those in the rows, sorted; of tags ``O``, then B- and I- of every type. () for other kinds.
-
-    Passes over rows that :func:`read` refuses.
-    """
+    Passes over rows that :func:`read` refuses."""
     if kind not in ("classify", "tag"):
         return ()
     if data.labels:
         return data.labels
     seen: set[str] = set()
-    for where, values in rows:
-        row = _Row(where, 0, values, data, labelled=True)
+    for _, values in rows:
+        row = _Row(0, values, data, labelled=True)
         try:
             seen.update(_tag_names(row) or () if kind == "tag" else [_name(row.label("label"))])
         except _BadRow:
             continue
     if kind == "classify":
-        return tuple(sorted(seen, key=_number if all(map(_is_number, seen)) else str))
+        return tuple(sorted(seen, key=float if all(number(name) is not None for name in seen) else str))
     types = sorted({tag[2:] for tag in seen if tag != "O"})
     return ("O", *(f"{begin}-{name}" for name in types for begin in "BI"))
 
 
 def read(
-    source: str, data: Data, task: Task, split: str, labels: Labels, *, labelled: bool, problems: Problems | None = None
+    source: str, split: str, data: Data, task: Task, labels: Labels, problems: Problems | None = None
 ) -> list[Example]:
-    """Every row of a source as an example of ``task.kind``; rows of a test file may lack their labels.
-
-    Raises DataError on the first row that does not fit, or counts those in ``problems``.
-    """
+    """Every row of a source as an example of ``task.kind``; rows of ``test`` may lack their labels. Raises DataError on
+    the first row that does not fit, or counts those in ``problems``."""
     problems = problems or Problems(data.on_error)
     skipped = problems.skipped
     found: list[Example] = []
     ids: dict[str, str] = {}
-    for number, (where, values) in enumerate(tables.rows(source, data, split, problems)):
+    for place, (where, values) in enumerate(tables.rows(source, data, split, problems)):
         try:
-            example = _EXAMPLE[task.kind](_Row(where, number, values, data, labelled), task, labels)
+            example = _MAKE[task.kind](_Row(place, values, data, role(split) != "test"), task, labels)
             if task.kind == "span_qa" and example.id in ids:
                 raise _BadRow(f"id '{example.id}' is that of {ids[example.id]} too", "Give every question its own id")
         except _BadRow as bad:
@@ -111,9 +105,8 @@ def read(
             found.append(example)
             ids[example.id] = where
     if not found:
-        raise DataError(
-            f"{source}: all of its {problems.skipped - skipped} rows are skipped. See why with data.on_error=raise."
-        )
+        bad_rows = problems.skipped - skipped
+        raise DataError(f"{source}: all of its {bad_rows} rows are skipped. See why with data.on_error=raise.")
     return found
 
 
@@ -125,8 +118,7 @@ class _BadRow(Exception):
 class _Row:
     """The cells of a row by the key of data.columns that names their column."""
 
-    where: str
-    number: int
+    number: int  # of the row, from 0
     values: dict[str, Any]
     data: Data
     labelled: bool
@@ -156,7 +148,7 @@ class _Row:
             raise _BadRow(what, f"Set data.columns.{key}=<a column of lists>, of JSON, parquet, CoNLL or the hub")
         return value
 
-    def label(self, key: str, absent: tuple[Any, ...] = (None, "", -1, "-1")) -> Any:
+    def label(self, key: str, absent: tuple[Any, ...] = ABSENT) -> Any:
         """The cell; None only where the row has no label and needs none."""
         column = getattr(self.data.columns, key)
         if not self.labelled and _holds_only(absent, self.values.get(column)):
@@ -172,14 +164,23 @@ def _holds_only(absent: tuple[Any, ...], value: Any) -> bool:
     return all(_holds_only(absent, v) for v in values) if isinstance(value, (list, dict)) else value in absent
 
 
-def _classified(row: _Row, task: Task, labels: Labels) -> Text:
-    label = row.label("label")
-    return _text(row, None if label is None else _index(_name(label), labels, row.data))
-
-
-def _text(row: _Row, label: int | float | None) -> Text:
+def _text(row: _Row, task: Task, labels: Labels) -> Text:
+    low, high = row.data.range or (-math.inf, math.inf)
+    scored = task.kind == "regress"
+    label = row.label("label", ABSENT[:2] if scored and low <= -1 else ABSENT)
+    if label is not None:
+        label = _score(label, low, high) if scored else _index(_name(label), labels, row.data)
     pair = row.text("text_pair") if row.data.columns.text_pair else None
-    return Text(row.where, row.id, row.text("text"), pair, label)
+    return Text(row.id, row.text("text"), pair, label)
+
+
+def _score(label: Any, low: float, high: float) -> float:
+    score = number(label)
+    if score is None:
+        raise _BadRow(f"score {label!r:.40} is no finite number", "Correct it, or data.columns.label")
+    if not low <= score <= high:
+        raise _BadRow(f"score {label} is outside {low:g} to {high:g}", "Correct it, or data.range")
+    return score
 
 
 def _name(label: Any) -> str:
@@ -192,7 +193,7 @@ def _index(name: str, labels: Labels, data: Data) -> int:
     if name in labels:
         return labels.index(name)
     known = ", ".join(labels[:20]) + ", …" * (len(labels) > 20)
-    if data.labels and name.isdecimal() and not any(map(_is_number, labels)):
+    if data.labels and name.isdecimal() and all(number(label) is None for label in labels):
         if int(name) < len(labels):
             return int(name)
         what = f"label {name} is none of the numbers 0 to {len(labels) - 1} of data.labels ({known})"
@@ -201,35 +202,13 @@ def _index(name: str, labels: Labels, data: Data) -> int:
     raise _BadRow(what, "Correct the row, or name every label in data.labels=[…]")
 
 
-def _scored(row: _Row, task: Task, labels: Labels) -> Text:
-    low, high = row.data.range or (-math.inf, math.inf)
-    label = row.label("label", (None, "") if low <= -1 else (None, "", -1, "-1"))
-    if label is None:
-        return _text(row, None)
-    if not _is_number(label):
-        raise _BadRow(f"score {label!r:.40} is no finite number", "Correct it, or data.columns.label")
-    if not low <= _number(label) <= high:
-        raise _BadRow(f"score {label} is outside {low:g} to {high:g}", "Correct it, or data.range")
-    return _text(row, _number(label))
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _is_number(value: Any) -> bool:
-    return math.isfinite(_number(value))
-
-
-def _tagged(row: _Row, task: Task, labels: Labels) -> Tagged:
+def _tags(row: _Row, task: Task, labels: Labels) -> Tagged:
     tags = _tag_names(row)
-    if tags and task.scheme == "iob1":
-        tags = _bio(tags)
+    if tags and task.scheme == "iob1":  # where B- only parts an entity from one of its type right before it
+        before = ["O", *tags]
+        tags = [f"B-{t[2:]}" if t[0] == "I" and b[2:] != t[2:] else t for b, t in zip(before, tags, strict=False)]
     numbers = None if tags is None else [_index(tag, labels, row.data) for tag in tags]
-    return Tagged(row.where, row.id, row.texts("tokens"), numbers)
+    return Tagged(row.id, row.texts("tokens"), numbers)
 
 
 def _tag_names(row: _Row) -> list[str] | None:
@@ -243,12 +222,6 @@ def _tag_names(row: _Row) -> list[str] | None:
     return tags
 
 
-def _bio(tags: list[str]) -> list[str]:
-    """IOB1, where B- only parts an entity from one of its type right before it, as BIO: every entity begins with B-."""
-    before = ["O", *tags]
-    return [f"B-{t[2:]}" if t[0] == "I" and b[2:] != t[2:] else t for b, t in zip(before, tags, strict=False)]
-
-
 def _choice(row: _Row, task: Task, labels: Labels) -> Choice:
     columns = row.data.columns
     start = f"{row.cell('start') or ''} ".lstrip() if columns.start else ""
@@ -256,7 +229,7 @@ def _choice(row: _Row, task: Task, labels: Labels) -> Choice:
     label = row.label("label")
     if label is not None and _name(label) not in map(str, range(len(endings))):
         raise _BadRow(f"label {label!r:.40} is no ending's number, 0 to {len(endings) - 1}", "Correct the row")
-    return Choice(row.where, row.id, row.text("prompt"), endings, None if label is None else int(_name(label)))
+    return Choice(row.id, row.text("prompt"), endings, None if label is None else int(_name(label)))
 
 
 def _question(row: _Row, task: Task, labels: Labels) -> Question:
@@ -270,8 +243,7 @@ def _question(row: _Row, task: Task, labels: Labels) -> Question:
             elsewhere = f", but at {context.find(text)}" if text and text in context else ""
             what = f"answer {text!r:.60} is not at answer_start={start}, where {stands!r:.60} stands{elsewhere}"
             raise _BadRow(what, "Count answer_start in characters of the context, from 0")
-    impossible = None if value is None else not answers
-    return Question(row.where, row.id, row.text("question"), context, answers, impossible)
+    return Question(row.id, row.text("question"), context, answers)
 
 
 def _answers(value: Any) -> tuple[tuple[str, int], ...]:
@@ -289,10 +261,11 @@ def _answers(value: Any) -> tuple[tuple[str, int], ...]:
     return pairs
 
 
-_EXAMPLE: dict[str, Callable[[_Row, Task, Labels], Example]] = {
-    "classify": _classified,
-    "regress": _scored,
-    "tag": _tagged,
+_Make = Callable[[_Row, Task, Labels], Example]
+_MAKE: dict[str, _Make] = {
+    "classify": _text,
+    "regress": _text,
+    "tag": _tags,
     "span_qa": _question,
     "choose": _choice,
 }

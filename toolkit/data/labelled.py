@@ -2,64 +2,108 @@
 
     prepared = prepare(config, encode)        # encode(tokenizer, examples) yields Samples
     read(config, "eval", prepared.facts["labels"])    # its examples
+    data = Encoded(prepared.path / "train", pad_id=0)
+    data[keyed(0, np.array([3, 5, -1]))]    # tensors; -1 is an empty sample that nothing counts
 
 Every split is read and checked before training starts, so a bad row ends a run at once.
+A sample is one sequence, or as many as it has choices. Arrays are memory-mapped: ranks of a host share them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.schema import Data, RunConfig, Tokenizer
-from toolkit.data import encoded, examples, tables
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.config.schema import RunConfig, Tokenizer
+from toolkit.data import examples, prepared, tables
 from toolkit.data import tokenizer as tokenizers
-from toolkit.data.arrays import Ragged
-from toolkit.data.cache import fingerprint
-from toolkit.data.chunks import held_out
-from toolkit.data.prepared import SPLIT_SEED, Prepared, finish, made, role, splits, with_weights
+from toolkit.data.batch import IGNORED, Batch, padded, tensors
+from toolkit.data.corpus import held_out
+from toolkit.data.order import Indices, Keys
+from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWriter
 from toolkit.data.sources import Problems
 from toolkit.errors import DataError
 
-Encode = Callable[[Any, list[Any]], Iterator[encoded.Sample]]
 READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length"}
 TASK = {"kind", "scheme", "stride", "max_question", "null_answers"}
+WAY_OUT = "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
+MULTIPLE = 8  # of which widths are: what tensor cores like
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``sequences`` (ids, types) of one sample; ``labels`` one number, or one per token of its only sequence."""
+
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
+    labels: Sequence[float]
+
+
+Encode = Callable[[Any, list[Any]], Iterator[Sample]]
 
 
 def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) -> Prepared:
     """Read, check and tokenise all splits, or find them in the cache. Raises DataError naming file and row."""
     data = config.data
-    sources = [[name, tables.identity(at, data, tables.HUB_SPLIT[role(name)])] for name, at in _sources(data).items()]
+    sources = [[name, tables.identity(place, data, name)] for name, place in prepared.splits(data, WAY_OUT).items()]
     chosen = data.model_dump(mode="json", include=READING), config.task.model_dump(mode="json", include=TASK)
-    tokenizer = with_weights(config)
-    key = fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
-    return Prepared(made(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels)))
+    tokenizer = prepared.with_weights(config)
+    key = prepared.fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
+    path = prepared.build(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels))
+    return Prepared(path)
 
 
-def _sources(data: Data) -> dict[str, str]:
-    return splits(
-        data, "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
-    )
+def read(config: RunConfig, split: str, labels: examples.Labels, problems: Problems | None = None) -> list[Any]:
+    """The examples of a split as they are now; without data.eval a share of the training rows is held out."""
+    data = config.data
+    source = prepared.splits(data, WAY_OUT).get(split)
+    place = (source, split) if source else (str(data.train), "train")
+    found: list[Any] = examples.read(*place, data, config.task, labels, problems)
+    if data.eval or prepared.role(split) == "test" or not data.holdout:
+        return found
+    held = held_out(len(found), data.holdout, SPLIT_SEED, "mlm")
+    return [example for example, out in zip(found, held, strict=True) if out == (split == "eval")]
 
 
 def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, float_labels: bool) -> None:
-    data = config.data
-    labels = examples.find_labels(tables.rows(str(data.train), data, "train"), data, config.task.kind)
+    data, sources = config.data, prepared.splits(config.data, WAY_OUT)
+    labels = examples.find_labels(tables.rows(sources["train"], data, "train"), data, config.task.kind)
     tokenizer = tokenizers.create(chosen, lambda: _texts(read(config, "train", labels)))
     tokenizer.save_pretrained(folder / "tokenizer")
     counts: dict[str, dict[str, int]] = {}
     first: dict[str, list[str]] = {}
-    for name in [*_sources(data)] + ([] if data.eval or not data.holdout else ["eval"]):
+    for name in [*sources] + ([] if data.eval or not data.holdout else ["eval"]):
         problems = Problems(data.on_error)
         rows = read(config, name, labels, problems)
         if not rows:
-            place = _sources(data).get(name, data.train)
+            place = sources.get(name, data.train)
             raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
-        encoded.write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
-        counts[name] = _counts(folder / name, len(rows), data.max_length) | {"skipped": problems.skipped}
+        write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
+        lengths = Ragged(folder / name / "sequences").lengths
+        counts[name] = {
+            "rows": len(rows),
+            "sequences": len(lengths),
+            "tokens": int(lengths.sum()),
+            "at_max_length": int((lengths == data.max_length).sum()),  # which most likely were cut
+            "skipped": problems.skipped,
+        }
         first |= {name: problems.first} if problems.first else {}
     known = {"labels": labels, "vocab_size": tokenizers.vocab_size(tokenizer), "pad_id": tokenizer.pad_token_id}
     found = known | {"splits": counts, "first_skipped": first}
-    finish(folder, found, splits=counts, notes=_told(counts, first), **known)
+    prepared.finish(folder, found, splits=counts, notes=_told(counts, first), **known)
+
+
+def _texts(rows: list[Any]) -> Iterator[str]:
+    """Every text of the examples, for a tokenizer to be trained on."""
+    for row in rows:
+        for name, value in vars(row).items():
+            if isinstance(value, str) and name != "id":
+                yield value
+            elif name in ("words", "endings"):
+                yield " ".join(value)
 
 
 def _told(counts: dict[str, dict[str, int]], first_skipped: dict[str, list[str]]) -> Iterator[str]:
@@ -71,37 +115,70 @@ def _told(counts: dict[str, dict[str, int]], first_skipped: dict[str, list[str]]
         yield from (f"{name}: skipped {message}" for message in messages)
 
 
-def _counts(folder: Path, rows: int, max_length: int) -> dict[str, int]:
-    """Rows, sequences, tokens, and the sequences that fill data.max_length, which most likely were cut."""
-    lengths = Ragged(folder / "sequences").lengths
-    return {
-        "rows": rows,
-        "sequences": len(lengths),
-        "tokens": int(lengths.sum()),
-        "at_max_length": int((lengths == max_length).sum()),
-    }
+def write(folder: Path, samples: Iterator[Sample], *, float_labels: bool = False) -> None:
+    """Write the samples: their sequences a row each, their labels a row for each sample."""
+    folder.mkdir(parents=True)
+    sequences = RaggedWriter(folder / "sequences", ids=np.int32, types=np.int8)
+    labels = RaggedWriter(folder / "labels", value=np.float32 if float_labels else np.int32)
+    for sample in samples:
+        for ids, types in sample.sequences:
+            sequences.append(ids=ids, types=types)
+        labels.append(value=sample.labels)
+    sequences.seal()
+    labels.seal()
 
 
-def read(config: RunConfig, split: str, labels: examples.Labels, problems: Problems | None = None) -> list[Any]:
-    """The examples of a split as they are now; without data.eval a share of the training rows is held out."""
-    data = config.data
-    source = _sources(data).get(split)
-    reading = tables.HUB_SPLIT[role(split)] if source else "train"
-    problems = problems or Problems(data.on_error)
-    found: list[Any] = examples.read(
-        source or str(data.train), data, config.task, reading, labels, labelled=role(split) != "test", problems=problems
-    )
-    if data.eval or role(split) == "test" or not data.holdout:
-        return found
-    held = held_out(len(found), data.holdout, SPLIT_SEED, "mlm")
-    return [example for example, out in zip(found, held, strict=True) if out == (split == "eval")]
+@dataclass(frozen=True)
+class Encoded(Mapped):
+    """One split, padded no further than needed. ``choices`` sequences a sample (1 for all tasks but multiple choice);
+    labels ``per_token`` or not. With ``width`` all batches have one shape, for a pipeline."""
 
+    folder: Path
+    pad_id: int
+    choices: int = 1
+    per_token: bool = False
+    width: int | None = None
 
-def _texts(rows: list[Any]) -> Iterator[str]:
-    """Every text of the examples, for a tokenizer to be trained on."""
-    for row in rows:
-        for name, value in vars(row).items():
-            if isinstance(value, str) and name not in ("where", "id"):
-                yield value
-            elif name in ("words", "endings"):
-                yield " ".join(value)
+    @property
+    def full(self) -> bool:
+        return self.width is not None
+
+    @cached_property
+    def sequences(self) -> Ragged:
+        return Ragged(self.folder / "sequences")
+
+    @cached_property
+    def labels(self) -> Ragged:
+        return Ragged(self.folder / "labels")
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample's longest sequence, int64 [samples]."""
+        lengths: NDArray[np.int64] = self.sequences.lengths.reshape(-1, self.choices).max(1)
+        return lengths
+
+    def __getitem__(self, keys: Keys) -> Batch:
+        """``input_ids``, ``attention_mask``, ``token_type_ids`` int64 [samples, length] (of choices: [samples, choices,
+        length]), ``labels`` [samples], [samples, labels] or [samples, length], ``index`` [samples]. What has no label
+        is -100, or NaN where labels are floats."""
+        indices = keys[:, 1]
+        longest = int(self.lengths[indices[indices >= 0]].max(initial=1))
+        width = self.width or -(-longest // MULTIPLE) * MULTIPLE
+        sequences = (indices[:, None] * self.choices + np.arange(self.choices)).ravel()  # negative: of an empty sample
+        ids, types = (self._rows(self.sequences, name, sequences) for name in ("ids", "types"))
+        arrays = {
+            "input_ids": padded(ids, self.pad_id, width),
+            "attention_mask": padded([np.ones(len(some) or 1) for some in ids], 0, width),  # over nothing is no number
+            "token_type_ids": padded(types, 0, width),
+        }
+        if self.choices > 1:
+            arrays = {name: array.reshape(len(indices), self.choices, width) for name, array in arrays.items()}
+        floats = self.labels.columns["value"].dtype.kind == "f"
+        number = width if self.per_token else int(self.labels.ends[1])
+        labels = padded(self._rows(self.labels, "value", indices), np.nan if floats else IGNORED, number)
+        if floats:
+            labels = labels.astype(np.float32)
+        return tensors(**arrays, labels=labels[:, 0] if number == 1 else labels, index=indices)
+
+    def _rows(self, of: Ragged, name: str, numbers: Indices) -> list[NDArray[Any]]:
+        return [of.row(name, number) if number >= 0 else of.columns[name][:0] for number in numbers.tolist()]

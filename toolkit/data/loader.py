@@ -24,21 +24,14 @@ from toolkit.job.workers import begin
 
 
 class Dataset(Protocol):
-    """Samples of which the loader asks for some at a time; workers get it pickled."""
+    """Micro-batches of samples by their keys; workers get it pickled. ``full``: all have one shape, empty samples fill
+    them up. ``lengths``: tokens of each sample, int64 [samples]."""
 
     @property
-    def full(self) -> bool:
-        """Whether micro-batches have one shape: empty samples fill them up."""
-        ...
-
+    def full(self) -> bool: ...
     @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sample, int64 [samples]."""
-        ...
-
-    def __getitem__(self, keys: Keys) -> Batch:
-        """A micro-batch of the samples of these keys."""
-        ...
+    def lengths(self) -> NDArray[np.int64]: ...
+    def __getitem__(self, keys: Keys) -> Batch: ...
 
 
 def train_batches(
@@ -51,23 +44,17 @@ def train_batches(
 
 
 def eval_batches(dataset: Dataset, split: Split, *, limit: int | None = None) -> Iterator[Batch]:
-    """Each of the first ``limit`` samples (None: all) once over all ranks, equally many batches on each.
-
-    The last batches are filled up with empty samples, so sums over ranks count nothing twice.
-    """
+    """Each of the first ``limit`` samples (None: all) once over all ranks, equally many batches on each. The last
+    batches are filled up with empty samples, so sums over ranks count nothing twice."""
     return _loaded(dataset, split.held_out(dataset.lengths[:limit], split.micro_size if dataset.full else 1), 0)
 
 
 def _loaded(dataset: Dataset, keys: Iterable[Keys], workers: int) -> Iterator[Batch]:
-    parallel: dict[str, Any] = {
-        "num_workers": workers,
-        "persistent_workers": True,
-        "prefetch_factor": 4,
-        "worker_init_fn": partial(_begin_worker, os.getpid()),
-        "multiprocessing_context": "forkserver",
-    }
+    parallel: dict[str, Any] = {}
     if workers:
         begin()
+        parallel = {"num_workers": workers, "persistent_workers": True, "prefetch_factor": 4}
+        parallel |= {"multiprocessing_context": "forkserver", "worker_init_fn": partial(_begin_worker, os.getpid())}
     return iter(
         DataLoader(
             dataset,  # type: ignore[arg-type]
@@ -75,7 +62,7 @@ def _loaded(dataset: Dataset, keys: Iterable[Keys], workers: int) -> Iterator[Ba
             sampler=keys,
             pin_memory=cuda.is_available(),
             generator=Generator(),  # else the loader draws from the global one, which a resume restores
-            **parallel if workers else {},
+            **parallel,
         )
     )
 

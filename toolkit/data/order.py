@@ -4,48 +4,86 @@
     split = Split(global_size=32, micro_size=4, rank=0, world=2)
     for step in order.from_sample(0): ...                     # the keys of each step's samples, for ever
     split.micro_batches(step)                                 # those of this rank's micro-batches
+    uniform(mix(seed, salt, index))                           # many random choices at once, each in [0, 1)
+    generator(seed, split, epoch, index)                      # a numpy Generator for one sample
 
-A key is (epoch, index of a sample); index -1 is an empty sample, which nothing counts. Everything is a function of
-(seed, epoch), so resuming is starting at another place. What that place depends on besides, ``rests_on`` says:
-checkpoints keep it, and none is gone on with where it differs.
+A key is (epoch, index of a sample); index -1 is an empty sample, which nothing counts. Random choices are functions of
+whole numbers without a state, so any rank or worker draws the same, and resuming is starting at another place. What
+that place depends on besides, ``rests_on`` says: checkpoints keep it, and none is gone on with where it differs.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.data.draws import Shuffle
-
 POOL = 64  # batches' worth of shuffled samples that are sorted by length together
+U64 = NDArray[np.uint64]
 Indices = NDArray[np.int64]
 Keys = NDArray[np.int64]  # [samples, 2]: epoch, index
 
 
-class Order(Protocol):
-    """What the three have in common: what their places depend on, the steps of so many passes over the data, and the
-    samples of each step after those that took ``start`` samples, ``batch.global_size`` each."""
+def mix(*parts: int | U64) -> U64:
+    """Hash the parts, broadcast against each other, to 64 bits (SplitMix64, Steele et al. 2014)."""
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        state = state ^ np.asarray(part, np.uint64)
+        state = state + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
 
-    @property
-    def rests_on(self) -> dict[str, Any]: ...
-    def steps(self, epochs: float) -> int: ...
-    def from_sample(self, start: int) -> Iterator[Keys]: ...
+
+def uniform(bits: U64) -> NDArray[np.float64]:
+    """The upper 53 bits as floats in [0, 1)."""
+    return np.asarray((bits >> np.uint64(11)) * 2.0**-53, np.float64)
+
+
+def generator(seed: int, split: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one sample; seed < 2^32, epoch < 2^24 and index < 2^40 give distinct keys."""
+    key = np.array([seed | split << 32, epoch << 40 | index], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def shuffled(n: int, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The images of ``positions`` under a permutation of ``range(n)`` for one seed and epoch, in O(1) memory. A
+    four-round Feistel network permutes the next power of two; values outside the range walk on along their cycle until
+    they fall inside (Black and Rogaway 2002), fewer than two steps on average."""
+    bits = (n - 1).bit_length()
+    keys = mix(seed, epoch, np.arange(4, dtype=np.uint64))
+    widths = np.array([bits // 2, bits - bits // 2], np.uint64)
+    masks = (np.uint64(1) << widths) - np.uint64(1)
+
+    def permuted(values: U64) -> U64:
+        left, right = values >> widths[1], values & masks[1]
+        for number in range(4):  # the halves swap sizes each round and are back after an even number
+            left, right = right, left ^ (mix(keys[number], right) & masks[number % 2])
+        return np.asarray(left << widths[1] | right)
+
+    values = permuted(np.asarray(positions, np.uint64))
+    while (outside := values >= n).any():
+        values[outside] = permuted(values[outside])
+    return values.astype(np.int64)
 
 
 def keyed(epoch: int, indices: Indices) -> Keys:
     return np.stack([np.full_like(indices, epoch), indices], 1)
 
 
+def filled(keys: Keys, size: int) -> Keys:
+    """With empty samples up to ``size``."""
+    return np.concatenate([keys, np.full((max(0, size - len(keys)), 2), [0, -1])])
+
+
 @dataclass(frozen=True)
 class Stream:
     """Every sample once an epoch, and no end between epochs: a step takes ``size`` samples, of two epochs perhaps.
-
-    Position p is sample ``Shuffle(n, seed, epoch)(p % n)`` of epoch ``p // n``, whatever the steps' size.
-    """
+    Position p is sample ``shuffled(n, seed, epoch, p % n)`` of epoch ``p // n``, whatever the steps' size."""
 
     n: int
     seed: int
@@ -64,45 +102,32 @@ class Stream:
     def keys(self, start: int, number: int) -> Keys:
         """Those at positions ``start`` to ``start + number``."""
         epochs, positions = np.divmod(np.arange(start, start + number), self.n)
-        orders = (
-            keyed(epoch, Shuffle(self.n, self.seed, epoch)(positions[epochs == epoch]))
-            for epoch in np.unique(epochs).tolist()
-        )
-        return np.concatenate(list(orders))
+        parts = []
+        for epoch in np.unique(epochs).tolist():
+            parts.append(keyed(epoch, shuffled(self.n, self.seed, epoch, positions[epochs == epoch])))
+        return np.concatenate(parts)
 
 
-@dataclass(frozen=True)
-class Rounds:
+class Rounds(Stream):
     """As a :class:`Stream`, but that an epoch's last step takes what is left of it, and no more."""
-
-    n: int
-    seed: int
-    size: int
 
     @property
     def rests_on(self) -> dict[str, Any]:
         return {"seed": self.seed, "batch.global_size": self.size, "training samples": self.n}
 
-    @property
-    def per_epoch(self) -> int:
-        return -(-self.n // self.size)
-
     def steps(self, epochs: float) -> int:
-        return max(1, round(epochs * self.per_epoch))
+        return max(1, round(epochs * -(-self.n // self.size)))
 
     def from_sample(self, start: int) -> Iterator[Keys]:
         for step in count(start // self.size):
-            epoch, number = divmod(step, self.per_epoch)
+            epoch, number = divmod(step, -(-self.n // self.size))
             first = number * self.size
-            positions = np.arange(first, min(first + self.size, self.n))
-            yield keyed(epoch, Shuffle(self.n, self.seed, epoch)(positions))
+            yield self.keys(epoch * self.n + first, min(self.size, self.n - first))
 
 
 class Grouped:
-    """Steps of samples of like length: ``size``, or as many as fit in ``tokens``, each as long as the longest.
-
-    An epoch takes each sample once; its last batch is as small as what is left.
-    """
+    """Steps of samples of like length: ``size``, or as many as fit in ``tokens``, each as long as the longest. An epoch
+    takes each sample once; its last batch is as small as what is left."""
 
     def __init__(
         self, lengths: NDArray[np.int64], seed: int, *, size: int, tokens: int | None = None, grouped: bool = True
@@ -122,7 +147,7 @@ class Grouped:
 
     def _epoch(self, epoch: int) -> list[Indices]:
         n = len(self.lengths)
-        order = Shuffle(n, self.seed, epoch)(np.arange(n))
+        order = shuffled(n, self.seed, epoch, np.arange(n))
         if not self.grouped:
             return self._cut(order)
         pool = POOL * (self.size if self.tokens is None else max(1, self.tokens // max(1, int(self.lengths.mean()))))
@@ -133,7 +158,8 @@ class Grouped:
         # The longest first: what does not fit into memory fails at once. The others in any order.
         longest = max(range(len(batches)), key=lambda i: int(self.lengths[batches[i]].max()) * len(batches[i]))
         first = batches.pop(longest)
-        return [first, *(batches[i] for i in Shuffle(len(batches), self.seed + 1, epoch)(np.arange(len(batches))))]
+        rest = shuffled(len(batches), self.seed + 1, epoch, np.arange(len(batches)))
+        return [first, *(batches[i] for i in rest)]
 
     def _cut(self, order: Indices) -> list[Indices]:
         if self.tokens is None:
@@ -159,6 +185,9 @@ class Grouped:
             step = max(0, step - len(batches))
 
 
+Order = Stream | Grouped  # or Rounds: what places depend on, steps of so many epochs, their samples from a place on
+
+
 @dataclass(frozen=True)
 class Split:
     """How a global batch is divided: this rank's micro-batches of each, over all copies of the model."""
@@ -169,10 +198,8 @@ class Split:
     world: int
 
     def micro_batches(self, step: Keys, least: int = 1) -> Iterator[Keys]:
-        """This rank's micro-batches of one step: neighbours, almost equally many, none without a sample.
-
-        Sorted by length, neighbours need little padding. ``least``: empty samples fill them up to so many.
-        """
+        """This rank's micro-batches of one step: neighbours, almost equally many, none without a sample. Sorted by
+        length, neighbours need little padding. ``least``: empty samples fill them up to so many."""
         parts = self.global_size // self.micro_size
         for part in range(self.rank, parts, self.world):
             yield filled(np.array_split(step, parts)[part], least)
@@ -183,8 +210,3 @@ class Split:
         for start in range(0, len(indices), self.micro_size * self.world):
             low = start + self.rank * self.micro_size
             yield filled(keyed(0, indices[low : low + self.micro_size]), least)
-
-
-def filled(keys: Keys, size: int) -> Keys:
-    """With empty samples up to ``size``."""
-    return np.concatenate([keys, np.full((max(0, size - len(keys)), 2), [0, -1])])

@@ -1,157 +1,223 @@
 """Sentence pairs for translation: read, counted, tokenised once, then mapped into memory.
 
-prepared = prepare(config)                    # the second time it finds everything in the cache
-Translations(prepared.path / "train", …)      # translations.py
+    prepared = prepare(config)                    # the second time it finds everything in the cache
+    data = Translations(prepared.path / "train", pad=0, start=0)
+    data.source(7)                                # token ids, special tokens included
+
+With ``task.source=de task.target=en`` and ``data.train=corpus/train`` this reads ``corpus/train.de[.gz]`` and
+``corpus/train.en[.gz]``, aligned line by line; what is not the beginning of such names is a table, and
+data.columns.source and .target are its columns.
 """
 
+import gzip
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from toolkit.config.schema import Data, RunConfig
-from toolkit.data import aligned, subwords
+from toolkit.config.schema import Data, RunConfig, Task
+from toolkit.data import prepared, tables
 from toolkit.data import tokenizer as tokenizers
-from toolkit.data.aligned import SIDES, Pair
-from toolkit.data.arrays import RaggedWriter
-from toolkit.data.cache import fingerprint
-from toolkit.data.draws import mix, uniform
-from toolkit.data.prepared import SPLIT_SEED, Prepared, finish, made, role, splits, with_weights
+from toolkit.data.batch import IGNORED, Batch, padded, tensors
+from toolkit.data.order import Keys, mix, uniform
+from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWriter
+from toolkit.data.sources import stamps
 from toolkit.errors import DataError
 
+SIDES = ("source", "target")
 HELD_OUT = 0x7061  # salt of the choice of held-out pairs
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Read and tokenise all pairs, or find them in the cache. Raises DataError."""
-    config = config.model_copy(update={"tokenizer": with_weights(config)})
-    data = config.data
-    places = _places(data)
-    key = fingerprint(
-        [[name, place, aligned.identity(place, role(name), data, config.task)] for name, place in places.items()],
-        data.columns.model_dump(include=set(SIDES)),
-        [data.header, data.format, data.on_error, data.max_length, data.holdout if _holds_out(places, data) else None],
-        [config.task.source, config.task.target, config.task.prefix],
-        [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
-    )
-    return Prepared(made(data, f"parallel-{key}", lambda folder: _write(folder, config, places)))
-
-
-def _places(data: Data) -> dict[str, str]:
-    """Where each split is."""
-    return splits(
+    config = config.model_copy(update={"tokenizer": prepared.with_weights(config)})
+    data, task = config.data, config.task
+    places = prepared.splits(
         data, "data.train=corpus/train for corpus/train.de.gz and corpus/train.en.gz, or name a table of sentence pairs"
     )
+    holdout = 0.0 if "eval" in map(prepared.role, places) else data.holdout
+    key = prepared.fingerprint(
+        [[name, place, _identity(place, prepared.role(name), data, task)] for name, place in places.items()],
+        data.columns.model_dump(include=set(SIDES)),
+        [data.header, data.format, data.on_error, data.max_length, holdout or None],
+        [task.source, task.target, task.prefix],
+        [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
+    )
+    return Prepared(prepared.build(data, f"parallel-{key}", lambda folder: _write(folder, config, places, holdout)))
 
 
-def _holds_out(places: dict[str, str], data: Data) -> bool:
-    """Without data.eval a share of the training pairs is kept apart."""
-    return data.holdout > 0 and "eval" not in map(role, places)
+@dataclass(frozen=True)
+class Pair:
+    """A sentence, its translation, and where they were read."""
+
+    source: str
+    target: str
+    where: str
 
 
-def _write(folder: Path, config: RunConfig, places: dict[str, str]) -> None:
+def pairs(place: str, split: str, data: Data, task: Task) -> Iterator[Pair]:
+    """Every pair of ``place``, in order, stripped of white space at the ends; of two files, lines of the same number.
+    Raises DataError."""
+    sides = _sides(place, split, task)
+    if sides is None:
+        for where, row in tables.rows(place, data, split):
+            yield Pair(_cell(row, data.columns.source, where), _cell(row, data.columns.target, where), where)
+        return
+    source, target = sides
+    counts = [0, 0]
+    for a, b in zip_longest(_lines(source), _lines(target)):
+        counts = [counts[0] + (a is not None), counts[1] + (b is not None)]
+        if a is not None and b is not None:
+            yield Pair(a.strip(), b.strip(), f"{source}:{counts[0]}")
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"data.{split}: {source} has {counts[0]:,} lines, {target} {counts[1]:,}. Line by line they are to be "
+            "translations of each other: align them."
+        )
+
+
+def _identity(place: str, split: str, data: Data, task: Task) -> list[Any]:
+    """What stands for the content of ``place`` in the cache."""
+    sides = _sides(place, split, task)
+    return stamps(sides) if sides else tables.identity(place, data, split)
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    """``translation.de`` is the entry ``de`` of the column ``translation``, as in the WMT sets of the hub."""
+    value: Any = row
+    for name in [column] if column in row else column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise DataError(
+                f"{where}: has no column {column!r}, only {', '.join(map(repr, row))}. Set data.columns.source and "
+                "data.columns.target."
+            )
+        value = value[name]
+    return str("" if value is None else value).strip()
+
+
+def _sides(place: str, split: str, task: Task) -> tuple[Path, Path] | None:
+    """The files of the two languages that begin with ``place``; None if it names a table."""
+    if place.startswith("None/"):  # what ${data.path}/… of an experiment is without data.path
+        raise DataError(f"data.path is not set, and data.{split}={place} begins with it. Name the folder of the files.")
+    sides = [Path(f"{place}.{language}").expanduser() for language in (task.source, task.target)]
+    found = {side: file for side in sides for file in (Path(f"{side}.gz"), side) if file.is_file()}
+    missing = [f"{side}[.gz]" for side in sides if side not in found]
+    if not missing:
+        return found[sides[0]], found[sides[1]]
+    path = Path(place).expanduser()
+    if not found and (path.exists() or path.suffix or place[0] not in "~./"):
+        return None  # a table, a glob of them, or a name of the hub
+    raise DataError(
+        f"data.{split}={place}: there is no {' and no '.join(missing)}. The two files are data.{split}, a dot and "
+        f"task.source={task.source} or task.target={task.target}."
+    )
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines end with a newline and nothing else: a form feed or U+2028 within one would shift all that follow."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: is not UTF-8 ({error.reason}). Convert the file.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}.") from error
+
+
+def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: float) -> None:
     data, task = config.data, config.task
-
-    def texts() -> Iterator[str]:
-        for pair in aligned.pairs(places["train"], "train", data, task):
-            yield pair.source
-            yield pair.target
-
-    tokenizer = subwords.create(config.tokenizer, texts)
+    training = partial(pairs, places["train"], "train", data, task)
+    tokenizer = tokenizers.create(config.tokenizer, lambda: (t for p in training() for t in (p.source, p.target)))
     tokenizer.save_pretrained(folder / "tokenizer")
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts
-    splits = [name for name in places if name != "train"]
-    hold = _holds_out(places, data)
-    writers = {name: _Writer(folder / name, tokenizer, config, name) for name in ["train", *(["eval"] * hold), *splits]}
-    for name, place in places.items():
-        for number, pair in enumerate(aligned.pairs(place, role(name), data, task)):
-            whole = pair.source and pair.target  # else it is dropped, and training counts what is
-            held = hold and name == "train" and whole and uniform(mix(SPLIT_SEED, HELD_OUT, number))[0] < data.holdout
-            writers["eval" if held else name].add(pair)
-    audit = {name: writer.close() for name, writer in writers.items()}
+    audit = {}
+    for name in ["train", *(["eval"] if holdout else []), *list(places)[1:]]:
+        found = _share(name, places, holdout, data, task)
+        audit[name] = _write_split(folder / name, name, found, tokenizer, config)
     for name, counts in audit.items():
         if not counts["kept"]:
             way_out = "" if name in places else " Raise data.holdout, or name data.eval."
-            raise DataError(
-                f"{name}: no pair is left of {places.get(name, places['train'])}: {_told(counts)}.{way_out}"
-            )
+            place = places.get(name, places["train"])
+            raise DataError(f"{name}: no pair is left of {place}: {_told(counts)}.{way_out}")
     size = tokenizers.vocab_size(tokenizer)
-    found = {"splits": audit, "vocabulary": {"model": config.tokenizer.model, "size": size}}
+    told = {"splits": audit, "vocabulary": {"model": config.tokenizer.model, "size": size}}
     notes = [f"{name}: {_told(counts)}" for name, counts in audit.items()]
-    finish(folder, found, vocab_size=size, splits=list(audit), notes=notes)
+    prepared.finish(folder, told, vocab_size=size, splits=audit, notes=notes)
 
 
-class _Writer:
-    """One split: pairs in, token ids and counts out."""
+def _share(name: str, places: dict[str, str], holdout: float, data: Data, task: Task) -> Iterator[Pair]:
+    """The pairs of a split; with ``holdout`` train and eval share the place of the first."""
+    found = pairs(places.get(name, places["train"]), prepared.role(name) if name in places else "train", data, task)
+    if not holdout or name not in ("train", "eval"):
+        return found
 
-    def __init__(self, folder: Path, tokenizer: Any, config: RunConfig, name: str) -> None:
-        folder.mkdir()
-        self.folder, self.tokenizer, self.name = folder, tokenizer, name
-        self.training, self.task, self.longest = name == "train", config.task, config.data.max_length
-        dtype = np.uint16 if tokenizers.vocab_size(tokenizer) <= 2**16 else np.uint32
-        self.sides = {side: RaggedWriter(folder / side, id=dtype) for side in SIDES}
-        self.counts: Counter[str] = Counter()
-        self.ratios: list[float] = []
-        self.texts: list[tuple[str, str]] = []
-        self.waiting: list[Pair] = []
+    def held(number: int, pair: Pair) -> bool:
+        whole = bool(pair.source and pair.target)  # else it is dropped, and training counts what is
+        return whole and bool(uniform(mix(SPLIT_SEED, HELD_OUT, number))[0] < holdout)
 
-    def add(self, pair: Pair) -> None:
-        self.counts["read"] += 1
+    return (pair for number, pair in enumerate(found) if held(number, pair) == (name == "eval"))
+
+
+def _filled(found: Iterator[Pair], name: str, counts: Counter[str]) -> Iterator[Pair]:
+    """The pairs that have two sides, or need none: an empty source is translated, too."""
+    for pair in found:
+        counts["read"] += 1
         empty = [side for side in SIDES if not getattr(pair, side)]
         if empty:
-            self.counts["empty_" + ("both" if len(empty) == 2 else empty[0])] += 1
-            if self.training:
-                return
-            if "target" in empty:
-                raise DataError(
-                    f"{pair.where}: an empty reference in data.{self.name}. Correct it, or take the pair out."
-                )
-        self.waiting.append(pair)
-        if len(self.waiting) == 1000:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self.waiting:
-            return
-        sources = self.tokenizer([self.task.prefix + pair.source for pair in self.waiting])["input_ids"]
-        targets = self.tokenizer(text_target=[pair.target for pair in self.waiting])["input_ids"]
-        for pair, *both in zip(self.waiting, sources, targets, strict=True):
-            long = [side for side, ids in zip(SIDES, both, strict=True) if len(ids) > self.longest]
-            if self.training and long:
-                self.counts["too_long"] += 1
+            counts["empty_" + ("both" if len(empty) == 2 else empty[0])] += 1
+            if name == "train":
                 continue
-            for side in long:
-                self.counts[f"cut_{side}"] += 1
-            self._keep(pair, dict(zip(SIDES, both, strict=True)))
-        self.waiting = []
+            if "target" in empty:
+                raise DataError(f"{pair.where}: an empty reference in data.{name}. Correct it, or take the pair out.")
+        yield pair
 
-    def _keep(self, pair: Pair, ids: dict[str, list[int]]) -> None:
-        self.counts["kept"] += 1
-        unknown = self.tokenizer.unk_token_id
-        for side, whole in ids.items():
-            some = whole if len(whole) <= self.longest else [*whole[: self.longest - 1], whole[-1]]  # the last is </s>
-            self.sides[side].append(id=some)
-            self.counts[f"{side}_tokens"] += len(some)
-            self.counts[f"{side}_unknown"] += some.count(unknown)
-        self.ratios.append(len(ids["source"]) / len(ids["target"]))
-        if not self.training:
-            self.texts.append((pair.source, pair.target))
 
-    def close(self) -> dict[str, Any]:
-        """Seal the arrays. Returns the split's part of the audit."""
-        self._flush()
-        for writer in self.sides.values():
-            writer.seal()
-        (self.folder / "texts.json").write_text(json.dumps(self.texts, ensure_ascii=False))
-        names = ("read", "kept", "empty_source", "empty_target", "empty_both", "too_long", "cut_source", "cut_target")
-        tokens = (f"{side}_{what}" for side in SIDES for what in ("tokens", "unknown"))
-        ratios = np.quantile(self.ratios, [0.01, 0.5, 0.99]).tolist() if self.ratios else []
-        ratio = dict(zip(("percentile_1", "median", "percentile_99"), ratios, strict=False))
-        return {name: self.counts[name] for name in (*names, *tokens)} | {"source_to_target_length": ratio}
+def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any, config: RunConfig) -> dict[str, Any]:
+    """Write the token ids of both sides. Returns the split's part of the audit."""
+    folder.mkdir()
+    training, longest = name == "train", config.data.max_length
+    dtype = np.uint16 if tokenizers.vocab_size(tokenizer) <= 2**16 else np.uint32
+    writers = {side: RaggedWriter(folder / side, id=dtype) for side in SIDES}
+    counts: Counter[str] = Counter()
+    ratios: list[float] = []
+    texts: list[tuple[str, str]] = []
+    filled = _filled(found, name, counts)
+    while some := list(islice(filled, 1000)):
+        sources = tokenizer([config.task.prefix + pair.source for pair in some])["input_ids"]
+        targets = tokenizer(text_target=[pair.target for pair in some])["input_ids"]
+        for pair, *both in zip(some, sources, targets, strict=True):
+            long = [side for side, ids in zip(SIDES, both, strict=True) if len(ids) > longest]
+            if training and long:
+                counts["too_long"] += 1
+                continue
+            counts["kept"] += 1
+            for side, ids in zip(SIDES, both, strict=True):
+                counts[f"cut_{side}"] += side in long
+                kept = [*ids[: longest - 1], ids[-1]] if side in long else ids  # the last is </s>
+                writers[side].append(id=kept)
+                counts[f"{side}_tokens"] += len(kept)
+                counts[f"{side}_unknown"] += kept.count(tokenizer.unk_token_id)
+            ratios.append(len(both[0]) / len(both[1]))
+            texts += [] if training else [(pair.source, pair.target)]
+    for writer in writers.values():
+        writer.seal()
+    (folder / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
+    names = ("read", "kept", "empty_source", "empty_target", "empty_both", "too_long", "cut_source", "cut_target")
+    tokens = (f"{side}_{what}" for side in SIDES for what in ("tokens", "unknown"))
+    quantiles = np.quantile(ratios, [0.01, 0.5, 0.99]).tolist() if ratios else []
+    ratio = dict(zip(("percentile_1", "median", "percentile_99"), quantiles, strict=False))
+    return {name: counts[name] for name in (*names, *tokens)} | {"source_to_target_length": ratio}
 
 
 def _told(counts: dict[str, Any]) -> str:
@@ -163,3 +229,60 @@ def _told(counts: dict[str, Any]) -> str:
     }  # fmt: skip
     rest = [f"{counts[name]:,} {text}" for name, text in words.items() if counts[name]]
     return ", ".join([f"{counts['kept']:,} of {counts['read']:,} pairs", *rest])
+
+
+@dataclass(frozen=True)
+class Translations(Mapped):
+    """The pairs of train, eval or test, padded to the longest of a batch, or to ``width``."""
+
+    path: Path
+    pad: int
+    start: int  # what the decoder begins with
+    width: int = 0
+
+    full = False
+
+    def __len__(self) -> int:
+        return len(self._sides["source"])
+
+    @cached_property
+    def _sides(self) -> dict[str, Ragged]:
+        return {side: Ragged(self.path / side) for side in SIDES}
+
+    def source(self, index: int) -> NDArray[Any]:
+        return self._sides["source"].row("id", index)
+
+    def target(self, index: int) -> NDArray[Any]:
+        return self._sides["target"].row("id", index)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each pair's longer side."""
+        return np.maximum(*(self._sides[side].lengths for side in SIDES))
+
+    @cached_property
+    def texts(self) -> list[tuple[str, str]]:
+        """Sources and references as they were read; not kept for training pairs."""
+        return [tuple(pair) for pair in json.loads((self.path / "texts.json").read_text())]
+
+    def __getitem__(self, keys: Keys) -> Batch:
+        """``input_ids`` and ``attention_mask`` [pairs, source], ``decoder_input_ids`` and ``labels`` [pairs, target].
+        No pair at all becomes one whose labels count nothing: every rank has its forward."""
+        chosen = [index for index in keys[:, 1].tolist() if index >= 0]
+        sources, targets = ([side(i) for i in chosen or [0]] for side in (self.source, self.target))
+        # BERT's tokenizer begins a text with the [CLS] that the decoder is started with: it is not to be predicted.
+        targets = [ids[1:] if len(ids) and ids[0] == self.start else ids for ids in targets]
+        long, wide = (max(self.width, *map(len, rows), 1) for rows in (sources, targets))
+        labels = padded(targets, IGNORED, wide)
+        shifted = np.roll(labels, 1, axis=1)
+        shifted[:, 0] = self.start
+        mask = padded([np.ones(len(s)) for s in sources], 0, long)
+        if not chosen:
+            labels[:] = IGNORED
+            mask[:, 1:] = 0
+        return tensors(
+            input_ids=padded(sources, self.pad, long),
+            attention_mask=mask,
+            decoder_input_ids=np.where(shifted == IGNORED, self.pad, shifted),
+            labels=labels,
+        )

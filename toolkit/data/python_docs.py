@@ -14,16 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-SKIPPED = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "pydoc_data",
-    "lib2to3",
-    "__pycache__",
-}
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "lib2to3", "__pycache__"}
 BODIES = ("body", "handlers", "orelse", "finalbody", "cases")  # where statements lie within statements
 CODE = re.compile(r"::=|^\s*(>>>|\.\.\. |\$ |\.\. )|^\W+$|\s=\s.*\(|^[\s\w.]+\(.*\)( -> .*)?$", re.MULTILINE)
 ROLE = re.compile(r":[\w:]+:`[!~]?([^`<]+?)\s*(?:<[^>]*>)?`")
@@ -66,12 +57,8 @@ def _docstrings(path: Path) -> Iterator[str]:
 def _prose(text: str) -> list[str]:
     """The paragraphs that read as sentences: code, grammar, tables, signatures and headings are left out."""
     blocks = (textwrap.dedent(block) for block in re.split(r"\n\s*\n", text))
-    paragraphs = (_clean(block) for block in blocks if not CODE.search(block))
-    return [p for p in paragraphs if _reads_as_english(p)]
-
-
-def _clean(block: str) -> str:
-    return " ".join(MARKUP.sub("", ROLE.sub(r"\1", block)).split()).replace("::", ":")
+    plain = (MARKUP.sub("", ROLE.sub(r"\1", block)) for block in blocks if not CODE.search(block))
+    return [p for words in plain if _reads_as_english(p := " ".join(words.split()).replace("::", ":"))]
 
 
 def _reads_as_english(paragraph: str) -> bool:

@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from toolkit.config.schema import Data
 from toolkit.data import tables
 from toolkit.data.batch import Batch, tensors
-from toolkit.data.draws import Shuffle, mix, uniform
-from toolkit.data.order import Keys
+from toolkit.data.order import Keys, mix, shuffled, uniform
+from toolkit.data.prepared import SPLIT_SEED
 from toolkit.data.sources import Problems
 from toolkit.errors import DataError, nearest
 
 Floats = NDArray[np.float64]
 PLAIN = (".txt", ".dat", ".data")  # of whitespace between columns
-SPLIT_SEED = 0  # seeds of a run share what is held out
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Table:
     names: tuple[str, ...]
     target: str
     skipped: int = 0
-    first_skipped: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -48,11 +46,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Rows that are functions of (seed, row), so that any number of them takes no memory.
-
-    y = x·w + 1 + noise·e with w of -1, -1/2, -1/3, … of alternating sign; x uniform with variance 1, e Laplace
-    with variance 1: its tails are those that the mean absolute error is good for.
-    """
+    """Rows that are functions of (seed, row), so that any number of them takes no memory. y = x·w + 1 + noise·e with w
+    of -1, -1/2, -1/3, … of alternating sign; x uniform with variance 1, e Laplace with variance 1: its tails are those
+    that the mean absolute error is good for."""
 
     size: int
     width: int
@@ -84,7 +80,13 @@ def read(data: Data, seed: int) -> Table | Synthetic:
     _refuse_unused(data)
     if data.format == "synthetic":
         return Synthetic(data.rows, data.features, data.noise, seed)
-    return _diabetes(data) if data.path is None else _read(data)
+    if data.path is not None:
+        return _read(data, [data.path] if isinstance(data.path, str) else list(data.path))
+    from sklearn.datasets import load_diabetes
+
+    found: Any = load_diabetes()
+    names = (*found.feature_names, "progression")
+    return _chosen(np.column_stack([found.data, found.target]), names, data, "diabetes", 0)
 
 
 def _refuse_unused(data: Data) -> None:
@@ -101,39 +103,41 @@ def _refuse_unused(data: Data) -> None:
             )
 
 
-def _diabetes(data: Data) -> Table:
-    from sklearn.datasets import load_diabetes
-
-    found: Any = load_diabetes()
-    names = (*found.feature_names, "progression")
-    return _chosen(np.column_stack([found.data, found.target]), names, data, "diabetes", Problems())
-
-
-def _read(data: Data) -> Table:
+def _read(data: Data, places: list[str]) -> Table:
     problems = Problems(data.on_error)
-    places = [data.path] if isinstance(data.path, str) else list(data.path or ())
     names: tuple[str, ...] = ()
     numbers: list[list[float]] = []
     for place in places:
         columns = data.format is None and place.endswith(PLAIN)
         of = data.model_copy(update={"format": "columns"}) if columns else data
         for where, row in tables.rows(place, of, data.split, problems, key="data.path"):
-            found = tuple(row)
-            names = names or found
-            if found != names:
-                raise DataError(f"{where}: has the columns {', '.join(found)}, the rows before {', '.join(names)}.")
-            cells = {name: cell for name, cell in row.items() if name not in data.drop}
-            if (values := _numbers(where, cells, problems)) is not None:
-                numbers.append([values.get(name, 0.0) for name in names])
+            names = names or tuple(row)
+            if tuple(row) != names:
+                raise DataError(f"{where}: has the columns {', '.join(row)}, the rows before {', '.join(names)}.")
+            if (values := _numbers(where, row, data.drop, problems)) is not None:
+                numbers.append(values)
     if len(numbers) < 2:
         raise DataError(
             f"{places[0]}: {len(numbers)} rows of numbers: a regression takes two. Skipped: {problems.skipped}. "
             f"{' '.join(problems.first[:1])}"
         )
-    return _chosen(np.array(numbers), names, data, places[0], problems)
+    return _chosen(np.array(numbers), names, data, places[0], problems.skipped)
 
 
-def _chosen(array: Floats, names: tuple[str, ...], data: Data, place: str, problems: Problems) -> Table:
+def _numbers(where: str, row: dict[str, Any], drop: tuple[str, ...], problems: Problems) -> list[float] | None:
+    """The cells of a row, 0 for those that are dropped; None of a row that has a bad one."""
+    found = {name: 0.0 if name in drop else tables.number(cell) for name, cell in row.items()}
+    values = [value for value in found.values() if value is not None]
+    if len(values) == len(found):
+        return values
+    name = next(name for name, value in found.items() if value is None)
+    missing = row[name] is None or not str(row[name]).strip()
+    said = "is empty" if missing else f"{str(row[name])[:40]!r} is no number"
+    problems.found(f"{where}: column '{name}' {said}", f"Correct it, leave it out with data.drop=[{name}]")
+    return None
+
+
+def _chosen(array: Floats, names: tuple[str, ...], data: Data, place: str, skipped: int) -> Table:
     """Features and target of ``array`` [rows, columns], without what ``data.drop`` names."""
     if unknown := [name for name in data.drop if name not in names]:
         raise DataError(
@@ -143,29 +147,13 @@ def _chosen(array: Floats, names: tuple[str, ...], data: Data, place: str, probl
     if len(kept) < 2:
         raise DataError(f"{place}: {len(kept)} columns are no regression: it takes a feature and a target.")
     target = _target(data, names, kept, place)
+    columns = dict(zip(names, array.T, strict=True))
     for name in kept:
-        column = array[:, names.index(name)]
-        if np.ptp(column) == 0:
+        if np.ptp(columns[name]) == 0:
             way = "Choose another with data.target" if name == target else f"Leave it out with data.drop=[{name}]"
-            raise DataError(f"{place}: column '{name}' is {column[0]:g} in every row: it says nothing. {way}.")
+            raise DataError(f"{place}: column '{name}' is {columns[name][0]:g} in every row: it says nothing. {way}.")
     features = tuple(name for name in kept if name != target)
-    columns = array[:, [names.index(name) for name in features]]
-    return Table(columns, array[:, names.index(target)], features, target, problems.skipped, tuple(problems.first))
-
-
-def _numbers(where: str, cells: dict[str, Any], problems: Problems) -> dict[str, float] | None:
-    values = {}
-    for name, cell in cells.items():
-        try:
-            values[name] = float(cell)
-            if not np.isfinite(values[name]):
-                raise ValueError
-        except (TypeError, ValueError):
-            missing = cell is None or not str(cell).strip()
-            said = "is empty" if missing else f"{str(cell)[:40]!r} is no number"
-            problems.found(f"{where}: column '{name}' {said}", f"Correct it, leave it out with data.drop=[{name}]")
-            return None
-    return values
+    return Table(array[:, [names.index(name) for name in features]], columns[target], features, target, skipped)
 
 
 def _target(data: Data, names: tuple[str, ...], kept: list[str], place: str) -> str:
@@ -189,13 +177,12 @@ class Parts:
     """Which rows are trained on and which are held out: two parts of one fixed shuffle."""
 
     def __init__(self, size: int, share: float) -> None:
-        self.order = Shuffle(size, SPLIT_SEED, 0)
-        self.held_out = min(size - 1, round(size * share))
+        self.size, self.held_out = size, min(size - 1, round(size * share))
         self.train = size - self.held_out
 
     def rows(self, part: str, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows at ``positions`` of ``train`` or ``eval``."""
-        return self.order(positions + (self.train if part == "eval" else 0))
+        return shuffled(self.size, SPLIT_SEED, 0, positions + (self.train if part == "eval" else 0))
 
 
 @dataclass(frozen=True)
@@ -231,6 +218,6 @@ class Standardised:
         return tensors(**{name: array.astype(np.float32) for name, array in arrays.items()})
 
 
-def chunks(size: int, of: int = 65536) -> Iterator[NDArray[np.int64]]:
+def chunks(size: int, of: int) -> Iterator[NDArray[np.int64]]:
     """``arange(size)`` in pieces."""
     return (np.arange(start, min(start + of, size)) for start in range(0, size, of))

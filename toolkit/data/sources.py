@@ -1,7 +1,6 @@
-"""Where documents come from: text, JSON lines, parquet, the hub or Python's own documentation.
+"""Where text comes from: documents, and the files, lines, rows and data sets of the hub that tables are read from too.
 
-    for document in documents(config.data, Problems("raise")):
-        document.paragraphs, document.origin   # ['First paragraph.', …], 'books/a.txt:12'
+    for paragraphs in documents(config.data): ...    # ['First paragraph.', …]
 
 Everything streams; only one document is in memory at a time.
 """
@@ -14,20 +13,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import Data
-from toolkit.data import hub, python_docs
+from toolkit.data import python_docs
 from toolkit.errors import DataError, nearest
-
-
-@dataclass(frozen=True)
-class Document:
-    """The paragraphs of one document and where it starts."""
-
-    paragraphs: list[str]
-    origin: str  # file:line, file:row or name
 
 
 @dataclass
@@ -46,30 +38,6 @@ class Problems:
             self.first.append(message)
 
 
-def documents(data: Data, problems: Problems | None = None) -> Iterator[Document]:
-    """Every document of the configured sources, in a fixed order. Raises DataError on bad input."""
-    problems = problems or Problems(data.on_error)
-    if data.format == "python_docs":
-        yield from (Document(paragraphs, name) for name, paragraphs in python_docs.documents())
-    elif data.format == "hub":
-        for where, row in hub.rows(data, paths(data)):
-            yield from _row_document(row, data.column, where, problems)
-    else:
-        read = {"text": _text, "jsonl": _jsonl, "parquet": _parquet}.get(data.format or "")
-        if read is None:
-            raise DataError(f"data.format={data.format}: has no documents. Use python_docs, {', '.join(_WAYS)}.")
-        for file in files(data):
-            yield from read(file, data, problems)
-
-
-def paths(data: Data) -> list[str]:
-    """``data.path`` as a list. Raises DataError when there is none."""
-    if not data.path:
-        way_out = _WAYS.get(data.format or "", "")
-        raise DataError(f"data.path is not set, but data.format={data.format} reads from it. {way_out}")
-    return [data.path] if isinstance(data.path, str) else list(data.path)
-
-
 _FILES = "Set data.path to a file, a glob or a list of them"
 _WAYS = {
     "text": f"{_FILES}: data.path='books/*.txt'.",
@@ -79,12 +47,113 @@ _WAYS = {
 }
 
 
-def files(data: Data) -> list[Path]:
-    """The files that the globs match, sorted within each glob, each once. Raises DataError on no match."""
-    found: dict[Path, None] = {}
-    for pattern in paths(data):
-        found |= dict.fromkeys(sorted(path.resolve() for path in matching(pattern, "data.path")))
-    return list(found)
+def documents(data: Data, problems: Problems | None = None) -> Iterator[list[str]]:
+    """The paragraphs of every document, in a fixed order. Raises DataError on bad input."""
+    problems = problems or Problems(data.on_error)
+    if data.format == "python_docs":
+        yield from (paragraphs for _, paragraphs in python_docs.documents())
+    elif data.format == "text":
+        for file in _files(data):
+            yield from _text(file, data.documents, problems)
+    elif data.format == "hub":
+        for name in _paths(data):
+            for number, row in enumerate(load(name, data.split, data.streaming), 1):
+                yield from _row_document(f"{name}:row {number}", row, data.column, problems)
+    elif data.format in ("jsonl", "parquet"):
+        for file in _files(data):
+            jsonl = data.format == "jsonl"
+            for where, row in json_lines(file, problems) if jsonl else parquet_rows(file, problems, data.column):
+                yield from _row_document(where, row, data.column, problems)
+    else:
+        raise DataError(f"data.format={data.format}: has no documents. Use python_docs, {', '.join(_WAYS)}.")
+
+
+def identity(data: Data) -> list[Any]:
+    """What identifies the corpus for the cache, without reading it."""
+    if data.format == "python_docs":
+        return python_docs.identity()
+    if data.format == "hub":
+        return [data.split, *(hub_identity(name, data.split, data.streaming) for name in _paths(data))]
+    return [data.documents, stamps(_files(data))]
+
+
+def _paths(data: Data) -> list[str]:
+    if not data.path:
+        way_out = _WAYS.get(data.format or "", "")
+        raise DataError(f"data.path is not set, but data.format={data.format} reads from it. {way_out}")
+    return [data.path] if isinstance(data.path, str) else list(data.path)
+
+
+def _files(data: Data) -> list[Path]:
+    """The files that the globs match, sorted within each glob, each once."""
+    found = (path for pattern in _paths(data) for path in sorted(p.resolve() for p in matching(pattern, "data.path")))
+    return list(dict.fromkeys(found))
+
+
+def _row_document(where: str, row: Any, column: str, problems: Problems) -> Iterator[list[str]]:
+    """The document in a row: a text with blank lines between paragraphs, or a list of paragraphs."""
+    if not isinstance(row, dict) or column not in row:
+        names = ", ".join(row) if isinstance(row, dict) else f"none, it is a {type(row).__name__}"
+        hint = nearest(column, row) if isinstance(row, dict) else ""
+        problems.found(f"{where}: no column '{column}'.{hint} It has: {names}", "Set data.column to one of these")
+    elif (value := row[column]) is None:
+        yield []
+    elif isinstance(value, str):
+        yield _unwrapped(value.splitlines())
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        yield value
+    else:
+        what = f"{where}: column '{column}' holds {value!r:.40}, not a text or a list of texts"
+        problems.found(what, "Set data.column to the column with the text")
+
+
+def _groups(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Stripped lines between blank ones."""
+    return (list(group) for full, group in groupby(map(str.strip, lines), bool) if full)
+
+
+def _unwrapped(lines: Iterable[str]) -> list[str]:
+    """Paragraphs of wrapped prose: a blank line ends one, lines within one are joined by a space."""
+    return list(map(" ".join, _groups(lines)))
+
+
+def _text(path: Path, begin: str, problems: Problems) -> Iterator[list[str]]:
+    """The documents of a file: all of it, or between blank lines, a paragraph a line, or from matches of a regex on."""
+    lines = (text for _, text in read_lines(path, problems))
+    if begin == "file":
+        yield _unwrapped(lines)
+    elif begin == "blank_line":
+        group: list[str] = []
+        for group in _groups(lines):
+            yield group
+        if not group:  # an empty file is an empty document
+            yield group
+    else:
+        yield from _headed(path, lines, begin, problems)
+
+
+_TAG = re.compile(r"\s*</?doc\b[^>]*>\s*$")  # WikiExtractor's frame is not text
+
+
+def _headed(path: Path, lines: Iterable[str], first_line: str, problems: Problems) -> Iterator[list[str]]:
+    """Documents that each start at a line matching the regex; what precedes the first is one too."""
+    try:
+        heading = re.compile(first_line)
+    except re.error as error:
+        what = f"data.documents={first_line!r}: is no regex ({error})"
+        raise DataError(f"{what}. Use blank_line, file or a regex.") from error
+    matched, group = False, list[str]()
+    for text in lines:
+        if heading.search(text):
+            if matched or any(map(str.strip, group)):
+                yield _unwrapped(group)
+            matched, group = True, ["" if _TAG.match(text) else text, ""]
+        elif not _TAG.match(text):
+            group.append(text)
+    if matched or not any(map(str.strip, group)):
+        yield _unwrapped(group)
+    else:
+        problems.found(f"{path}: data.documents={first_line!r} matches no line", "Correct the regex or use file")
 
 
 def matching(pattern: str, key: str) -> list[Path]:
@@ -99,18 +168,10 @@ def matching(pattern: str, key: str) -> list[Path]:
     return found
 
 
-def identity(data: Data) -> list[Any]:
-    """What identifies the corpus for the cache, without reading it.
-
-    For files that is path, size and modification time, as for make: every start of every rank asks,
-    and hashing a corpus of terabytes to learn that nothing changed would cost more than training does.
-    """
-    if data.format == "python_docs":
-        return python_docs.identity()
-    if data.format == "hub":
-        return [data.split, *(hub.identity(name, data) for name in paths(data))]
-    stats = [(path, path.stat()) for path in files(data)]
-    return [data.documents, [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]]
+def stamps(files: Iterable[Path]) -> list[list[Any]]:
+    """What stands for the content of files in the cache: path, size and modification time, as for make. Every start of
+    every rank asks, and hashing terabytes to learn that nothing changed would cost more than training."""
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
@@ -120,91 +181,14 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 try:
-                    yield number, _decoded(raw, number)
+                    text = raw.decode().rstrip("\r\n")
+                    yield number, text.removeprefix(codecs.BOM_UTF8.decode()) if number == 1 else text
                 except UnicodeDecodeError as error:
-                    problems.found(
-                        f"{path}:{number}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} "
-                        "is not valid UTF-8",
-                        "Convert the file (iconv -f latin1 -t utf-8)",
-                    )
+                    where = f"{path}:{number}: byte 0x{raw[error.start]:02x} at offset {offset + error.start}"
+                    problems.found(f"{where} is not valid UTF-8", "Convert the file (iconv -f latin1 -t utf-8)")
                 offset += len(raw)
     except (OSError, EOFError, zlib.error) as error:
         problems.found(f"{path}: cannot be read after line {number} ({error})", "Replace the file")
-
-
-def _decoded(raw: bytes, number: int) -> str:
-    text = raw.decode().rstrip("\r\n")
-    return text.removeprefix(codecs.BOM_UTF8.decode()) if number == 1 else text
-
-
-def _unwrap(lines: Iterable[str]) -> list[str]:
-    """Paragraphs of wrapped prose: a blank line ends one, lines within one are joined by a space."""
-    paragraphs: list[list[str]] = [[]]
-    for line in map(str.strip, lines):
-        if line:
-            paragraphs[-1].append(line)
-        elif paragraphs[-1]:
-            paragraphs.append([])
-    return [" ".join(lines) for lines in paragraphs if lines]
-
-
-def _text(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
-    lines = read_lines(path, problems)
-    if data.documents == "file":
-        yield Document(_unwrap(text for _, text in lines), str(path))
-    elif data.documents == "blank_line":
-        yield from _groups(path, lines, str.strip)
-    else:
-        yield from _headed(path, lines, data.documents, problems)
-
-
-def _groups(path: Path, lines: Iterable[tuple[int, str]], clean: Callable[[str], str]) -> Iterator[Document]:
-    """Documents separated by blank lines, one sentence or paragraph a line; an empty file is an empty one."""
-    group: list[str] = []
-    start = end = 0
-    for end, text in lines:
-        if line := clean(text):
-            start = start if group else end
-            group.append(line)
-        elif group:
-            yield Document(group, f"{path}:{start}")
-            group = []
-    if group or not start:
-        yield Document(group, f"{path}:{start or end}")
-
-
-def _headed(path: Path, lines: Iterable[tuple[int, str]], first_line: str, problems: Problems) -> Iterator[Document]:
-    """Documents that each start at a line matching the regex; what precedes the first is one too."""
-    heading, matched, start = _regex(first_line), False, 1
-    group: list[str] = []
-    for number, text in lines:
-        if heading.search(text):
-            if matched or any(map(str.strip, group)):
-                yield Document(_unwrap(group), f"{path}:{start}")
-            matched, start, group = True, number, ["" if _TAG.match(text) else text, ""]
-        elif not _TAG.match(text):
-            group.append(text)
-    if matched or not any(map(str.strip, group)):
-        yield Document(_unwrap(group), f"{path}:{start}")
-    else:
-        problems.found(f"{path}: data.documents={first_line!r} matches no line", "Correct the regex or use file")
-
-
-_TAG = re.compile(r"\s*</?doc\b[^>]*>\s*$")  # WikiExtractor's frame is not text
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise DataError(
-            f"data.documents={pattern!r}: is no regex ({error}). Use blank_line, file or a regex."
-        ) from error
-
-
-def _jsonl(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
-    for where, row in json_lines(path, problems):
-        yield from _row_document(row, data.column, where, problems)
 
 
 def json_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
@@ -215,17 +199,10 @@ def json_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            problems.found(
-                f"{path}:{number}: no valid JSON at column {error.colno} ({error.msg}): {text[:40]!r}",
-                "Correct or remove the line",
-            )
+            what = f"{path}:{number}: no valid JSON at column {error.colno} ({error.msg}): {text[:40]!r}"
+            problems.found(what, "Correct or remove the line")
         else:
             yield f"{path}:{number}", row
-
-
-def _parquet(path: Path, data: Data, problems: Problems) -> Iterator[Document]:
-    for where, row in parquet_rows(path, problems, data.column):
-        yield from _row_document(row, data.column, where, problems)
 
 
 def parquet_rows(path: Path, problems: Problems, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -248,20 +225,34 @@ def parquet_rows(path: Path, problems: Problems, column: str | None = None) -> I
         problems.found(f"{path}: cannot be read as parquet after row {row} ({error})", "Replace the file")
 
 
-def _row_document(row: Any, column: str, where: str, problems: Problems) -> Iterator[Document]:
-    """The document in a row: a text with blank lines between paragraphs, or a list of paragraphs."""
-    if not isinstance(row, dict) or column not in row:
-        names = ", ".join(row) if isinstance(row, dict) else f"none, it is a {type(row).__name__}"
-        hint = nearest(column, row) if isinstance(row, dict) else ""
-        problems.found(f"{where}: no column '{column}'.{hint} It has: {names}", "Set data.column to one of these")
-    elif (value := row[column]) is None:
-        yield Document([], where)
-    elif isinstance(value, str):
-        yield Document(_unwrap(value.splitlines()), where)
-    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-        yield Document(value, where)
-    else:
-        problems.found(
-            f"{where}: column '{column}' holds {value!r:.40}, not a text or a list of texts",
-            "Set data.column to the column with the text",
-        )
+def load(name: str, split: str, streaming: bool, key: str = "data.path") -> Any:
+    """One split of ``owner/name[:config]`` of Hugging Face's hub, or of a folder of data files that stands for one.
+    Raises DataError with the ``key`` it stands at."""
+    from datasets import load_dataset
+
+    owner, _, config = name.partition(":")
+    return _asked(lambda: load_dataset(owner, config or None, split=split, streaming=streaming), key, name)
+
+
+def hub_identity(name: str, split: str, streaming: bool) -> list[Any]:
+    """The name and the revision that would be read: files of a folder, else the hub's commit."""
+    owner = name.partition(":")[0]
+    if (folder := Path(owner)).is_dir():
+        return [name, stamps(path for path in sorted(folder.rglob("*")) if path.is_file())]
+    if not streaming:
+        return [name, load(name, split, streaming)._fingerprint]
+    from huggingface_hub import HfApi
+
+    return [name, str(_asked(lambda: HfApi().dataset_info(owner).sha, "data.path", name))]
+
+
+def _asked(question: Callable[[], Any], key: str, name: str) -> Any:
+    try:
+        return question()
+    except Exception as error:  # the client raises from several libraries; each means: not reachable
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{key}={name}: the hub data set cannot be loaded ({reason}) "
+            "Check the name (owner/name[:config]), the split and the network; without one, data.streaming=false "
+            "reads what was downloaded before."
+        ) from error

@@ -1,9 +1,8 @@
-"""Text for pretraining: sources -> documents -> sentences -> token ids -> chunks, prepared once.
+"""Text for pretraining: sources -> documents -> sentences -> token ids -> chunks, prepared once and audited.
 
-    prepared = prepare(config, progress=True)
-    MaskedText(prepared, config.data, config.task.objective, config.seed)    # masked.py
-
-Calling it again with the same config and the same sources finds everything in the cache.
+prepared = prepare(config, progress=True)    # again with the same config and sources it is found in the cache
+MaskedText(prepared, config.data, config.task.objective, config.seed)    # masked.py
+rich.print(format_audit(prepared.audit))     # numbers a person can judge before training
 """
 
 import json
@@ -11,33 +10,33 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.schema import Data, RunConfig, Tokenizer
-from toolkit.data import chunks, corpus, sources
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from toolkit.config.schema import RunConfig
+from toolkit.data import corpus, sources
 from toolkit.data import tokenizer as tokenizers
-from toolkit.data.cache import fingerprint
 from toolkit.data.corpus import Corpus
-from toolkit.data.prepared import Prepared, finish, made
+from toolkit.data.prepared import Prepared, build, fingerprint, finish
 from toolkit.errors import ConfigError, DataError
+from toolkit.run.table import table
 
 SAMPLING = {"holdout", "max_length", "max_predictions", "mask_rate", "whole_word", "short_rate", "dynamic"}
+BLOCK_TOKENS = 2**18
 
 
 def prepare(config: RunConfig, *, progress: bool = False, console: Any = None) -> Prepared:
-    """Read, split, tokenise and index the corpus, or find all that in the cache. Raises DataError.
-
-    Two folders: the tokenised corpus depends on the sources and the tokenizer, the sample index on
-    the corpus and on how samples are drawn; another max_length does not tokenise again.
-    """
+    """Read, split, tokenise and index the corpus, or find all that in the cache. Raises DataError. Two folders: the
+    tokenised corpus depends on the sources and the tokenizer, the sample index on the corpus and on how samples are
+    drawn; another max_length does not tokenise again."""
     data = config.data
-    key = fingerprint(
-        *(getattr(data, name) for name in ("format", "column", "language", "on_error")),
-        sources.identity(data),
-        tokenizers.identity(config.tokenizer),
-    )
-    path = made(data, f"corpus-{key}", lambda f: _write_corpus(f, data, config.tokenizer, progress, console))
+    reading = data.format, data.column, data.language, data.on_error
+    key = fingerprint(*reading, sources.identity(data), tokenizers.identity(config.tokenizer))
+    path = build(data, f"corpus-{key}", lambda f: _write_corpus(f, config, progress, console))
     sampling = data.model_dump(include=SAMPLING) | {"seed": config.seed, "objective": config.task.objective}
     name = "samples-" + fingerprint(path.name, sampling)
-    return Prepared(made(data, name, lambda f: _write_samples(f, path, config)))
+    return Prepared(build(data, name, lambda f: _write_samples(f, path, config)))
 
 
 def require(samples: int, global_size: int) -> None:
@@ -49,22 +48,21 @@ def require(samples: int, global_size: int) -> None:
         )
 
 
-def _write_corpus(folder: Path, data: Data, config: Tokenizer, progress: bool, console: Any) -> None:
+def _write_corpus(folder: Path, config: RunConfig, progress: bool, console: Any) -> None:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not progress, transient=True) as bar:
         task = bar.add_task("preparing: reading")
 
-        def report(counts: corpus.Counts) -> None:
-            text = f"preparing: {counts.documents:,} documents, {counts.tokens:,} tokens"
-            bar.update(task, description=text)
+        def report(documents: int, tokens: int) -> None:
+            bar.update(task, description=f"preparing: {documents:,} documents, {tokens:,} tokens")
 
-        corpus.write(folder, data, config, report)
+        corpus.write(folder, config.data, config.tokenizer, report)
 
 
 def _write_samples(folder: Path, path: Path, config: RunConfig) -> None:
-    from toolkit.data.audit import audit  # with torch, which finding all in the cache takes none of
+    from toolkit.data.masked import MaskedText, sampled  # with torch, which finding all in the cache takes none of
 
     data, objective, whole = config.data, config.task.objective, Corpus(path)
     if data.whole_word and not whole.vocabulary["piece"].any():
@@ -72,10 +70,73 @@ def _write_samples(folder: Path, path: Path, config: RunConfig) -> None:
             "data.whole_word=true: the tokenizer's vocabulary has no '##' pieces, so where words end "
             "is unknown. Use a WordPiece tokenizer or data.whole_word=false."
         )
-    held = chunks.held_out(len(whole.documents) - 1, data.holdout, config.seed, objective)
-    counts = chunks.write(folder, whole.sentences, whole.documents, held, chunks.rule(data, objective, config.seed))
+    held = corpus.held_out(len(whole.documents) - 1, data.holdout, config.seed, objective)
+    counts = corpus.index(folder, whole, held, data, objective, config.seed)
     shutil.copytree(whole.path / "tokenizer", folder / "tokenizer")
-    facts = {"vocab_size": whole.vocab_size, "pad_id": whole.special.pad, "corpus": path.name}
-    finish(folder, {}, splits=chunks.SPLITS, notes=(), **facts)
-    found = audit(Prepared(folder), config, held, counts)
+    facts = {"vocab_size": whole.facts["vocab_size"], "pad_id": whole.facts["special"]["pad"], "corpus": path.name}
+    finish(folder, {}, splits=corpus.SPLITS, notes=(), **facts)
+    samples = MaskedText(Prepared(folder), data, objective, config.seed)
+    found = _audit(whole, held, counts) | {"sample": sampled(samples)}
     (folder / "audit.json").write_text(json.dumps(found, indent=1))
+
+
+def _audit(whole: Corpus, held: NDArray[np.bool_], chunk_counts: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Counts of the corpus, its splits and chunks; entropies in nats per token."""
+    counts, unigrams = whole.facts["counts"], _unigrams(whole, held)
+    documents = int((~held).sum()), int(held.sum())
+    return {
+        **counts,
+        "vocab_size": whole.facts["vocab_size"],
+        "unknown_share": counts["unknown_tokens"] / counts["tokens"],
+        "entropy": {
+            "corpus_unigram": _cross_entropy(unigrams.sum(0), unigrams.sum(0)),
+            "eval_under_train_unigram": _cross_entropy(unigrams[1], unigrams[0] + 1),
+        },
+        **{
+            split: {"documents": number, "tokens": int(row.sum()), **chunk_counts[split]}
+            for split, number, row in zip(corpus.SPLITS, documents, unigrams, strict=True)
+        },
+    }
+
+
+def _cross_entropy(counts: NDArray[np.int64], model: NDArray[np.int64]) -> float | None:
+    """Nats per token of ``counts`` under the distribution ``model / model.sum()``; None of no tokens."""
+    seen = counts > 0
+    if not seen.any():
+        return None
+    log_p = np.log(model[seen] / model.sum())
+    return float(-(counts[seen] * log_p).sum() / counts.sum())
+
+
+def _unigrams(whole: Corpus, held: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How often each token occurs, int64 [train and eval, vocabulary]."""
+    size = whole.facts["vocab_size"]
+    counts = np.zeros((2, size), np.int64)
+    starts = whole.sentences[whole.documents]  # token at which each document starts
+    for low in range(0, len(whole.tokens), BLOCK_TOKENS):
+        tokens = whole.tokens[low : low + BLOCK_TOKENS]
+        first, last = np.searchsorted(starts, [low, low + len(tokens) - 1], side="right") - 1
+        edges = np.clip(starts[first : last + 2], low, low + len(tokens))
+        in_eval = np.repeat(held[first : last + 1], np.diff(edges))
+        for row, chosen in enumerate((~in_eval, in_eval)):
+            counts[row] += np.bincount(tokens[chosen], minlength=size)
+    return counts
+
+
+def format_audit(audit: dict[str, Any]) -> Table:
+    """A row for each number."""
+    rows = []
+    for section, value in audit.items():
+        for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+            rows.append((f"{section} {name}".strip().replace("_", " "), _shown(name or section, number)))
+    return table({"what": "", "value": ""}, rows, "Prepared data")
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2%}" if name.endswith(("share", "rate")) else f"{value:.4g}"
+    if isinstance(value, dict):
+        return "  ".join(f"≤{length}: {number}" for length, number in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) or "-"
+    return "-" if value is None else f"{value:,}"

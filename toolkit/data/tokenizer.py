@@ -1,41 +1,39 @@
-"""The tokenizer: a pretrained one, a WordPiece vocab.txt, or WordPiece trained on the corpus.
+"""The tokenizer: a pretrained one, a WordPiece vocab.txt, or one trained on the texts.
 
-    tokenizer = create(config.tokenizer, texts)   # a Hugging Face tokenizer
+    tokenizer = create(config.tokenizer, texts)   # a Hugging Face fast tokenizer
     tokenizer.save_pretrained(folder)             # AutoTokenizer.from_pretrained(folder) loads it
 
-Corpus text is then encoded by :func:`encoder`, which adds and cuts nothing.
+Corpus text is then encoded by :func:`encoder`, which adds and cuts nothing. Both languages of translation pairs have
+one vocabulary, of BPE or unigram, whose sequences end with </s>: as in SentencePiece a space becomes '▁', so decoding
+gives the text back; punctuation stands alone.
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import Tokenizer
+from toolkit.data.prepared import fingerprint
 from toolkit.errors import DataError
 
-SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}  # of BERT's input
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # of translation pairs
+ALPHABET = 1000  # most characters that a vocabulary spells out; the rarer ones are unknown
+
+Texts = Callable[[], Iterator[str]]
 
 
-@dataclass(frozen=True)
-class Special:
-    """The ids of the five tokens that BERT's input is built with."""
-
-    pad: int
-    unk: int
-    cls: int
-    sep: int
-    mask: int
-
-
-def create(config: Tokenizer, texts: Callable[[], Iterator[str]]) -> Any:
-    """The configured tokenizer; ``texts()`` reads the corpus, only if one is trained. Raises DataError."""
+def create(config: Tokenizer, texts: Texts) -> Any:
+    """The configured tokenizer; ``texts()`` reads what it is trained on, only if it is. Raises DataError."""
     from transformers import BertTokenizer
 
     if config.path is None:
-        return BertTokenizer(_train(config, texts), do_lower_case=config.lowercase)
+        if config.model != "wordpiece":
+            return _subwords(config, texts)
+        return BertTokenizer(_wordpiece(config, texts), do_lower_case=config.lowercase)
     if vocab := _vocab_file(config.path):
         return BertTokenizer(_read_vocab(vocab, config.lowercase), do_lower_case=config.lowercase)
     return _pretrained(config.path)
@@ -52,12 +50,17 @@ def identity(config: Tokenizer) -> list[Any]:
     return [_digest(_pretrained(config.path).backend_tokenizer.to_str().encode())]
 
 
-def special_ids(tokenizer: Any) -> Special:
+def digest(tokenizer: Any) -> str:
+    """Equal where the ids are: training a unigram model twice gives scores that differ in the fourth digit."""
+    return fingerprint(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
     """The ids of pad, unk, cls, sep and mask. Raises DataError naming the ones that are missing."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     if missing := [SPECIAL[name] for name, value in ids.items() if value is None]:
         raise DataError(f"tokenizer: has no {', '.join(missing)}. Use a BERT tokenizer, or train one (path=null).")
-    return Special(**ids)
+    return ids
 
 
 def vocab_size(tokenizer: Any) -> int:
@@ -74,17 +77,15 @@ def encoder(tokenizer: Any) -> Any:
     return backend
 
 
-def _train(config: Tokenizer, texts: Callable[[], Iterator[str]]) -> dict[str, int]:
-    """WordPiece over the corpus: special tokens at ids 0 to 4, the same corpus gives the same ids.
-
-    The trainer numbers '##' characters, and breaks ties between merges by these numbers, in the order
-    in which its hash table gives the words: another one each time. So they are numbered before it starts.
-    """
+def _wordpiece(config: Tokenizer, texts: Texts) -> dict[str, int]:
+    """WordPiece over the corpus: special tokens at ids 0 to 4, the same corpus gives the same ids. The trainer numbers
+    '##' characters, and breaks ties between merges by these numbers, in the order in which its hash table gives the
+    words: another one each time. So they are numbered before it starts."""
     from tokenizers.implementations import BertWordPieceTokenizer
 
     trainer = BertWordPieceTokenizer(lowercase=config.lowercase)
-    most = max(1, min(1000, (config.vocab_size - len(SPECIAL)) // 2))  # each is kept twice, alone and as '##'
-    alphabet = _alphabet(texts(), trainer.normalizer, most)
+    # Each character is kept twice, alone and as '##'.
+    alphabet = _alphabet(texts(), trainer.normalizer, (config.vocab_size - len(SPECIAL)) // 2)
     if not alphabet:
         raise DataError("tokenizer: the corpus holds no word to train on. Check data.path and data.column.")
     continuing = [f"##{c}" for c in alphabet if len(trainer.pre_tokenizer.pre_tokenize_str(f"a{c}")) == 1]
@@ -100,8 +101,35 @@ def _train(config: Tokenizer, texts: Callable[[], Iterator[str]]) -> dict[str, i
     return dict(trainer.get_vocab())
 
 
+def _subwords(config: Tokenizer, texts: Texts) -> Any:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = config.model == "bpe"
+    backend = Backend(models.BPE(unk_token=UNK) if bpe else models.Unigram())
+    lower = [normalizers.Lowercase()] if config.lowercase else []
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    backend.decoder = decoders.Metaspace()
+    alphabet = _alphabet(texts(), backend.normalizer, config.vocab_size // 2)
+    if not alphabet:
+        raise DataError("tokenizer: the pairs hold no word to train on. Check data.train.")
+    trainer: Any = trainers.BpeTrainer if bpe else trainers.UnigramTrainer
+    rest: dict[str, Any] = {"unk_token": UNK}
+    if bpe:
+        rest = {"min_frequency": config.min_frequency, "limit_alphabet": len(alphabet) + 1}
+    rest |= {"special_tokens": [PAD, EOS, UNK], "initial_alphabet": ["▁", *alphabet], "show_progress": False}
+    backend.train_from_iterator(texts(), trainer(vocab_size=config.vocab_size, **rest))
+    eos = backend.token_to_id(EOS)
+    backend.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, eos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
+    )
+
+
 def _alphabet(texts: Iterator[str], normalizer: Any, most: int) -> list[str]:
-    """The most frequent characters after normalisation, sorted."""
+    """The most frequent characters after normalisation, at least one and no more than ALPHABET, sorted."""
     raw: Counter[str] = Counter()
     for text in texts:
         raw.update(text)
@@ -109,7 +137,7 @@ def _alphabet(texts: Iterator[str], normalizer: Any, most: int) -> list[str]:
     for character, number in raw.items():
         for normal in normalizer.normalize_str(character).strip():
             counts[normal] += number
-    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:most])
+    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[: max(1, min(ALPHABET, most))])
 
 
 def _vocab_file(path: str) -> Path | None:

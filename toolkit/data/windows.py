@@ -7,7 +7,7 @@
 As in BERT's run_squad.py, but that answers are exact slices of the context.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from toolkit.data.tokenizer import encoder
 from toolkit.errors import ConfigError
+
+Logits = Sequence[NDArray[Any]]  # of each window, [its tokens, or more: padding]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Decoded:
     """The answer to one question."""
 
     text: str  # "": no answer
-    answer: str  # the best that is not "", whatever the threshold
+    answer: str  # the best that is not ""
     null_score_difference: float  # by how much logits "no answer" exceeds that answer; inf: no window has one
     n_best: list[tuple[str, float]]  # texts and their probabilities, the best first
 
@@ -48,19 +50,11 @@ class Threshold:
 
 
 def windows(
-    tokenizer: Any,
-    questions: Sequence[str],
-    contexts: Sequence[str],
-    *,
-    max_length: int,
-    max_question: int,
-    stride: int,
+    tokenizer: Any, questions: list[str], contexts: list[str], *, max_length: int, max_question: int, stride: int
 ) -> list[list[Window]]:
     """The windows of each question, at most ``max_length`` tokens long; they start ``stride`` context tokens apart.
-
-    Hugging Face's ``stride`` is another number: by how much windows overlap. Questions end after
-    ``max_question`` tokens. Raises ConfigError if that leaves no room for the context.
-    """
+    Hugging Face's ``stride`` is another number: by how much windows overlap. Questions end after ``max_question``
+    tokens. Raises ConfigError if that leaves no room for the context."""
     backend = encoder(tokenizer)
     distinct = list(dict.fromkeys(contexts))
     encoded = backend.encode_batch(distinct, add_special_tokens=False)
@@ -95,9 +89,7 @@ def _cut(frame: Any, ids: list[int], spans: list[tuple[int, int]], max_length: i
 
 def answer_span(window: Window, answers: Sequence[tuple[int, str]]) -> tuple[int, int]:
     """Positions in input_ids of the first and the last token of the first answer that is whole in the window.
-
-    ``answers`` are (first character in the context, text). (0, 0), which is [CLS], where none is in the window.
-    """
+    ``answers`` are (first character in the context, text). (0, 0), which is [CLS], where none is in the window."""
     for begin, text in answers:
         begin += len(text) - len(text.lstrip())
         end = begin + len(text.strip())
@@ -109,27 +101,21 @@ def answer_span(window: Window, answers: Sequence[tuple[int, str]]) -> tuple[int
 
 
 def decode(
-    cuts: Sequence[Window],
-    start_logits: Sequence[NDArray[Any]],
-    end_logits: Sequence[NDArray[Any]],
-    context: str,
-    *,
-    n_best: int,
-    max_answer: int,
-    null_answers: bool,
-    threshold: float = 0.0,
+    cuts: list[Window], starts: Logits, ends: Logits, context: str, *, n_best: int, max_answer: int, null_answers: bool
 ) -> Decoded:
-    """The answer from the logits of all windows of one question, each [tokens of the window, or padded].
-
-    Candidates are the ``n_best`` starts with the ``n_best`` ends of each window (run_squad.py, write_predictions).
-    With ``null_answers`` the text is "" if [CLS] in the window where it is least likely exceeds by more
-    than ``threshold`` the best answer of at most ``max_answer`` tokens.
-    """
-    null = min(float(start[0]) + float(end[0]) for start, end in zip(start_logits, end_logits, strict=True))
+    """The answer from the logits of all windows of one question. Candidates are the ``n_best`` starts with the
+    ``n_best`` ends of each window (run_squad.py, write_predictions). With ``null_answers`` the text is "" if [CLS] in
+    the window where it is least likely exceeds the best answer of at most ``max_answer`` tokens."""
+    null = min(float(start[0]) + float(end[0]) for start, end in zip(starts, ends, strict=True))
     found = [(null, "")] if null_answers else []
-    for cut, owned, start, end in zip(cuts, _max_context(cuts), start_logits, end_logits, strict=True):
-        for score, first, last in _pairs(cut.offset, owned, start, end, n_best, max_answer):
-            found.append((score, context[cut.spans[first][0] : cut.spans[last][1]]))
+    for cut, owned, start, end in zip(cuts, _max_context(cuts), starts, ends, strict=True):
+        firsts, lasts = (np.argsort(-logits, kind="stable")[:n_best] - cut.offset for logits in (start, end))
+        firsts, lasts = (tokens[(tokens >= 0) & (tokens < len(owned))] for tokens in (firsts, lasts))
+        firsts = firsts[owned[firsts]]
+        length = lasts - firsts[:, None] + 1
+        for i, j in np.argwhere((length > 0) & (length <= max_answer)):
+            score = float(start[cut.offset + firsts[i]]) + float(end[cut.offset + lasts[j]])
+            found.append((score, context[cut.spans[firsts[i]][0] : cut.spans[lasts[j]][1]]))
     found.sort(key=lambda pair: -pair[0])
     best, answer = next(((score, text) for score, text in found if text), (-np.inf, ""))
     scores: dict[str, float] = {}
@@ -138,12 +124,12 @@ def decode(
             scores.setdefault(text, score)
     if null_answers or not scores:
         scores.setdefault("", null)
-    text = "" if null_answers and null - best > threshold else answer
+    text = "" if null_answers and null > best else answer
     shares = np.exp(np.array(list(scores.values())) - max(scores.values()))
     return Decoded(text, answer, float(null - best), list(zip(scores, (shares / shares.sum()).tolist(), strict=True)))
 
 
-def _max_context(cuts: Sequence[Window]) -> list[NDArray[np.bool_]]:
+def _max_context(cuts: list[Window]) -> list[NDArray[np.bool_]]:
     """For each window, which of its context tokens have more context there than in the windows that overlap it."""
     context = np.full((len(cuts), max(cut.first + len(cut.spans) for cut in cuts)), -np.inf)
     for row, cut in zip(context, cuts, strict=True):
@@ -153,26 +139,12 @@ def _max_context(cuts: Sequence[Window]) -> list[NDArray[np.bool_]]:
     return [best[cut.first : cut.first + len(cut.spans)] == number for number, cut in enumerate(cuts)]
 
 
-def _pairs(
-    offset: int, owned: NDArray[np.bool_], start: NDArray[Any], end: NDArray[Any], n_best: int, max_answer: int
-) -> Iterator[tuple[float, int, int]]:
-    """(score, first, last) of the valid answers in a window, in tokens from ``offset``."""
-    firsts, lasts = (np.argsort(-logits, kind="stable")[:n_best] - offset for logits in (start, end))
-    firsts, lasts = (tokens[(tokens >= 0) & (tokens < len(owned))] for tokens in (firsts, lasts))
-    firsts = firsts[owned[firsts]]
-    length = lasts - firsts[:, None] + 1
-    for i, j in np.argwhere((length > 0) & (length <= max_answer)):
-        yield float(start[offset + firsts[i]]) + float(end[offset + lasts[j]]), firsts[i], lasts[j]
-
-
 def best_threshold(
     differences: Mapping[str, float], f1: Mapping[str, float], has_answer: Mapping[str, bool]
 ) -> Threshold:
     """The threshold of the best F1 over all questions, and that F1 (find_best_thresh of SQuAD's evaluate-v2.0.py).
-
-    ``f1`` is that of :attr:`Decoded.answer` against the gold answers. Thresholds are the differences, and
-    one below them all, where nothing is answered; the official search calls this one 0.
-    """
+    ``f1`` is that of :attr:`Decoded.answer` against the gold answers. Thresholds are the differences, and one below
+    them all, where nothing is answered; the official search calls this one 0."""
     ids = sorted(differences, key=differences.__getitem__)
     thresholds = np.array([differences[ids[0]] - 1, *(differences[key] for key in ids)])
     unanswered = sum(not has_answer[key] for key in ids)

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 from multiprocessing import forkserver, resource_tracker
 
-PRELOADED = ("loader", "masked", "encoded", "translations", "regression")
+PRELOADED = ("loader", "masked", "labelled", "parallel", "regression")
 
 
 def begin() -> None:

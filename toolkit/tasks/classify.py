@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.batch import IGNORED, Batch
-from toolkit.data.encoded import Sample
+from toolkit.data.labelled import Sample
 from toolkit.run.directory import Run
 from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Finetune, Rows

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from toolkit.config.schema import RunConfig
 from toolkit.data import labelled, loader
 from toolkit.data.batch import IGNORED, Batch
-from toolkit.data.encoded import Encoded, Sample
+from toolkit.data.labelled import Encoded, Sample
 from toolkit.data.order import Grouped
 from toolkit.data.prepared import Prepared
 from toolkit.errors import ConfigError

@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.config.schema import RunConfig
 from toolkit.data import windows
 from toolkit.data.batch import Batch
-from toolkit.data.encoded import Sample
+from toolkit.data.labelled import Sample
 from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Finetune, Rows
 from toolkit.tasks.task import summed_loss

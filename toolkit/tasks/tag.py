@@ -5,7 +5,7 @@ from typing import Any
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.batch import IGNORED, Batch
-from toolkit.data.encoded import Sample
+from toolkit.data.labelled import Sample
 from toolkit.tasks import metrics
 from toolkit.tasks.finetune import Finetune, Rows
 

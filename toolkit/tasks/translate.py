@@ -10,12 +10,12 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig
 
 from toolkit.config.schema import RunConfig
-from toolkit.data import loader, parallel, subwords
+from toolkit.data import loader, parallel
 from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.order import Grouped, Split
+from toolkit.data.parallel import Translations
 from toolkit.data.prepared import Prepared
-from toolkit.data.tokenizer import vocab_size
-from toolkit.data.translations import Translations
+from toolkit.data.tokenizer import digest, vocab_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.job import ranks
 from toolkit.models import seq2seq
@@ -39,7 +39,7 @@ class Translate(Task):
         metrics.check(config.task)
         self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
         self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
-        if len(set(ranks.gathered(subwords.digest(self.tokenizer)))) > 1:
+        if len(set(ranks.gathered(digest(self.tokenizer)))) > 1:
             raise DataError(
                 "tokenizer.model=unigram: the hosts have trained vocabularies that number their entries differently "
                 "(its training is not exact to the last digit). Use a data.cache_dir that they share, or "
