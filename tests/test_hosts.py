@@ -101,7 +101,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_code_and_last_words(pair: list[
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_the_job(rank: int, pair: list[Host], tmp_path: Path) -> None:
-    with started(pair, tmp_path, "train.steps=1000000", "train.lost_seconds=10") as job:
+    with started(pair, tmp_path, "train.steps=1000000", "train.lost_seconds=5") as job:
         job.until_step(3)
         here = [p for p in pair[rank].processes() if p.environ().get("RANK") == str(rank)]
         next(p for p in here if "recipes/pretrain.py" in p.cmdline()).kill()  # not a worker of its

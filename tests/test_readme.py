@@ -21,7 +21,7 @@ OWN = {
     "reductions": ["reductions.rows=20000", "reductions.repeats=1"],
     "mcmc": ["mcmc.steps=200", "mcmc.warmup=100", "mcmc.rounds=1"],
     "spatial_conv": ["spatial_conv.sizes=[32]", "spatial_conv.channels=4", "spatial_conv.size=32"],
-    "scaling": ["scaling.ranks=[1,2]", "scaling.mode=strong", "train.steps=4"],
+    "scaling": ["scaling.ranks=[2]", "scaling.mode=strong", "train.steps=4"],
     "batch_size": ["batch_size.max_steps=4", "batch_size.sizes=[8,16]", "batch_size.extend=0"],
 }
 SMALL = [*(o for o in TINY if not o.startswith("experiment")), "train.steps=2", f"data.cache_dir={data_cache()}"]
