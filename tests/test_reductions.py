@@ -14,7 +14,7 @@ import torch
 from launching import launch
 from rich.console import Console
 from studies import reductions
-from studies.reductions import Problem, ReductionsBuilder, draw
+from studies.reductions import ReductionsBuilder, Terms, draw
 
 from toolkit.errors import ConfigError
 from toolkit.job import ops
@@ -29,25 +29,25 @@ def op() -> Any:
 
 
 @pytest.fixture(scope="module")
-def data() -> Problem:
+def data() -> Terms:
     """Errors of very different size, so that another order of summation gives other bits."""
     drawn = draw(rows=ROWS, features=5, seed=1)
     drawn.y.view(-1)[:ROWS] *= torch.logspace(-6, 2, ROWS)
     return drawn
 
 
-def summed(op: Any, method: str, data: Problem, threads: int) -> float:
+def summed(op: Any, method: str, data: Terms, threads: int) -> float:
     result: float = getattr(op, method)(data.x, data.w, data.y, threads)
     return result
 
 
-def rows_of(data: Problem) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def rows_of(data: Terms) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """x as [rows, features] and y as [rows], without what the last group was filled up with."""
     x = data.x.permute(0, 2, 1).reshape(-1, data.w.numel())[: data.rows]
     return x.numpy(), data.y.flatten()[: data.rows].numpy()
 
 
-def test_the_exact_sum_is_numpys_in_double_precision(data: Problem) -> None:
+def test_the_exact_sum_is_numpys_in_double_precision(data: Terms) -> None:
     x, y = rows_of(data)
     errors = np.abs(x.astype(np.float64) @ data.w.numpy().astype(np.float64) - y)
     assert data.exact() == pytest.approx(math.fsum(errors), rel=1e-14)
@@ -55,7 +55,7 @@ def test_the_exact_sum_is_numpys_in_double_precision(data: Problem) -> None:
 
 
 @pytest.mark.parametrize("method", RIGHT)
-def test_a_right_sum_is_exact_but_for_the_rounding_of_rows(method: str, op: Any, data: Problem) -> None:
+def test_a_right_sum_is_exact_but_for_the_rounding_of_rows(method: str, op: Any, data: Terms) -> None:
     assert summed(op, method, data, 3) == pytest.approx(data.exact(), rel=1e-7)
 
 
@@ -65,24 +65,24 @@ def test_sums_of_whole_numbers_are_exact(method: str, op: Any) -> None:
     w, y = torch.tensor([1.0, -2.0, 3.0]), torch.arange(128.0).view(2, 64)
     rows = zip(x.permute(0, 2, 1).reshape(-1, 3).tolist(), y.view(-1).tolist(), strict=True)
     expected = sum(abs(a - 2 * b + 3 * c - d) for (a, b, c), d in rows)
-    assert summed(op, method, Problem(x, w, y, 128), 2) == expected
+    assert summed(op, method, Terms(x, w, y, 128), 2) == expected
 
 
-def test_the_right_sums_have_the_same_bits_for_every_number_of_threads(op: Any, data: Problem) -> None:
+def test_the_right_sums_have_the_same_bits_for_every_number_of_threads(op: Any, data: Terms) -> None:
     for method in ("mutex", "partial"):
         assert len({summed(op, method, data, n) for n in (1, 2, 3, 5, 8, 64)}) == 1, method
     assert summed(op, "partial", data, 3) == summed(op, "serial", data, 1)
 
 
-def test_the_order_of_summation_is_the_one_that_is_told(op: Any, data: Problem) -> None:
+def test_the_order_of_summation_is_the_one_that_is_told(op: Any, data: Terms) -> None:
     """Errors that fp32 holds exactly, of sizes so different that their sum rounds, added one by one by torch."""
     y = data.y.abs() * 10 ** torch.empty_like(data.y).uniform_(-12, 4, generator=torch.Generator().manual_seed(1))
-    zero = Problem(torch.zeros_like(data.x), data.w, y, ROWS)
+    zero = Terms(torch.zeros_like(data.x), data.w, y, ROWS)
     sums = []
     for x_block, y_block in zip(zero.x.split(64), y.split(64), strict=True):
         lanes = y_block.double().cumsum(0)[-1]
         sums.append(float(lanes.cumsum(0)[-1]))
-        assert summed(op, "serial", Problem(x_block, data.w, y_block, y_block.numel()), 1) == sums[-1]
+        assert summed(op, "serial", Terms(x_block, data.w, y_block, y_block.numel()), 1) == sums[-1]
     assert summed(op, "partial", zero, 2) == sum(sums)
     units = sum(round(float(error) * 2**32) for error in y.flatten())
     assert summed(op, "mutex", zero, 2) == units / 2**32
@@ -123,7 +123,7 @@ def test_the_copy_copies_all_of_it(op: Any) -> None:
     assert torch.equal(source, target)
 
 
-def test_sizes_that_do_not_fit_are_refused(op: Any, data: Problem) -> None:
+def test_sizes_that_do_not_fit_are_refused(op: Any, data: Terms) -> None:
     with pytest.raises(RuntimeError, match="do not fit"):
         op.partial(data.x, data.w[:2].clone(), data.y, 1)
     with pytest.raises(RuntimeError, match="contiguous"):

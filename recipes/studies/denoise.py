@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from studies.denoiser import Denoiser, DenoiserConfig
-from studies.images import Images, Pair
+from studies.images import Images, Noisy
 from studies.spatial import Grid
 from toolkit.data.batch import Batch
 from toolkit.errors import ConfigError
@@ -57,7 +57,7 @@ class Denoise(Task):
             self.batch(map(self.images.evaluation, range(i, min(i + micro, total)))) for i in range(0, total, micro)
         )
 
-    def batch(self, pairs: Iterable[Pair]) -> Batch:
+    def batch(self, pairs: Iterable[Noisy]) -> Batch:
         """``clean`` and ``noisy`` [images, 3, h, w] of this rank's tile."""
         made = list(pairs)
         whole = {"clean": np.stack([p.clean for p in made]), "noisy": np.stack([p.noisy for p in made])}

@@ -21,7 +21,7 @@ TRAIN, HELD_OUT = 0, 1
 
 
 @dataclass(frozen=True)
-class Pair:
+class Noisy:
     """An image and what noise has made of it, both [3, height, width]."""
 
     clean: Image
@@ -46,19 +46,19 @@ class Images:
         self.crops = sum(len(self._corners(image)) for image in self.trained)  # side by side: an epoch
         self.held_out_crops = [(i, *corner) for i, image in enumerate(self.held_out) for corner in self._corners(image)]
 
-    def train(self, number: int) -> Pair:
+    def train(self, number: int) -> Noisy:
         """The ``number``-th of an endless stream of random crops."""
         random = np.random.default_rng([self.seed, TRAIN, number])
         image = self.trained[random.integers(len(self.trained))]
         y, x = (random.integers(length - self.size + 1) for length in image.shape[1:])
         return self._pair(self._crop(image, y, x), random)
 
-    def evaluation(self, number: int) -> Pair:
+    def evaluation(self, number: int) -> Noisy:
         """The ``number``-th of the crops that lie side by side in what is held out."""
         photograph, y, x = self.held_out_crops[number]
         return self._pair(self._crop(self.held_out[photograph], y, x), self._random(number))
 
-    def picture(self) -> Pair:
+    def picture(self) -> Noisy:
         """The middle square of what the first photograph has held out, or of all of it if that is nothing."""
         image = self.held_out[0] if self.held_out_crops else self.trained[0]
         side = min(image.shape[1:])
@@ -75,9 +75,9 @@ class Images:
     def _crop(self, image: Image, y: int, x: int) -> Image:
         return image[:, y : y + self.size, x : x + self.size]
 
-    def _pair(self, clean: Image, random: np.random.Generator) -> Pair:
+    def _pair(self, clean: Image, random: np.random.Generator) -> Noisy:
         noise = random.standard_normal(clean.shape, dtype=np.float32) * np.float32(self.noise)
-        return Pair(np.ascontiguousarray(clean), clean + noise)
+        return Noisy(np.ascontiguousarray(clean), clean + noise)
 
 
 def read(path: str | Sequence[str] | None) -> list[Image]:

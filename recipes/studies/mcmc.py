@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.random_numbers import KINDS, Floats, Kind, Numbers, numbers
+from studies.random_numbers import KINDS, Floats, Generator, Numbers, numbers
 from toolkit.data.regression import Synthetic, Table
 from toolkit.errors import DataError
 
@@ -148,12 +148,12 @@ class Timed:
 
 def measure(
     posterior: Posterior, chains: int, steps: int, seed: int, rounds: int, tick: Callable[[], Any]
-) -> dict[Kind, Timed]:
+) -> dict[Generator, Timed]:
     """Every choice in turn, ``rounds`` times, on all ranks at once."""
     from toolkit.job import ranks
 
-    found: dict[Kind, Floats] = {}
-    seconds: dict[Kind, list[list[float]]] = {kind: [] for kind in KINDS}
+    found: dict[Generator, Floats] = {}
+    seconds: dict[Generator, list[list[float]]] = {kind: [] for kind in KINDS}
     for kind in KINDS * rounds:
         own = numbers(kind, seed, chains, posterior.size, ranks.rank(), ranks.world())
         ranks.wait()
@@ -175,7 +175,7 @@ class Simulated:
 
 def simulate(
     posterior: Posterior, chains: int, steps: int, seed: int, worlds: Iterable[int], tick: Callable[[], Any]
-) -> dict[tuple[Kind, int], Simulated]:
+) -> dict[tuple[Generator, int], Simulated]:
     """Every choice as if each of ``worlds`` were the number of ranks; the simulated ranks are shared by the real."""
     from toolkit.job import ranks
 
@@ -195,7 +195,7 @@ def simulate(
     return result
 
 
-def compared(timed: dict[Kind, Timed], simulated: dict[tuple[Kind, int], Simulated]) -> list[dict[str, Any]]:
+def compared(timed: dict[Generator, Timed], simulated: dict[tuple[Generator, int], Simulated]) -> list[dict[str, Any]]:
     """A row for each choice: whether the chains are the same at all simulated numbers of ranks, and what it costs."""
     from toolkit.job import ranks
 

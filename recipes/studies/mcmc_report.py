@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from studies.mcmc import Posterior, Simulated
-from studies.random_numbers import Floats, Kind
+from studies.random_numbers import Floats, Generator
 from toolkit.report import figures
 from toolkit.run.directory import Run
 from toolkit.run.table import table
@@ -18,7 +18,7 @@ from toolkit.run.table import table
 
 def write(
     run: Run, posterior: Posterior, draws: Floats, choices: list[dict[str, Any]],
-    simulated: dict[tuple[Kind, int], Simulated],
+    simulated: dict[tuple[Generator, int], Simulated],
 ) -> None:  # fmt: skip
     """mcmc.csv, mcmc_numbers.csv, mcmc.png, mcmc.svg, the records and the terminal; of rank 0."""
     rows = summary(posterior, draws)
@@ -92,7 +92,7 @@ def _choices(rows: list[dict[str, Any]]) -> Table:
     return table(columns, cells, title)
 
 
-def _plot(posterior: Posterior, draws: Floats, simulated: dict[tuple[Kind, int], Simulated], stem: Path) -> None:
+def _plot(posterior: Posterior, draws: Floats, simulated: dict[tuple[Generator, int], Simulated], stem: Path) -> None:
     """Draws over exact densities; then how the last chain begins at each number of ranks."""
     figure, (density, *traces) = figures.new(3, "Metropolis chains of a linear regression")
     order = np.argsort(-np.abs(posterior.mean))

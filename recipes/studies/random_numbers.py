@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
-Kind = Literal["counter", "shared", "per_rank"]
-KINDS: tuple[Kind, ...] = ("counter", "shared", "per_rank")
+Generator = Literal["counter", "shared", "per_rank"]
+KINDS: tuple[Generator, ...] = ("counter", "shared", "per_rank")
 
 
 class Numbers(Protocol):
@@ -52,7 +52,7 @@ class Counter:
         return ndtri(uniforms[:-1]), uniforms[-1]
 
 
-class Stream:
+class OneByOne:
     """numpy's usual generator, one number after the other, for the chains ``drawn``; ``kept`` are this rank's."""
 
     def __init__(self, seed: int | tuple[int, ...], drawn: Sequence[int], kept: Sequence[int], size: int) -> None:
@@ -67,12 +67,12 @@ class Stream:
         return normals[..., self.places], uniforms[..., self.places]
 
 
-def numbers(kind: Kind, seed: int, chains: int, size: int, rank: int, world: int) -> Numbers:
+def numbers(kind: Generator, seed: int, chains: int, size: int, rank: int, world: int) -> Numbers:
     """What ``rank`` of ``world`` draws from for its share of all the chains."""
     mine = share(chains, rank, world)
     if kind == "counter":
         return Counter(seed, mine, size)
-    return Stream(seed, range(chains), mine, size) if kind == "shared" else Stream((seed, rank), mine, mine, size)
+    return OneByOne(seed, range(chains), mine, size) if kind == "shared" else OneByOne((seed, rank), mine, mine, size)
 
 
 def share(chains: int, rank: int, world: int) -> list[int]:

@@ -79,7 +79,7 @@ def usual_threads() -> list[int]:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Terms:
     """fp32: ``x`` [groups, features, 64], ``w`` [features], ``y`` [groups, 64]; the last group filled up with zeros."""
 
     x: Tensor
@@ -99,7 +99,7 @@ class Problem:
         return math.fsum(chain.from_iterable(e.abs().flatten().tolist() for e in errors))
 
 
-def draw(*, rows: int, features: int, seed: int) -> Problem:
+def draw(*, rows: int, features: int, seed: int) -> Terms:
     """Normal ``x`` and ``w``, and what a linear model misses by normal noise as ``y``.
 
     Raises ConfigError if rows do not fit the memory that is free.
@@ -120,11 +120,11 @@ def draw(*, rows: int, features: int, seed: int) -> Problem:
     last = rows - (groups - 1) * GROUP
     x[-1, :, last:] = 0
     y[-1, last:] = 0
-    return Problem(x, w, y, rows)
+    return Terms(x, w, y, rows)
 
 
 def measure(
-    data: Problem, op: Any, *, threads: Sequence[int], repeats: int, each: Callable[[], None] = lambda: None
+    data: Terms, op: Any, *, threads: Sequence[int], repeats: int, each: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
     """A row per way and number of threads, from ``repeats`` rounds in which all of them take turns.
 
