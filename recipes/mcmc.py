@@ -8,7 +8,7 @@ repeated as other numbers of ranks would have them. The run directory gets mcmc.
 """
 
 from pydantic import Field, model_validator
-from studies.random_numbers import Kind
+from studies.random_numbers import Generator
 
 from toolkit.config.schema import Positive, RunConfig, Strict
 from toolkit.run.recipe import recipe
@@ -18,7 +18,7 @@ class Mcmc(Strict):
     """The chains, and where their numbers come from."""
 
     # counter: functions of (seed, chain, step); shared: one stream, drawn whole by every rank; per_rank: a seed each
-    numbers: Kind = "counter"
+    numbers: Generator = "counter"
     chains: int = Field(8, ge=2)  # R-hat compares chains with one another
     steps: Positive = 10_000  # of each chain
     warmup: Positive = 1000  # first steps that are left out of the results

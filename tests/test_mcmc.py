@@ -10,7 +10,7 @@ from launching import launch
 from scipy import stats
 from sklearn.linear_model import LinearRegression, Ridge
 from studies import mcmc, mcmc_report
-from studies.random_numbers import Counter, Kind, numbers, share, uniform
+from studies.random_numbers import Counter, Generator, numbers, share, uniform
 
 from toolkit.config.schema import Data
 from toolkit.data import regression
@@ -21,7 +21,7 @@ TARGET = mcmc.posterior(TABLE, prior=1.0)
 TINY = ("mcmc.steps=300", "mcmc.warmup=100", "mcmc.rounds=1", "mcmc.chains=5")
 
 
-def chains(kind: Kind, world: int, steps: int = 250, count: int = 8) -> mcmc.Floats:
+def chains(kind: Generator, world: int, steps: int = 250, count: int = 8) -> mcmc.Floats:
     """[steps, size, count], each rank's share sampled on its own."""
     own = [numbers(kind, 7, count, TARGET.size, rank, world) for rank in range(world)]
     return np.concatenate([mcmc.sample(TARGET, source, steps) for source in own], axis=2)
