@@ -261,8 +261,10 @@ def _seal(staging: Path, manifest: dict[str, Any]) -> None:
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _prune(final: Path, keep: int, best: int | None) -> None:

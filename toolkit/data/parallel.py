@@ -141,9 +141,11 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: flo
     tokenizer = tokenizers.create(config.tokenizer, lambda: (t for p in training() for t in (p.source, p.target)))
     tokenizer.save_pretrained(folder / "tokenizer")
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts
-    audit = {}
+    audit, held = {}, list[Pair]()
     for name in ["train", *(["eval"] if holdout else []), *list(places)[1:]]:
-        found = _share(name, places, holdout, data, task)
+        found = pairs(places[name], prepared.role(name), data, task) if name in places else iter(held)
+        if holdout and name == "train":
+            found = _trained(found, holdout, held)
         audit[name] = _write_split(folder / name, name, found, tokenizer, config)
     for name, counts in audit.items():
         if not counts["kept"]:
@@ -156,17 +158,14 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: flo
     prepared.finish(folder, told, vocab_size=size, splits=audit, notes=notes)
 
 
-def _share(name: str, places: dict[str, str], holdout: float, data: Data, task: Task) -> Iterator[Pair]:
-    """The pairs of a split; with ``holdout`` train and eval share the place of the first."""
-    found = pairs(places.get(name, places["train"]), prepared.role(name) if name in places else "train", data, task)
-    if not holdout or name not in ("train", "eval"):
-        return found
-
-    def held(number: int, pair: Pair) -> bool:
+def _trained(found: Iterator[Pair], holdout: float, held: list[Pair]) -> Iterator[Pair]:
+    """The pairs to train on; those that are held out go into ``held``, whose texts are kept anyway."""
+    for number, pair in enumerate(found):
         whole = bool(pair.source and pair.target)  # else it is dropped, and training counts what is
-        return whole and bool(uniform(mix(SPLIT_SEED, HELD_OUT, number))[0] < holdout)
-
-    return (pair for number, pair in enumerate(found) if held(number, pair) == (name == "eval"))
+        if whole and uniform(mix(SPLIT_SEED, HELD_OUT, number))[0] < holdout:
+            held.append(pair)
+        else:
+            yield pair
 
 
 def _filled(found: Iterator[Pair], name: str, counts: Counter[str]) -> Iterator[Pair]:

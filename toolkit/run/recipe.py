@@ -28,10 +28,8 @@ from typing import Any, NoReturn, get_type_hints
 from toolkit.config import overrides
 from toolkit.config.compose import register_schema
 from toolkit.config.schema import RunConfig, conf_dir, load
-from toolkit.deepspeed import ds_config
 from toolkit.errors import ConfigError, Stopped, ToolkitError, leave, memory_told
-from toolkit.job import fingerprint, ops, ranks, watchdog, workers
-from toolkit.run.terminal import Terminal
+from toolkit.job import ranks
 
 # The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
 HYDRA = "hydra.run.dir=. hydra.sweep.subdir=. hydra.output_subdir=null hydra/job_logging=none hydra/hydra_logging=none"
@@ -161,6 +159,11 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
 
 
 def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
+    # Here: each worker that draws data imports the recipe's file, and needs none of these.
+    from toolkit.deepspeed import ds_config
+    from toolkit.job import fingerprint, ops, watchdog, workers
+    from toolkit.run.terminal import Terminal
+
     ranks.complete_environment()
     device = ranks.device()
     ds = ds_config.complete(config, world=ranks.world(), device=device) if recipe.engine else {}
