@@ -57,6 +57,7 @@ def prepare(overrides: list[str]) -> None:
     kind = task_class(config.task.kind)
     prepared = kind.prepare(config, told)
     lines = [format_audit(prepared.audit)] if "entropy" in prepared.audit else prepared.notes
+    lines += [f"Warning: {line}" for line in prepared.warnings]
     told.print(*lines, f"Prepared {kind.prepares}: {prepared.path}", sep="\n", highlight=False)
 
 

@@ -33,7 +33,7 @@ from toolkit.errors import DataError
 from toolkit.run.directory import weights_folder
 
 log = logging.getLogger(__name__)
-FORMAT = 2  # raise it when the meaning of any cached file changes
+FORMAT = 3  # raise it when the meaning of any cached file changes
 SPLIT_SEED = 0  # seeds of a run share what is held out, or their scores could not be compared
 
 
@@ -74,6 +74,11 @@ class Prepared(Mapped):
         return list(self.facts["notes"])
 
     @property
+    def warnings(self) -> list[str]:
+        """A line for each thing that makes results doubtful: what, how much, the way out."""
+        return list(self.facts["warnings"])
+
+    @property
     def tokenizer(self) -> Path:
         """A folder for ``AutoTokenizer.from_pretrained``."""
         return self.path / "tokenizer"
@@ -83,9 +88,17 @@ class Prepared(Mapped):
         return [name for name in self.facts["splits"] if role(name) == of]
 
 
-def finish(folder: Path, audit: dict[str, Any], *, splits: Iterable[str], notes: Iterable[str], **facts: Any) -> None:
+def finish(
+    folder: Path,
+    audit: dict[str, Any],
+    *,
+    splits: Iterable[str],
+    notes: Iterable[str] = (),
+    warnings: Iterable[str] = (),
+    **facts: Any,
+) -> None:
     """Write the audit and the facts of a prepared folder."""
-    facts |= {"splits": list(splits), "notes": list(notes)}
+    facts |= {"splits": list(splits), "notes": list(notes), "warnings": list(warnings)}
     (folder / "audit.json").write_text(json.dumps(audit, indent=1))
     (folder / "facts.json").write_text(json.dumps(facts))
 

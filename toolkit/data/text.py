@@ -74,7 +74,7 @@ def _write_samples(folder: Path, path: Path, config: RunConfig) -> None:
     counts = corpus.index(folder, whole, held, data, objective, config.seed)
     shutil.copytree(whole.path / "tokenizer", folder / "tokenizer")
     facts = {"vocab_size": whole.facts["vocab_size"], "pad_id": whole.facts["special"]["pad"], "corpus": path.name}
-    finish(folder, {}, splits=corpus.SPLITS, notes=(), **facts)
+    finish(folder, {}, splits=corpus.SPLITS, **facts)
     samples = MaskedText(Prepared(folder), data, objective, config.seed)
     found = _audit(whole, held, counts) | {"sample": sampled(samples)}
     (folder / "audit.json").write_text(json.dumps(found, indent=1))

@@ -69,6 +69,10 @@ class Run:
         run.write_json("env.json", environment())
         return run
 
+    def warn(self, line: str) -> None:
+        """Say what makes this run's results doubtful, with its figure and the way out."""
+        self.console.print(f"Warning: {line}", style="yellow", highlight=False, markup=False)
+
     def write_text(self, name: str, text: str) -> None:
         """Rank 0 writes ``name`` whole or not at all."""
         if ranks.rank() == 0:

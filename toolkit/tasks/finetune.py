@@ -72,8 +72,7 @@ class Finetune(Task):
         train, grouped = self._split("train"), config.data.group_by_length
         self.learns(train, Grouped(train.lengths, config.seed, size=config.batch.global_size, grouped=grouped))
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
-        for line in self.prepared.notes:
-            run.console.print(line)
+        self.tell(self.prepared)
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:

@@ -55,6 +55,7 @@ class Pretrain(Task):
         self.model_class = MODELS[config.task.objective]
         run.write_model(self.hf_config, build.class_name(self.model_class), self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
+        self.tell(self.prepared)
         if len(self._dataset("eval")):
             self.notes["unigram entropy (nats)"] = self.prepared.audit["entropy"]["eval_under_train_unigram"]
         self.compared = COMPARED[config.task.objective]

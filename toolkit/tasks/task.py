@@ -65,6 +65,13 @@ class Task:
         """The data, read, checked and tokenised; found in the cache the next time."""
         raise ConfigError(f"task.kind={config.task.kind}: it has nothing to prepare. Start its recipe.")
 
+    def tell(self, prepared: Prepared) -> None:
+        """Say what a person should know of the data before training begins."""
+        for line in prepared.notes:
+            self.run.console.print(line, highlight=False, markup=False)
+        for line in prepared.warnings:
+            self.run.warn(line)
+
     def learns(self, dataset: loader.Dataset, order: Order) -> None:
         """Settle what is trained on, in which order, and how many steps the run has."""
         self.train, self.order = dataset, order

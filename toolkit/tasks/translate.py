@@ -63,8 +63,7 @@ class Translate(Task):
         self.best = f"{_prefix(next(iter(self.held_out)))}{config.task.best or 'bleu'}" if self.held_out else None
         run.write_model(self.hf_config, class_name(self.model_class), self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
-        for line in self.prepared.notes:
-            run.console.print(line, highlight=False)
+        self.tell(self.prepared)
         seq2seq.without_cache(self.hf_config)
         batch, train, grouped = config.batch, self.splits["train"], config.data.group_by_length
         size, tokens = batch.global_size, batch.tokens
