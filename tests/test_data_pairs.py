@@ -244,7 +244,7 @@ def test_whole_words_are_masked_whole(tmp_path: Path) -> None:
 
 
 def test_whole_words_need_a_vocabulary_with_pieces(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.whole_word=true: .*no '##' pieces.*whole_word=false"):
+    with pytest.raises(ConfigError, match=r"data.whole_word=true: nothing in .*'##'.*whole_word=false"):
         prepare(toy(tmp_path, LENGTHS, whole_word=True))
 
 

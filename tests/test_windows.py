@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from toolkit.config.schema import Tokenizer
+from toolkit.data.tokenizer import save
 from toolkit.data.windows import Window, answer_span, best_threshold, decode, windows
 from toolkit.errors import ConfigError
 from toolkit.tasks.metrics import squad
@@ -141,7 +143,8 @@ def test_a_long_question_is_cut_and_leaves_room(tokenizer):
 
 
 @needs_data
-def test_a_marker_in_a_text_is_only_text(tokenizer):
+def test_a_marker_in_a_text_is_only_text(tokenizer, tmp_path):
+    tokenizer = save(tokenizer, tmp_path, Tokenizer())
     (cuts,) = windows(tokenizer, ["[SEP]"], ["[CLS] [SEP]"], max_length=32, max_question=6, stride=8)
     assert cuts[0].input_ids.count(tokenizer.sep_token_id) == 2
     assert cuts[0].input_ids.count(tokenizer.cls_token_id) == 1

@@ -94,7 +94,15 @@ class Tokenizer(Strict):
     model: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"  # bpe, unigram: of both languages of translation pairs
     vocab_size: Positive = 30522
     lowercase: bool = True
+    # é is e. None: a vocab.txt where it lowercases, as Hugging Face does, a trained one never. Training one with true
+    # strips the accents of Latin, Greek and Cyrillic letters, never the vowels and tones of other scripts
+    strip_accents: bool | None = None
     min_frequency: Positive = 2
+    coverage: float = Field(
+        0.9995, gt=0, le=1
+    )  # share of the text's characters that a trained one spells out, at least
+    max_unknown: Fraction = 0.2  # data is refused where a larger share of its characters is unknown; 1: never
+    special_in_text: bool = False  # '[SEP]' or '</s>' typed in a text is the special token, not text
 
 
 class Columns(Strict):

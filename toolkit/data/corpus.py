@@ -28,6 +28,7 @@ from toolkit.data import tokenizer as tokenizers
 from toolkit.data.order import mix, uniform
 from toolkit.data.prepared import Mapped, Ragged, RaggedWriter, Spool, open_columns, seal
 from toolkit.data.sources import Problems, documents
+from toolkit.data.unknown import Lost, warnings
 from toolkit.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -51,7 +52,8 @@ class Corpus(Mapped):
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """The ``special`` ids (pad, unk, cls, sep, mask), ``vocab_size``, and the ``counts`` of what went into it."""
+        """The ``special`` ids (pad, unk, cls, sep, mask), ``vocab_size``, the ``counts`` of what went into it, what the
+        tokenizer ``lost`` of it, and ``warnings``."""
         return dict(json.loads((self.path / "corpus.json").read_text()))
 
     @cached_property
@@ -75,7 +77,7 @@ class Corpus(Mapped):
 
     @cached_property
     def vocabulary(self) -> dict[str, NDArray[np.bool_]]:
-        """Per id: ``piece`` (its '##' continues a word) and ``regular`` (it exists and is not special)."""
+        """Per id: ``piece`` (it continues a word) and ``regular`` (it exists and is not special)."""
         columns = open_columns(self.path / "vocabulary.arrow")
         return {name: column.astype(np.bool_) for name, column in columns.items()}
 
@@ -93,25 +95,28 @@ def write(folder: Path, data: Data, config: Tokenizer, report: Report) -> None:
     # Setting it, even to its default, keeps the encoder from warning when a loader forks later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = tokenizers.create(config, lambda: chain.from_iterable(documents(data)))
+    tokenizer = tokenizers.save(tokenizer, folder / "tokenizer", config)
     special, size = tokenizers.special_ids(tokenizer), tokenizers.vocab_size(tokenizer)
     problems = Problems(data.on_error)
     encode = tokenizers.encoder(tokenizer).encode_batch_fast
     blocks = _ahead(_blocks(documents(data, problems), data.language))
     encoded = _ahead((block, encode(block[0], add_special_tokens=False)) for block in blocks)
-    counts = _write_tokens(folder, encoded, tokenizer, report)
+    lost = Lost(tokenizer)
+    counts = _write_tokens(folder, encoded, tokenizer, lost, report)
     counts |= {"skipped": problems.skipped, "skipped_first": problems.first}
     if not counts["documents"]:
         raise DataError(
             f"data.path={data.path}: no document with text ({counts['empty_documents']} empty, "
             f"{problems.skipped} skipped). Check data.path, data.column and data.documents."
         )
-    tokenizer.save_pretrained(folder / "tokenizer")
     piece, regular = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
     regular[list(tokenizer.get_vocab().values())] = 1
     regular[tokenizer.all_special_ids] = 0
-    piece[[number for token, number in tokenizer.get_vocab().items() if token.startswith("##")]] = 1
+    piece[tokenizers.pieces(tokenizer)] = 1
     seal(folder / "vocabulary.arrow", {"piece": piece, "regular": regular})
-    facts = {"special": special, "vocab_size": size, "counts": counts}
+    found = {"the corpus": lost.counts}
+    facts = {"special": special, "vocab_size": size, "counts": counts, "lost": found}
+    facts["warnings"] = warnings(config, tokenizer, found)
     (folder / "corpus.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -153,7 +158,7 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _write_tokens(folder: Path, encoded: Encoded, tokenizer: Any, report: Report) -> dict[str, Any]:
+def _write_tokens(folder: Path, encoded: Encoded, tokenizer: Any, lost: Lost, report: Report) -> dict[str, Any]:
     """Write the tokens and count what went into the corpus; words are separated by spaces."""
     size = tokenizers.vocab_size(tokenizer)
     writer = RaggedWriter(folder / "sentences", id=np.uint16 if size <= 2**16 else np.uint32)
@@ -177,7 +182,10 @@ def _write_tokens(folder: Path, encoded: Encoded, tokenizer: Any, report: Report
             counts["sentences"] = int(before[-1])
             counts["words"] += sum(sentence.count(" ") + 1 for sentence in sentences)
             counts["tokens"] += len(flat)
-            counts["unknown_tokens"] += int(np.count_nonzero(flat == tokenizer.unk_token_id))
+            unknown = np.flatnonzero(flat == tokenizer.unk_token_id)
+            counts["unknown_tokens"] += len(unknown)
+            with_unknown = np.unique(np.searchsorted(np.cumsum(lengths), unknown, side="right"))
+            lost.add(sentences, [sentences[number] for number in with_unknown])
             report(counts["documents"], counts["tokens"])
     writer.seal()
     seal(folder / "documents.arrow", {"end": bounds})

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import RunConfig, Tokenizer
-from toolkit.data import examples, prepared, tables
+from toolkit.data import examples, prepared, tables, unknown
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch, padded, tensors
 from toolkit.data.corpus import held_out
@@ -53,6 +53,7 @@ def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) ->
     tokenizer = prepared.with_weights(config)
     key = prepared.fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
     path = prepared.build(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels))
+    unknown.refuse(tokenizer, Prepared(path).audit["lost"])
     return Prepared(path)
 
 
@@ -72,8 +73,9 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, f
     data, sources = config.data, prepared.splits(config.data, WAY_OUT)
     labels = examples.find_labels(tables.rows(sources["train"], data, "train"), data, config.task.kind)
     tokenizer = tokenizers.create(chosen, lambda: _texts(read(config, "train", labels)))
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer = tokenizers.save(tokenizer, folder / "tokenizer", chosen)
     counts: dict[str, dict[str, int]] = {}
+    lost: dict[str, unknown.Counts] = {}
     first: dict[str, list[str]] = {}
     for name in [*sources] + ([] if data.eval or not data.holdout else ["eval"]):
         problems = Problems(data.on_error)
@@ -82,7 +84,9 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, f
             place = sources.get(name, data.train)
             raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
         write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
-        lengths = Ragged(folder / name / "sequences").lengths
+        sequences = Ragged(folder / name / "sequences")
+        lengths, whole = sequences.lengths, (sequences.columns["ids"] != tokenizer.unk_token_id).all()
+        lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows))), [] if whole else None)
         counts[name] = {
             "rows": len(rows),
             "sequences": len(lengths),
@@ -92,8 +96,9 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, f
         }
         first |= {name: problems.first} if problems.first else {}
     known = {"labels": labels, "vocab_size": tokenizers.vocab_size(tokenizer), "pad_id": tokenizer.pad_token_id}
-    found = known | {"splits": counts, "first_skipped": first}
-    prepared.finish(folder, found, splits=counts, notes=_told(counts, first), **known)
+    found = known | {"splits": counts, "first_skipped": first, "lost": lost}
+    warnings = unknown.warnings(chosen, tokenizer, lost)
+    prepared.finish(folder, found, splits=counts, notes=_told(counts, first), warnings=warnings, **known)
 
 
 def _texts(rows: list[Any]) -> Iterator[str]:

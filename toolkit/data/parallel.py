@@ -25,12 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import Data, RunConfig, Task
-from toolkit.data import prepared, tables
+from toolkit.data import prepared, tables, unknown
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch, padded, tensors
 from toolkit.data.order import Keys, mix, uniform
 from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWriter
 from toolkit.data.sources import stamps
+from toolkit.data.unknown import Lost
 from toolkit.errors import DataError
 
 SIDES = ("source", "target")
@@ -52,7 +53,9 @@ def prepare(config: RunConfig) -> Prepared:
         [task.source, task.target, task.prefix],
         [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
     )
-    return Prepared(prepared.build(data, f"parallel-{key}", lambda folder: _write(folder, config, places, holdout)))
+    path = prepared.build(data, f"parallel-{key}", lambda folder: _write(folder, config, places, holdout))
+    unknown.refuse(config.tokenizer, Prepared(path).audit["lost"])
+    return Prepared(path)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,12 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: flo
     data, task = config.data, config.task
     training = partial(pairs, places["train"], "train", data, task)
     tokenizer = tokenizers.create(config.tokenizer, lambda: (t for p in training() for t in (p.source, p.target)))
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer = tokenizers.save(tokenizer, folder / "tokenizer", config.tokenizer)
+    if tokenizer.split_special_tokens and any(name in task.prefix for name in tokenizers.special_names(tokenizer)):
+        raise DataError(
+            f"task.prefix={task.prefix}: names a special token, and in texts these are text. Use "
+            "tokenizer.special_in_text=true."
+        )
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts
     audit, held = {}, list[Pair]()
     for name in ["train", *(["eval"] if holdout else []), *list(places)[1:]]:
@@ -153,9 +161,11 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: flo
             place = places.get(name, places["train"])
             raise DataError(f"{name}: no pair is left of {place}: {_told(counts)}.{way_out}")
     size = tokenizers.vocab_size(tokenizer)
-    told = {"splits": audit, "vocabulary": {"model": config.tokenizer.model, "size": size}}
+    lost = {f"{name} {side}": counts["lost"][side] for name, counts in audit.items() for side in SIDES}
+    told = {"splits": audit, "vocabulary": {"model": config.tokenizer.model, "size": size}, "lost": lost}
     notes = [f"{name}: {_told(counts)}" for name, counts in audit.items()]
-    prepared.finish(folder, told, vocab_size=size, splits=audit, notes=notes)
+    warnings = unknown.warnings(config.tokenizer, tokenizer, lost)
+    prepared.finish(folder, told, vocab_size=size, splits=audit, notes=notes, warnings=warnings)
 
 
 def _trained(found: Iterator[Pair], holdout: float, held: list[Pair]) -> Iterator[Pair]:
@@ -183,18 +193,22 @@ def _filled(found: Iterator[Pair], name: str, counts: Counter[str]) -> Iterator[
 
 
 def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any, config: RunConfig) -> dict[str, Any]:
-    """Write the token ids of both sides. Returns the split's part of the audit."""
+    """Write the token ids of both sides. Returns the split's part of the audit, and what the tokenizer lost."""
     folder.mkdir()
     training, longest = name == "train", config.data.max_length
     dtype = np.uint16 if tokenizers.vocab_size(tokenizer) <= 2**16 else np.uint32
     writers = {side: RaggedWriter(folder / side, id=dtype) for side in SIDES}
     counts: Counter[str] = Counter()
+    lost = {side: Lost(tokenizer) for side in SIDES}
     ratios: list[float] = []
     texts: list[tuple[str, str]] = []
     filled = _filled(found, name, counts)
     while some := list(islice(filled, 1000)):
         sources = tokenizer([config.task.prefix + pair.source for pair in some])["input_ids"]
         targets = tokenizer(text_target=[pair.target for pair in some])["input_ids"]
+        for side, rows in zip(SIDES, (sources, targets), strict=True):
+            read = [(getattr(pair, side), tokenizer.unk_token_id in ids) for pair, ids in zip(some, rows, strict=True)]
+            lost[side].add([text for text, _ in read], [text for text, doubtful in read if doubtful])
         for pair, *both in zip(some, sources, targets, strict=True):
             long = [side for side, ids in zip(SIDES, both, strict=True) if len(ids) > longest]
             if training and long:
@@ -216,7 +230,8 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
     tokens = (f"{side}_{what}" for side in SIDES for what in ("tokens", "unknown"))
     quantiles = np.quantile(ratios, [0.01, 0.5, 0.99]).tolist() if ratios else []
     ratio = dict(zip(("percentile_1", "median", "percentile_99"), quantiles, strict=False))
-    return {name: counts[name] for name in (*names, *tokens)} | {"source_to_target_length": ratio}
+    rest = {"source_to_target_length": ratio, "lost": {side: lost[side].counts for side in SIDES}}
+    return {name: counts[name] for name in (*names, *tokens)} | rest
 
 
 def _told(counts: dict[str, Any]) -> str:

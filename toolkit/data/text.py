@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from toolkit.config.schema import RunConfig
-from toolkit.data import corpus, sources
+from toolkit.data import corpus, sources, unknown
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.corpus import Corpus
 from toolkit.data.prepared import Prepared, build, fingerprint, finish
@@ -34,6 +34,7 @@ def prepare(config: RunConfig, *, progress: bool = False, console: Any = None) -
     reading = data.format, data.column, data.language, data.on_error
     key = fingerprint(*reading, sources.identity(data), tokenizers.identity(config.tokenizer))
     path = build(data, f"corpus-{key}", lambda f: _write_corpus(f, config, progress, console))
+    unknown.refuse(config.tokenizer, Corpus(path).facts["lost"])
     sampling = data.model_dump(include=SAMPLING) | {"seed": config.seed, "objective": config.task.objective}
     name = "samples-" + fingerprint(path.name, sampling)
     return Prepared(build(data, name, lambda f: _write_samples(f, path, config)))
@@ -65,29 +66,42 @@ def _write_samples(folder: Path, path: Path, config: RunConfig) -> None:
     from toolkit.data.masked import MaskedText, sampled  # with torch, which finding all in the cache takes none of
 
     data, objective, whole = config.data, config.task.objective, Corpus(path)
-    if data.whole_word and not whole.vocabulary["piece"].any():
-        raise ConfigError(
-            "data.whole_word=true: the tokenizer's vocabulary has no '##' pieces, so where words end "
-            "is unknown. Use a WordPiece tokenizer or data.whole_word=false."
-        )
     held = corpus.held_out(len(whole.documents) - 1, data.holdout, config.seed, objective)
     counts = corpus.index(folder, whole, held, data, objective, config.seed)
     shutil.copytree(whole.path / "tokenizer", folder / "tokenizer")
     facts = {"vocab_size": whole.facts["vocab_size"], "pad_id": whole.facts["special"]["pad"], "corpus": path.name}
-    finish(folder, {}, splits=corpus.SPLITS, **facts)
+    unigrams = _unigrams(whole, held)
+    warnings = [*whole.facts["warnings"], *(_whole_words(whole, unigrams.sum(0)) if data.whole_word else [])]
+    finish(folder, {}, splits=corpus.SPLITS, warnings=warnings, **facts)
     samples = MaskedText(Prepared(folder), data, objective, config.seed)
-    found = _audit(whole, held, counts) | {"sample": sampled(samples)}
+    found = _audit(whole, held, counts, unigrams) | {"sample": sampled(samples)}
     (folder / "audit.json").write_text(json.dumps(found, indent=1))
 
 
-def _audit(whole: Corpus, held: NDArray[np.bool_], chunk_counts: dict[str, dict[str, int]]) -> dict[str, Any]:
+def _whole_words(whole: Corpus, counts: NDArray[np.int64]) -> list[str]:
+    """What makes masking whole words the same as masking tokens. Raises ConfigError where words cannot be told."""
+    piece = whole.vocabulary["piece"]
+    if not piece.any():
+        raise ConfigError(
+            "data.whole_word=true: nothing in the tokenizer's vocabulary ('##', 'Ġ' or '▁') tells what continues a "
+            "word. Use another tokenizer or data.whole_word=false."
+        )
+    share = counts[piece].sum() / counts.sum()
+    less = "so nearly all words have one piece and are masked whole anyway. A smaller tokenizer.vocab_size gives more."
+    return [f"data.whole_word=true: only {share:.2%} of the tokens continue a word, {less}"] if share < 0.01 else []
+
+
+def _audit(
+    whole: Corpus, held: NDArray[np.bool_], chunk_counts: dict[str, dict[str, int]], unigrams: NDArray[np.int64]
+) -> dict[str, Any]:
     """Counts of the corpus, its splits and chunks; entropies in nats per token."""
-    counts, unigrams = whole.facts["counts"], _unigrams(whole, held)
+    counts, lost = whole.facts["counts"], whole.facts["lost"]["the corpus"]
     documents = int((~held).sum()), int(held.sum())
     return {
         **counts,
         "vocab_size": whole.facts["vocab_size"],
         "unknown_share": counts["unknown_tokens"] / counts["tokens"],
+        "unknown_characters_share": lost["unknown"] / max(lost["characters"], 1),
         "entropy": {
             "corpus_unigram": _cross_entropy(unigrams.sum(0), unigrams.sum(0)),
             "eval_under_train_unigram": _cross_entropy(unigrams[1], unigrams[0] + 1),

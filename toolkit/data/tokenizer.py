@@ -1,19 +1,24 @@
 """The tokenizer: a pretrained one, a WordPiece vocab.txt, or one trained on the texts.
 
-    tokenizer = create(config.tokenizer, texts)   # a Hugging Face fast tokenizer
-    tokenizer.save_pretrained(folder)             # AutoTokenizer.from_pretrained(folder) loads it
+    tokenizer = save(create(config.tokenizer, texts), folder, config.tokenizer)   # for AutoTokenizer, too
+    tokenizer = load(folder, config.tokenizer)    # the same again: what every text is encoded with
 
-Corpus text is then encoded by :func:`encoder`, which adds and cuts nothing. Both languages of translation pairs have
-one vocabulary, of BPE or unigram, whose sequences end with </s>: as in SentencePiece a space becomes '▁', so decoding
-gives the text back; punctuation stands alone.
+To it '[SEP]' in a text is text. Corpus text is encoded by :func:`encoder`, which adds and cuts nothing. Both languages
+of translation pairs have one vocabulary, of BPE or unigram, whose sequences end with </s>: as in SentencePiece a space
+becomes '▁', so decoding gives the text back; punctuation stands alone.
 """
 
 import hashlib
 import json
+import re
+import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from toolkit.config.schema import Tokenizer
 from toolkit.data.prepared import fingerprint
@@ -21,33 +26,69 @@ from toolkit.errors import DataError
 
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}  # of BERT's input
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # of translation pairs
-ALPHABET = 1000  # most characters that a vocabulary spells out; the rarer ones are unknown
+COMMON = 1000  # characters that a vocabulary spells out in any case, where they take a quarter of it at most
+LONGEST_WORD = 100  # characters that WordPiece takes apart, in quadratic time: longer runs are cut
 
 Texts = Callable[[], Iterator[str]]
+Form = Literal["NFC", "NFKC"]  # of Unicode
 
 
 def create(config: Tokenizer, texts: Texts) -> Any:
-    """The configured tokenizer; ``texts()`` reads what it is trained on, only if it is. Raises DataError."""
+    """The configured tokenizer, to be saved; ``texts()`` reads what it is trained on, only if it is. Raises
+    DataError."""
     from transformers import BertTokenizer
 
     if config.path is None:
-        if config.model != "wordpiece":
-            return _subwords(config, texts)
-        return BertTokenizer(_wordpiece(config, texts), do_lower_case=config.lowercase)
+        return (_wordpiece if config.model == "wordpiece" else _subwords)(config, texts)
     if vocab := _vocab_file(config.path):
-        return BertTokenizer(_read_vocab(vocab, config.lowercase), do_lower_case=config.lowercase)
+        options = {"do_lower_case": config.lowercase, "strip_accents": config.strip_accents}
+        return BertTokenizer(_read_vocab(vocab, config.lowercase), **options)
+    if config.strip_accents is not None:
+        raise DataError(
+            f"tokenizer.strip_accents={config.strip_accents} with tokenizer.path={config.path}: a saved one keeps or "
+            "strips accents as it was saved. Drop it."
+        )
     return _pretrained(config.path)
+
+
+def save(tokenizer: Any, folder: Path, config: Tokenizer) -> Any:
+    """Save it for ``AutoTokenizer``, to which '[MASK]' is the special token, as people expect, and :func:`load` it."""
+    tokenizer.save_pretrained(folder)
+    return load(folder, config)
+
+
+def load(folder: Path, config: Tokenizer) -> Any:
+    """The tokenizer for all texts, in which the names of special tokens are text, unless config.special_in_text. It is
+    not to be saved."""
+    from tokenizers import Regex, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.split_special_tokens = not config.special_in_text
+    if config.special_in_text or not tokenizer.is_fast:
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    # Where nothing cuts '</s>' in pieces, Unigram finds it among its ordinary entries: it is cut after the '<'
+    kept = [n for n in special_names(tokenizer) if any(n in piece for piece in _words(n, backend))]
+    if kept:
+        first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in kept)
+        before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
+        cut = pre_tokenizers.Split(Regex(first), "merged_with_previous")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
+    return tokenizer
 
 
 def identity(config: Tokenizer) -> list[Any]:
     """What the tokenizer's ids depend on besides the corpus; file contents, not names."""
     if config.path is None:
-        return [config.vocab_size, config.lowercase, config.min_frequency]
+        return [config.model_dump(mode="json", exclude={"path", "max_unknown"})]
     if vocab := _vocab_file(config.path):
-        return [config.lowercase, _digest(vocab.read_bytes())]
+        return [config.lowercase, config.strip_accents, config.special_in_text, _digest(vocab.read_bytes())]
     if (folder := Path(config.path).expanduser()).is_dir():
-        return [[path.name, _digest(path.read_bytes())] for path in sorted(folder.glob("*token*"))]
-    return [_digest(_pretrained(config.path).backend_tokenizer.to_str().encode())]
+        files = sorted({file for name in ("*token*", "vocab*", "merges*", "*.model") for file in folder.glob(name)})
+        return [config.special_in_text, [[file.name, _digest(file.read_bytes())] for file in files if file.is_file()]]
+    return [config.special_in_text, _digest(_pretrained(config.path).backend_tokenizer.to_str().encode())]
 
 
 def digest(tokenizer: Any) -> str:
@@ -63,42 +104,81 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
     return ids
 
 
+def special_names(tokenizer: Any) -> list[str]:
+    """What stands for special tokens where they are written out: '[SEP]', '<extra_id_0>'."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+
+
 def vocab_size(tokenizer: Any) -> int:
     """Rows the model's embedding needs: the largest id plus one, added tokens and holes included."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
+def pieces(tokenizer: Any) -> list[int]:
+    """The ids of tokens that continue a word: those with WordPiece's '##', or those without the mark of a word's begin
+    (byte-level 'Ġ', SentencePiece '▁'), special tokens and punctuation apart. None, where words have no marks."""
+    vocab = {
+        token: number for token, number in tokenizer.get_vocab().items() if number not in tokenizer.all_special_ids
+    }
+    model = tokenizer.backend_tokenizer.model
+    if prefix := getattr(model, "continuing_subword_prefix", None):
+        return [number for token, number in vocab.items() if token.startswith(prefix)]
+    starts = max("Ġ▁", key=lambda mark: sum(token.startswith(mark) for token in vocab))
+    if getattr(model, "end_of_word_suffix", None) or not any(token.startswith(starts) for token in vocab):
+        return []
+    return [n for token, n in vocab.items() if not token.startswith(starts) and token.strip(string.punctuation)]
+
+
 def encoder(tokenizer: Any) -> Any:
-    """The Rust tokenizer for corpus text: no padding, no truncation, and '[MASK]' in a text is only text."""
+    """The Rust tokenizer for corpus text: no padding, no truncation, and '[MASK]' in a text is what it is to
+    ``tokenizer``: text, if that was loaded so."""
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = tokenizer.split_special_tokens
     return backend
 
 
-def _wordpiece(config: Tokenizer, texts: Texts) -> dict[str, int]:
+def _wordpiece(config: Tokenizer, texts: Texts) -> Any:
     """WordPiece over the corpus: special tokens at ids 0 to 4, the same corpus gives the same ids. The trainer numbers
     '##' characters, and breaks ties between merges by these numbers, in the order in which its hash table gives the
-    words: another one each time. So they are numbered before it starts."""
-    from tokenizers.implementations import BertWordPieceTokenizer
+    words: another one each time. So they are numbered before it starts. BertTokenizer builds its own normalizer and
+    limit of a word anew from a saved folder, so it is none."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
-    trainer = BertWordPieceTokenizer(lowercase=config.lowercase)
-    # Each character is kept twice, alone and as '##'.
-    alphabet = _alphabet(texts(), trainer.normalizer, (config.vocab_size - len(SPECIAL)) // 2)
+    trained = Backend(models.WordPiece(unk_token=SPECIAL["unk"]))
+    clean = normalizers.BertNormalizer(strip_accents=False, lowercase=False)
+    trained.normalizer = normalizers.Sequence([clean, *_letters(config, "NFC")])
+    words = pre_tokenizers.BertPreTokenizer(), pre_tokenizers.FixedLength(LONGEST_WORD)
+    trained.pre_tokenizer = pre_tokenizers.Sequence(list(words))
+    alphabet, _ = _alphabet(texts(), trained, config, "NFC", config.vocab_size - len(SPECIAL))
     if not alphabet:
         raise DataError("tokenizer: the corpus holds no word to train on. Check data.path and data.column.")
-    continuing = [f"##{c}" for c in alphabet if len(trainer.pre_tokenizer.pre_tokenize_str(f"a{c}")) == 1]
-    trainer.train_from_iterator(
-        texts(),
+    trainer = trainers.WordPieceTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
-        special_tokens=[*SPECIAL.values(), *continuing],
+        special_tokens=[*SPECIAL.values(), *(f"##{c}" for c in alphabet if len(_words(f"a{c}", trained)) == 1)],
+        continuing_subword_prefix="##",
         show_progress=False,
     )
-    return dict(trainer.get_vocab())
+    trained.train_from_iterator(texts(), trainer)
+    backend = Backend(models.WordPiece(trained.get_vocab(), unk_token=SPECIAL["unk"]))
+    backend.normalizer, backend.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
+    backend.decoder = decoders.WordPiece(prefix="##")
+    ends = [(token, backend.token_to_id(token)) for token in (SPECIAL["cls"], SPECIAL["sep"])]
+    single = f"{SPECIAL['cls']} $A {SPECIAL['sep']}"
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=f"{single} $B:1 {SPECIAL['sep']}:1", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **{f"{name}_token": token for name, token in SPECIAL.items()},
+    )
 
 
 def _subwords(config: Tokenizer, texts: Texts) -> Any:
@@ -108,19 +188,20 @@ def _subwords(config: Tokenizer, texts: Texts) -> Any:
 
     bpe = config.model == "bpe"
     backend = Backend(models.BPE(unk_token=UNK) if bpe else models.Unigram())
-    lower = [normalizers.Lowercase()] if config.lowercase else []
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
+    backend.normalizer = normalizers.Sequence(_letters(config, "NFKC"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     backend.decoder = decoders.Metaspace()
-    alphabet = _alphabet(texts(), backend.normalizer, config.vocab_size // 2)
+    alphabet, rare = _alphabet(texts(), backend, config, "NFKC", config.vocab_size - 8)  # PAD, EOS, UNK, '▁'
     if not alphabet:
-        raise DataError("tokenizer: the pairs hold no word to train on. Check data.train.")
+        raise DataError("tokenizer: the texts hold no word to train on. Check data.train.")
     trainer: Any = trainers.BpeTrainer if bpe else trainers.UnigramTrainer
     rest: dict[str, Any] = {"unk_token": UNK}
     if bpe:
         rest = {"min_frequency": config.min_frequency, "limit_alphabet": len(alphabet) + 1}
     rest |= {"special_tokens": [PAD, EOS, UNK], "initial_alphabet": ["▁", *alphabet], "show_progress": False}
-    backend.train_from_iterator(texts(), trainer(vocab_size=config.vocab_size, **rest))
+    spaces = dict.fromkeys(map(ord, rare), " ")  # a unigram model would take every character in
+    kept = texts() if bpe else (unicodedata.normalize("NFKC", text).translate(spaces) for text in texts())
+    backend.train_from_iterator(kept, trainer(vocab_size=config.vocab_size, **rest))
     eos = backend.token_to_id(EOS)
     backend.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, eos)])
     return PreTrainedTokenizerFast(
@@ -128,16 +209,43 @@ def _subwords(config: Tokenizer, texts: Texts) -> Any:
     )
 
 
-def _alphabet(texts: Iterator[str], normalizer: Any, most: int) -> list[str]:
-    """The most frequent characters after normalisation, at least one and no more than ALPHABET, sorted."""
+def _letters(config: Tokenizer, form: Form) -> list[Any]:
+    """What both halves of letters become: one character, in lower case, without accents, as it is configured."""
+    from tokenizers import Regex, normalizers
+
+    whole = getattr(normalizers, form)()
+    # Combining Diacritical Marks are those of Latin, Greek and Cyrillic; other scripts have theirs elsewhere
+    strip = [normalizers.NFD(), normalizers.Replace(Regex("[\u0300-\u036f]"), "")] if config.strip_accents else []
+    return [*([normalizers.Lowercase()] if config.lowercase else []), *strip, whole]
+
+
+def _words(text: str, backend: Any) -> list[str]:
+    """What the tokenizer's model is given of a text, one after the other."""
+    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+
+
+def _alphabet(
+    texts: Iterator[str], backend: Any, config: Tokenizer, form: Form, room: int
+) -> tuple[list[str], list[str]]:
+    """The characters that the vocabulary spells out, sorted, at least one: the most frequent ones after normalisation
+    up to config.coverage of the text, and those that are COMMON, as far as ``room`` entries reach; WordPiece keeps most
+    of them twice, alone and as '##'. And the characters of the text that hold others."""
     raw: Counter[str] = Counter()
     for text in texts:
-        raw.update(text)
+        raw.update(unicodedata.normalize(form, text))
+    normal = {character: backend.normalizer.normalize_str(character).strip() for character in raw}
     counts: Counter[str] = Counter()
     for character, number in raw.items():
-        for normal in normalizer.normalize_str(character).strip():
-            counts[normal] += number
-    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[: max(1, min(ALPHABET, most))])
+        for part in normal[character]:
+            counts[part] += number
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))
+    cost = np.cumsum([1 + (config.model == "wordpiece" and len(_words(f"a{c}", backend)) == 1) for c in ranked])
+    share = np.cumsum([counts[c] for c in ranked]) / max(counts.total(), 1)
+    common, fits = (int(np.searchsorted(cost, entries, "right")) for entries in (room / 4, room))
+    enough = max(int(np.searchsorted(share, config.coverage)) + 1, min(COMMON, common))
+    chosen = ranked[: max(1, min(enough, fits))]
+    return sorted(chosen), [character for character in raw if not set(normal[character]) <= set(chosen)]
 
 
 def _vocab_file(path: str) -> Path | None:
@@ -151,8 +259,15 @@ def _vocab_file(path: str) -> Path | None:
 
 
 def _read_vocab(path: Path, lowercase: bool) -> dict[str, int]:
-    """One token per line, the id is the line number from 0."""
-    tokens = path.read_text("utf-8").splitlines()
+    """One token per line, the id is the line number from 0, as Hugging Face's load_vocab has it: U+2028 ends no line. A
+    byte order mark and blank lines at the end, which it takes for entries, are none."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            tokens = [line.rstrip("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise DataError(f"tokenizer.path={path}: is not UTF-8 ({error.reason}). Use a BERT vocab.txt.") from error
+    while tokens and not tokens[-1].strip(" \t"):
+        tokens.pop()
     vocab = {token: number for number, token in enumerate(tokens)}
     if missing := [token for token in SPECIAL.values() if token not in vocab]:
         raise DataError(f"tokenizer.path={path}: has no {', '.join(missing)}. Use a BERT vocab.txt.")

@@ -10,10 +10,10 @@ from typing import Any
 import transformers
 from numpy.typing import NDArray
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from toolkit.config.schema import RunConfig
 from toolkit.data import labelled, loader
+from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.labelled import Encoded, Sample
 from toolkit.data.order import Grouped
@@ -47,7 +47,7 @@ class Finetune(Task):
         self.best = config.task.best or config.task.metrics[0]
         # A cache on a shared disk is made once, under a lock, even by the first ranks of several hosts.
         self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
-        self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
+        self.tokenizer = tokenizers.load(self.prepared.tokenizer, config.tokenizer)
         self.vocab_size = self.prepared.vocab_size
         self.names = tuple(self.prepared.facts["labels"]) or self.label_names
         given = config.tokenizer.path is not None  # with a tokenizer of its own, a model may have more rows

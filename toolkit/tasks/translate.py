@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from toolkit.config.schema import RunConfig
 from toolkit.data import loader, parallel
@@ -15,7 +15,7 @@ from toolkit.data.batch import IGNORED, Batch
 from toolkit.data.order import Grouped, Split
 from toolkit.data.parallel import Translations
 from toolkit.data.prepared import Prepared
-from toolkit.data.tokenizer import digest, vocab_size
+from toolkit.data.tokenizer import digest, load, vocab_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.job import ranks
 from toolkit.models import seq2seq
@@ -38,7 +38,7 @@ class Translate(Task):
         config = self.config
         metrics.check(config.task)
         self.prepared = ranks.in_turn(lambda: self.prepare(config, run.console))
-        self.tokenizer = AutoTokenizer.from_pretrained(self.prepared.tokenizer)
+        self.tokenizer = load(self.prepared.tokenizer, config.tokenizer)
         if len(set(ranks.gathered(digest(self.tokenizer)))) > 1:
             raise DataError(
                 "tokenizer.model=unigram: the hosts have trained vocabularies that number their entries differently "
