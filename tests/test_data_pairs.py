@@ -248,6 +248,15 @@ def test_whole_words_need_a_vocabulary_with_pieces(tmp_path: Path) -> None:
         prepare(toy(tmp_path, LENGTHS, whole_word=True))
 
 
+def test_whole_words_that_have_one_piece_each_are_said(tmp_path: Path) -> None:
+    config = toy(tmp_path, LENGTHS, whole_word=True)
+    with (tmp_path / "vocab.txt").open("a") as file:
+        file.write("##ing\n")
+    (said,) = prepare(config).warnings
+    assert said.startswith("data.whole_word=true: only 0.00% of the tokens continue a word, so nearly all words")
+    assert prepare(toy(tmp_path, LENGTHS)).warnings == []
+
+
 def test_dynamic_draws_anew_each_epoch_and_static_repeats_the_first(pairs: MaskedText) -> None:
     static = with_data(pairs, dynamic=False)
     differs = 0

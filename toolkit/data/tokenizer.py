@@ -68,7 +68,6 @@ def load(folder: Path, config: Tokenizer) -> Any:
     if config.special_in_text or not tokenizer.is_fast:
         return tokenizer
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
     # Where nothing cuts '</s>' in pieces, Unigram finds it among its ordinary entries: it is cut after the '<'
     kept = [n for n in special_names(tokenizer) if any(n in piece for piece in _words(n, backend))]
     if kept:
