@@ -69,7 +69,7 @@ def load(folder: Path, config: Tokenizer) -> Any:
         return tokenizer
     backend = tokenizer.backend_tokenizer
     # Where nothing cuts '</s>' in pieces, Unigram finds it among its ordinary entries: it is cut after the '<'
-    kept = [n for n in special_names(tokenizer) if any(n in piece for piece in _words(n, backend))]
+    kept = [n for n in special_names(tokenizer) if len(n) > 1 and any(n in piece for piece in _words(n, backend))]
     if kept:
         first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in kept)
         before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
@@ -82,12 +82,13 @@ def identity(config: Tokenizer) -> list[Any]:
     """What the tokenizer's ids depend on besides the corpus; file contents, not names."""
     if config.path is None:
         return [config.model_dump(mode="json", exclude={"path", "max_unknown"})]
+    keys = [config.lowercase, config.strip_accents, config.special_in_text]
     if vocab := _vocab_file(config.path):
-        return [config.lowercase, config.strip_accents, config.special_in_text, _digest(vocab.read_bytes())]
+        return [*keys, _digest(vocab.read_bytes())]
     if (folder := Path(config.path).expanduser()).is_dir():
         files = sorted({file for name in ("*token*", "vocab*", "merges*", "*.model") for file in folder.glob(name)})
-        return [config.special_in_text, [[file.name, _digest(file.read_bytes())] for file in files if file.is_file()]]
-    return [config.special_in_text, _digest(_pretrained(config.path).backend_tokenizer.to_str().encode())]
+        return [*keys, [[file.name, _digest(file.read_bytes())] for file in files if file.is_file()]]
+    return [*keys, _digest(_pretrained(config.path).backend_tokenizer.to_str().encode())]
 
 
 def digest(tokenizer: Any) -> str:
@@ -176,6 +177,8 @@ def _wordpiece(config: Tokenizer, texts: Texts) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        do_lower_case=config.lowercase,  # for those who read it with BertTokenizer nevertheless
+        strip_accents=bool(config.strip_accents),
         **{f"{name}_token": token for name, token in SPECIAL.items()},
     )
 
