@@ -85,8 +85,8 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, f
             raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
         write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
         sequences = Ragged(folder / name / "sequences")
-        lengths, whole = sequences.lengths, (sequences.columns["ids"] != tokenizer.unk_token_id).all()
-        lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows))), [] if whole else None)
+        lengths, some = sequences.lengths, bool((sequences.columns["ids"] == tokenizer.unk_token_id).any())
+        lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows))), unknown=some)
         counts[name] = {
             "rows": len(rows),
             "sequences": len(lengths),

@@ -24,6 +24,7 @@ from toolkit.run.table import table
 
 SAMPLING = {"holdout", "max_length", "max_predictions", "mask_rate", "whole_word", "short_rate", "dynamic"}
 BLOCK_TOKENS = 2**18
+FEW_PIECES, MANY_PIECES = 0.01, 0.8  # shares of the tokens, beyond which masking whole words is doubtful
 
 
 def prepare(config: RunConfig, *, progress: bool = False, console: Any = None) -> Prepared:
@@ -79,7 +80,7 @@ def _write_samples(folder: Path, path: Path, config: RunConfig) -> None:
 
 
 def _whole_words(whole: Corpus, counts: NDArray[np.int64]) -> list[str]:
-    """What makes masking whole words the same as masking tokens. Raises ConfigError where words cannot be told."""
+    """What makes masking whole words doubtful. Raises ConfigError where words cannot be told."""
     piece = whole.vocabulary["piece"]
     if not piece.any():
         raise ConfigError(
@@ -87,8 +88,13 @@ def _whole_words(whole: Corpus, counts: NDArray[np.int64]) -> list[str]:
             "word. Use another tokenizer or data.whole_word=false."
         )
     share = counts[piece].sum() / counts.sum()
-    less = "so nearly all words have one piece and are masked whole anyway. A smaller tokenizer.vocab_size gives more."
-    return [f"data.whole_word=true: only {share:.2%} of the tokens continue a word, {less}"] if share < 0.01 else []
+    if share < FEW_PIECES:
+        rest = "nearly all words are masked whole anyway. A smaller tokenizer.vocab_size gives more."
+        return [f"data.whole_word=true: only {share:.2%} of the tokens continue a word, so {rest}"]
+    if share > MANY_PIECES:
+        rest = "long ones are never masked. Use data.whole_word=false for a script without spaces."
+        return [f"data.whole_word=true: a word has {1 / (1 - share):.0f} tokens on average, and {rest}"]
+    return []
 
 
 def _audit(

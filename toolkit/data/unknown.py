@@ -9,7 +9,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import chain, islice
 from math import inf
 from typing import Any
@@ -33,7 +32,7 @@ class Lost:
         self.longest = getattr(self.backend and self.backend.model, "max_input_chars_per_word", inf)
         names = tokenizers.special_names(tokenizer) if tokenizer.split_special_tokens else []
         self.names = re.compile("|".join(map(re.escape, names)) or r"\b\B")
-        self.strips = self.normal("\u0e02\u0e48") == self.normal("\u0e02")  # Thai's tones, say
+        self.strips = _normal(tokenizer, "\u0e02\u0e48") == _normal(tokenizer, "\u0e02")  # Thai's tones, say
         self.counts: Counts = dict.fromkeys(("texts", "named", "characters", "unknown", "long", "stripped"), 0)
 
     def add(self, texts: Sequence[str], doubtful: Sequence[str] | None = None) -> None:
@@ -63,25 +62,18 @@ class Lost:
             spans = (span for token, span in zip(e.ids, e.offsets, strict=True) if token == self.unknown)
             yield from (text[start:end].strip() for start, end in spans)
 
-    def normal(self, text: str) -> str:
-        normalizer = self.backend and self.backend.normalizer
-        return str(normalizer.normalize_str(text)) if normalizer else text
-
-    @cache  # noqa: B019 - as short-lived as what it counts
     def _stripped(self, character: str) -> bool:
         """Whether a mark of the character is lost that is no accent of a Latin, Greek or Cyrillic letter."""
-        before, after = (unicodedata.normalize("NFD", text) for text in (character, self.normal(f"a{character}")))
-        marks = {
-            m for m in before if unicodedata.category(m) == "Mn" and (m in VIETNAMESE or not "\u0300" <= m <= "\u036f")
-        }
-        return not marks <= set(after)
+        before, after = (unicodedata.normalize("NFD", text) for text in (character, _normal(self.tokenizer, character)))
+        marks = {mark for mark in before if unicodedata.category(mark) == "Mn"}
+        return any((m in VIETNAMESE or not "\u0300" <= m <= "\u036f") and m not in after for m in marks)
 
 
-def lost(tokenizer: Any, texts: Iterator[str], doubtful: Sequence[str] | None = None) -> Counts:
-    """The counts of all ``texts``; see :meth:`Lost.add`."""
+def lost(tokenizer: Any, texts: Iterator[str], *, unknown: bool = True) -> Counts:
+    """The counts of all ``texts``; ``unknown``: they may hold unknown tokens."""
     found = Lost(tokenizer)
     while some := list(islice(texts, 1000)):
-        found.add(some, doubtful)
+        found.add(some, None if unknown else [])
     return found.counts
 
 
@@ -94,7 +86,7 @@ def warnings(config: Tokenizer, tokenizer: Any, lost: dict[str, Counts]) -> list
             f"tokenizer.vocab_size={config.vocab_size}: the texts gave only {size:,} entries, with "
             f"tokenizer.min_frequency={config.min_frequency}. Add text, or ask for a smaller vocabulary."
         )
-    if config.path and not config.lowercase and Lost(tokenizer).normal("A") == "a":
+    if config.path and not config.lowercase and _normal(tokenizer, "A") == "a":
         said.append(
             f"tokenizer.lowercase=false without effect: tokenizer.path={config.path} was saved as one that lowercases. "
             "Use the tokenizer of a cased model."
@@ -137,6 +129,11 @@ def _unknown(config: Tokenizer, name: str, counts: Counts) -> str:
             "writing, or train one (tokenizer.path=null)."
         )
     return f"{name}: {_share(counts, 'unknown'):.1%} of the characters are unknown to {tokenizer}: {cause}. {way_out}"
+
+
+def _normal(tokenizer: Any, text: str) -> str:
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    return str(normalizer.normalize_str(text)) if normalizer else text
 
 
 def _share(counts: Counts, name: str) -> float:
