@@ -145,14 +145,14 @@ def _wordpiece(config: Tokenizer, texts: Texts) -> Any:
     words: another one each time. So they are numbered before it starts. BertTokenizer builds its own normalizer and
     limit of a word anew from a saved folder, so it is none."""
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizer, PreTrainedTokenizerFast
 
     trained = Backend(models.WordPiece(unk_token=SPECIAL["unk"]))
     clean = normalizers.BertNormalizer(strip_accents=False, lowercase=False)
     trained.normalizer = normalizers.Sequence([clean, *_letters(config, "NFC")])
-    words = pre_tokenizers.BertPreTokenizer(), pre_tokenizers.FixedLength(LONGEST_WORD)
-    trained.pre_tokenizer = pre_tokenizers.Sequence(list(words))
+    words = [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.FixedLength(LONGEST_WORD)]
+    trained.pre_tokenizer = pre_tokenizers.Sequence(words)
     alphabet, _ = _alphabet(texts(), trained, config, "NFC", config.vocab_size - len(SPECIAL))
     if not alphabet:
         raise DataError("tokenizer: the corpus holds no word to train on. Check data.path and data.column.")
@@ -166,14 +166,8 @@ def _wordpiece(config: Tokenizer, texts: Texts) -> Any:
         show_progress=False,
     )
     trained.train_from_iterator(texts(), trainer)
-    backend = Backend(models.WordPiece(trained.get_vocab(), unk_token=SPECIAL["unk"]))
+    backend = BertTokenizer(trained.get_vocab()).backend_tokenizer  # for its [CLS] … [SEP]
     backend.normalizer, backend.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
-    backend.decoder = decoders.WordPiece(prefix="##")
-    ends = [(token, backend.token_to_id(token)) for token in (SPECIAL["cls"], SPECIAL["sep"])]
-    single = f"{SPECIAL['cls']} $A {SPECIAL['sep']}"
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=f"{single} $B:1 {SPECIAL['sep']}:1", special_tokens=ends
-    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
@@ -212,13 +206,13 @@ def _subwords(config: Tokenizer, texts: Texts) -> Any:
 
 
 def _letters(config: Tokenizer, form: Form) -> list[Any]:
-    """What both halves of letters become: one character, in lower case, without accents, as it is configured."""
+    """A letter and its marks as one character, in lower case, without accents, as it is configured."""
     from tokenizers import Regex, normalizers
 
-    whole = getattr(normalizers, form)()
     # Combining Diacritical Marks are those of Latin, Greek and Cyrillic; other scripts have theirs elsewhere
-    strip = [normalizers.NFD(), normalizers.Replace(Regex("[\u0300-\u036f]"), "")] if config.strip_accents else []
-    return [*([normalizers.Lowercase()] if config.lowercase else []), *strip, whole]
+    strip = [normalizers.NFD(), normalizers.Replace(Regex("[\u0300-\u036f]"), ""), normalizers.NFC()]
+    lower = [normalizers.Lowercase()] if config.lowercase else []
+    return [getattr(normalizers, form)(), *lower, *(strip if config.strip_accents else [])]
 
 
 def _words(text: str, backend: Any) -> list[str]:
