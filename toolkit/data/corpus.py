@@ -168,8 +168,9 @@ def _write_tokens(folder: Path, encoded: Encoded, tokenizer: Any, lost: Lost, re
     last = 0
     with closing(encoded):  # type: ignore[type-var]
         for (sentences, ends), encodings in encoded:
-            lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-            flat = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.uint32, lengths.sum())
+            ids = [encoding.ids for encoding in encodings]
+            lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+            flat = np.fromiter(chain.from_iterable(ids), np.uint32, lengths.sum())
             # Sentences with any token up to each document's end, counted over the whole corpus
             before = counts["sentences"] + np.concatenate([[0], np.cumsum(lengths > 0)])
             there = before[np.asarray(ends, np.int64)]
@@ -182,10 +183,8 @@ def _write_tokens(folder: Path, encoded: Encoded, tokenizer: Any, lost: Lost, re
             counts["sentences"] = int(before[-1])
             counts["words"] += sum(sentence.count(" ") + 1 for sentence in sentences)
             counts["tokens"] += len(flat)
-            unknown = np.flatnonzero(flat == tokenizer.unk_token_id)
-            counts["unknown_tokens"] += len(unknown)
-            with_unknown = np.unique(np.searchsorted(np.cumsum(lengths), unknown, side="right"))
-            lost.add(sentences, [sentences[number] for number in with_unknown])
+            counts["unknown_tokens"] += int(np.count_nonzero(flat == tokenizer.unk_token_id))
+            lost.add(sentences, ids)
             report(counts["documents"], counts["tokens"])
     writer.seal()
     seal(folder / "documents.arrow", {"end": bounds})

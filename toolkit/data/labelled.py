@@ -84,9 +84,8 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, f
             place = sources.get(name, data.train)
             raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
         write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
-        sequences = Ragged(folder / name / "sequences")
-        lengths, some = sequences.lengths, bool((sequences.columns["ids"] == tokenizer.unk_token_id).any())
-        lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows))), unknown=some)
+        lengths = Ragged(folder / name / "sequences").lengths
+        lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows))))
         counts[name] = {
             "rows": len(rows),
             "sequences": len(lengths),

@@ -207,8 +207,7 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
         sources = tokenizer([config.task.prefix + pair.source for pair in some])["input_ids"]
         targets = tokenizer(text_target=[pair.target for pair in some])["input_ids"]
         for side, rows in zip(SIDES, (sources, targets), strict=True):
-            read = [(getattr(pair, side), tokenizer.unk_token_id in ids) for pair, ids in zip(some, rows, strict=True)]
-            lost[side].add([text for text, _ in read], [text for text, doubtful in read if doubtful])
+            lost[side].add([getattr(pair, side) for pair in some], rows)
         for pair, *both in zip(some, sources, targets, strict=True):
             long = [side for side, ids in zip(SIDES, both, strict=True) if len(ids) > longest]
             if training and long:

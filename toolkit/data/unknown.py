@@ -35,8 +35,8 @@ class Lost:
         self.strips = _normal(tokenizer, "\u0e02\u0e48") == _normal(tokenizer, "\u0e02")  # Thai's tones, say
         self.counts: Counts = dict.fromkeys(("texts", "named", "characters", "unknown", "long", "stripped"), 0)
 
-    def add(self, texts: Sequence[str], doubtful: Sequence[str] | None = None) -> None:
-        """Count ``texts``; ``doubtful`` are those of them with an unknown token, if that is known."""
+    def add(self, texts: Sequence[str], ids: Sequence[Sequence[int]] | None = None) -> None:
+        """Count ``texts``; ``ids``: their tokens, where these are known."""
         found: Counter[str] = Counter(texts=len(texts))
         whole = "\n".join(texts)
         found["characters"] = len(whole) - whole.count(" ") - whole.count("\n")
@@ -44,20 +44,20 @@ class Lost:
             found["named"] = sum(self.names.search(text) is not None for text in texts)
         if self.strips:
             found["stripped"] = sum(whole.count(character) for character in set(whole) if self._stripped(character))
-        for size in map(len, self._unknown(texts if doubtful is None else doubtful, sure=doubtful is not None)):
+        if ids is None and self.backend:
+            ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        doubtful = [t for t, own in zip(texts, ids, strict=True) if self.unknown in own] if ids is not None else texts
+        for size in map(len, self._unknown(doubtful)):
             found["unknown"] += size
             found["long"] += size * (size > self.longest)
         self.counts = {name: number + found[name] for name, number in self.counts.items()}
 
-    def _unknown(self, texts: Sequence[str], *, sure: bool) -> Iterator[str]:
-        """The parts of texts that are unknown, each a token."""
+    def _unknown(self, texts: Sequence[str]) -> Iterator[str]:
+        """The parts of texts that are unknown, each a token; their places take longer to find than ids."""
         if self.backend is None:
             pieces = chain.from_iterable(map(self.tokenizer.tokenize, texts))
             yield from (p.strip("▁") for p in pieces if self.tokenizer.convert_tokens_to_ids(p) == self.unknown)
             return
-        if not sure:  # what tells the places takes longer
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-            texts = [text for text, e in zip(texts, encodings, strict=True) if self.unknown in e.ids]
         for text, e in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False), strict=True):
             spans = (span for token, span in zip(e.ids, e.offsets, strict=True) if token == self.unknown)
             yield from (text[start:end].strip() for start, end in spans)
@@ -69,11 +69,11 @@ class Lost:
         return any((m in VIETNAMESE or not "\u0300" <= m <= "\u036f") and m not in after for m in marks)
 
 
-def lost(tokenizer: Any, texts: Iterator[str], *, unknown: bool = True) -> Counts:
-    """The counts of all ``texts``; ``unknown``: they may hold unknown tokens."""
+def lost(tokenizer: Any, texts: Iterator[str]) -> Counts:
+    """The counts of all ``texts``."""
     found = Lost(tokenizer)
     while some := list(islice(texts, 1000)):
-        found.add(some, None if unknown else [])
+        found.add(some)
     return found.counts
 
 
