@@ -98,9 +98,7 @@ class Tokenizer(Strict):
     # strips the accents of Latin, Greek and Cyrillic letters, never the vowels and tones of other scripts
     strip_accents: bool | None = None
     min_frequency: Positive = 2
-    coverage: float = Field(
-        0.9995, gt=0, le=1
-    )  # share of the text's characters that a trained one spells out, at least
+    coverage: float = Field(0.9995, gt=0, le=1)  # share of the text that the characters of a trained one make up
     max_unknown: Fraction = 0.2  # data is refused where a larger share of its characters is unknown; 1: never
     special_in_text: bool = False  # '[SEP]' or '</s>' typed in a text is the special token, not text
 
