@@ -110,6 +110,20 @@ SAME = {name: "1 rank" for name in LAYOUTS if name != "1 rank"}
 SAME |= {"several labels, 2 ranks": "several labels, 1 ranks"}
 
 
+def test_scores_and_probabilities_are_written_exactly(learned: Path) -> None:
+    scored, several = (
+        list(csv.DictReader((learned / kind / "predictions.tsv").open(), delimiter="\t"))
+        for kind in ("regress", "multi_label")
+    )
+    errors = [np.float32(row["prediction"]) - float(row["label"]) for row in scored]
+    assert np.mean(np.square(errors)) == pytest.approx(last_evaluation(learned / "regress")["eval_mse"], rel=1e-6)
+    right = np.mean([row["prediction"] == row["label"] for row in several])
+    assert right == pytest.approx(last_evaluation(learned / "multi_label")["eval_exact_match"])
+    for line in several:
+        chances = {name: float(line[f"probability_{name}"]) for name in ("bad", "good", "sad")}
+        assert line["prediction"] == ",".join(name for name, chance in chances.items() if chance >= 0.5)
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_the_losses_and_scores_are_those_of_one_rank(name: str, layouts: Path) -> None:
     one, here = (read(layouts / n / "metrics.jsonl") for n in (SAME[name], name))
@@ -210,6 +224,16 @@ def test_the_export_holds_the_best_weights_and_predicts_what_was_written(stopped
     )
 
 
+def test_weights_keep_the_order_of_their_labels(stopped_early: Result) -> None:
+    """Whatever that of the data; lr=0: nothing moves."""
+    folder, weights = stopped_early.dir.parent, export(stopped_early.dir)
+    given = [*table(folder, "classify"), "train.steps=1", f"model.weights={weights}", "data.labels=[good,bad]"]
+    assert not launch_many(folder, {"again": [*given, "deepspeed.optimizer.params.lr=0"]}).errors
+    assert AutoConfig.from_pretrained(folder / "again" / "model").id2label == {0: "bad", 1: "good"}
+    best = json.loads((stopped_early.dir / "best.json").read_text())["value"]
+    assert last_evaluation(folder / "again")["eval_accuracy"] == best > 0.6
+
+
 def test_stopping_and_resuming_gives_the_same_losses(tmp_path: Path) -> None:
     """Over the end of an epoch of 13 steps, the rate constant, dropout on."""
     common = (*table(tmp_path, "classify"), *FEW, "model.dropout=0.1", "schedule=constant", "train.save_every=7")
@@ -267,7 +291,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     places = {"odd": write(folder / "odd.jsonl", [{"text": "a b", "label": "ugly"}])}
     launch_many(folder, {"base": [*table(folder, "classify"), "train.steps=2"]})
     tokenizer = AutoTokenizer.from_pretrained(folder / "base" / "model")
-    for name, size, labels in (("other", len(tokenizer), 3), ("small", 20, 2)):
+    for name, size, labels in (("other", len(tokenizer), 3), ("small", 20, 2), ("unnamed", len(tokenizer), 2)):
         config = BertConfig(vocab_size=size, num_labels=labels, max_position_embeddings=32, **shape)
         BertForSequenceClassification(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -276,6 +300,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     own = [*table(folder, "classify"), f"model.weights={places['other']}", "model.new_head=true", "train.steps=2"]
     runs["weights"] = [*own, "zero=stage1"]
     runs["weights in stages"] = [*own, "zero=stage1", "pipeline=two"]
+    runs["unnamed"] = [*table(folder, "classify"), f"model.weights={places['unnamed']}", "train.steps=2"]
     runs["new head"] = [*table(folder, "classify"), f"model.weights={places['other']}", "model.new_head=true"]
     return folder, launch_many(folder, runs).errors
 
@@ -294,6 +319,13 @@ def test_weights_and_a_new_head_go_into_the_stages_of_a_pipeline(refused: tuple[
     assert "weights" not in errors and "weights in stages" not in errors
     losses = [last_evaluation(folder / n)["eval_loss"] for n in ("weights", "weights in stages")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_which_label_is_which_of_unnamed_ones_is_said_to_be_a_guess(refused: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, errors = refused
+    logs = {name: (folder / name / "log.rank0.txt").read_text() for name in ("unnamed", "new head")}
+    guess = "its head names no labels (LABEL_0, …), so that these are theirs is a guess: 0 is bad, 1 is good"
+    assert "unnamed" not in errors and guess in " ".join(logs["unnamed"].split()) and "a guess" not in logs["new head"]
 
 
 def test_a_new_head_replaces_that_of_the_weights(refused: tuple[Path, dict[str, list[str]]]) -> None:

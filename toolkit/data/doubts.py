@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from toolkit.config.schema import RunConfig, Task
-from toolkit.data.examples import Choice, Labels, Question, Tagged, Text
+from toolkit.data.examples import Labels, Tagged, Text
 from toolkit.data.tables import number
 from toolkit.errors import DataError
 
@@ -41,14 +41,10 @@ def _types(tags: Iterable[str]) -> list[str]:
 def unlabelled(rows: list[Any], task: Task) -> int:
     """How many rows of a test split lack their labels. No answer, and none of several labels, is one too where other
     rows have some."""
-    labels = [row.answers or None if isinstance(row, Question) else _label(row) for row in rows]
+    labels = [getattr(row, "label", getattr(row, "tags", getattr(row, "answers", ()) or None)) for row in rows]
     if task.kind in ("multi_label", "span_qa") and not any(label and any(label) for label in labels):
         return len(rows)
     return 0 if task.kind == "span_qa" and task.null_answers else labels.count(None)
-
-
-def _label(row: Text | Tagged | Choice) -> Any:
-    return row.tags if isinstance(row, Tagged) else row.label
 
 
 def refuse_labels(seen: Counter[str], rows: int, config: RunConfig) -> None:
@@ -80,10 +76,10 @@ def doubtful(
         yield from _untaught(seen, _types(labels) if kind == "tag" else list(labels))
     for split, found in seen.items():
         rows, missing = counts[split]["rows"], counts[split]["unlabelled"]
-        if split != "train" and len(found) == 1 and found.total() == rows:
+        if train and split != "train" and missing < rows and len(found) < 2 and found.total() in (0, rows):
             yield (
-                f"{split}: all {rows:,} rows have the same label, {next(iter(found))}: its metrics tell little, and "
-                "correlations are undefined and count as 0. Hold out rows of others."
+                f"{split}: all {rows:,} rows have the same label, {next(iter(found), 'none')}: its metrics say little, "
+                "and correlations are undefined and count as 0. Hold out rows of others."
             )
         if 0 < missing < rows:
             yield (

@@ -71,6 +71,8 @@ def find_labels(rows: Iterable[tables.Row], data: Data, kind: str) -> Labels:
     if kind not in _NAMES:
         return ()
     if given := data.labels or (data.columns.labels if kind == "multi_label" else None):
+        if twice := [name for name in given if given.count(name) > 1]:
+            raise DataError(f"data.labels or data.columns.labels names {twice[0]} twice: every label has one number.")
         return given
     seen: set[str] = set()
     for _, values in rows:

@@ -112,15 +112,18 @@ def _write(
 
 
 def _in_order(labels: examples.Labels, head: examples.Labels, config: RunConfig) -> examples.Labels:
-    """The labels as the weights' head numbers them. Raises ConfigError where it has others."""
-    if head and labels and set(head) != set(labels):
-        there, here = (", ".join(some[:20]) + ", …" * (len(some) > 20) for some in (head, labels))
-        raise ConfigError(
-            f"model.weights={config.model.weights}: its head tells {there} (id2label), data.train={config.data.train} "
-            f"has {here}. Where these are the same, name the head's in the order of the file's numbers: "
-            f"data.labels=[{','.join(head[:20])}]; else model.new_head=true draws a head for other labels."
-        )
-    return head or labels
+    """The labels as the weights' head numbers them, in capitals or not. Raises ConfigError where it has others."""
+    if not head or not labels or set(head) == set(labels):
+        return head or labels
+    here = {name.casefold(): name for name in labels}
+    if len(here) == len(labels) == len(head) and set(here) == {name.casefold() for name in head}:
+        return tuple(here[name.casefold()] for name in head)
+    theirs, ours = (", ".join(some[:20]) + ", …" * (len(some) > 20) for some in (head, labels))
+    raise ConfigError(
+        f"model.weights={config.model.weights}: its head tells {theirs} (id2label), data.train={config.data.train} has "
+        f"{ours}. Where these are the same, name the head's in the order of the file's numbers: "
+        f"data.labels=[{','.join(head[:20])}]; else model.new_head=true draws a head for other labels."
+    )
 
 
 def _texts(rows: list[Any]) -> Iterator[str]:
