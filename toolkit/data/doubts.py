@@ -17,7 +17,7 @@ from toolkit.data.tables import number
 from toolkit.errors import DataError
 
 FEW = 20  # classes that may be more than half as many as the rows
-EMPTY = ("nan", "null", "none", "n/a", "<na>")  # how programs write an empty cell out
+EMPTY = ("nan", "null", "none", "n/a", "<na>", "-", "?")  # how programs and people write an empty cell
 
 
 def counted(rows: list[Any], labels: Labels) -> Counter[str]:
@@ -95,7 +95,8 @@ def _names(train: Counter[str]) -> Iterator[str]:
                 f"train: labels {_listed(names, train)} differ only in case, white space or notation, and are learned "
                 "as labels of their own. Write them alike if they are one."
             )
-    if empty := [name for name in train if name.lower() in EMPTY]:
+    # as SNLI has -1 where nobody agrees; -1, 0 and 1 may be bad, neutral and good
+    if empty := [name for name in train if name.lower() in EMPTY or (name == "-1" and len(train) > 3)]:
         yield f"train: {_listed(empty, train)} is learned as a label. Leave these rows out if it is an empty cell."
     numbers = [number(name) for name in train]
     if all(n is not None for n in numbers) and any(n is not None and not n.is_integer() for n in numbers):

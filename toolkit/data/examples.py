@@ -157,7 +157,7 @@ class _Row:
         if not self.labelled and _holds_only(absent, self.values.get(column)):
             return None
         value = self.cell(key)
-        if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN is not itself
+        if _blank(value):
             raise _BadRow(f"column '{column}' is empty", "Fill it in, or name rows without labels as data.test")
         return value
 
@@ -166,7 +166,11 @@ def _holds_only(absent: tuple[Any, ...], value: Any) -> bool:
     values = value.values() if isinstance(value, dict) else value
     if isinstance(value, (list, dict)):
         return all(_holds_only(absent, v) for v in values)
-    return value in absent or value != value  # NaN, which is not itself
+    return value in absent or _blank(value)
+
+
+def _blank(cell: Any) -> bool:
+    return cell is None or cell != cell or (isinstance(cell, str) and not cell.strip())  # NaN is not itself
 
 
 def _text(row: _Row, task: Task, labels: Labels) -> Text:
@@ -201,7 +205,7 @@ def _score(label: Any, low: float, high: float) -> float:
 
 def _name(label: Any) -> str:
     """What a class is called, without white space around it."""
-    if _listed(label) is not None or not isinstance(label, str | int | float):
+    if _listed(label) is not None or _blank(label) or not isinstance(label, str | int | float):
         way_out = "Name one class a row, or learn any number of them: task=multi_label"
         raise _BadRow(f"label {label!r:.40} is no name of one class", way_out)
     if isinstance(label, float) and label.is_integer():  # of a column of whole numbers with gaps
