@@ -101,11 +101,9 @@ def _write(
             "unlabelled": doubts.unlabelled(rows, config.task) if prepared.role(name) == "test" else 0,
         }
         first |= {name: problems.first} if problems.first else {}
-    known: dict[str, Any] = {
-        "labels": labels,
-        "positive": labels.index(named[1]) if len(labels) == 2 else 1,
-    }  # F1 is of it
-    known |= {"vocab_size": tokenizers.vocab_size(tokenizer), "pad_id": tokenizer.pad_token_id}
+    positive = labels.index(named[1]) if len(labels) == 2 else 1  # F1 is of the data's second label
+    known = {"labels": labels, "positive": positive, "pad_id": tokenizer.pad_token_id}
+    known["vocab_size"] = tokenizers.vocab_size(tokenizer)
     found = known | {"splits": counts, "first_skipped": first}
     warnings = doubts.doubtful(seen, counts, labels, config.task.kind)
     prepared.finish(folder, found, splits=counts, notes=_told(counts, first), warnings=warnings, **known)

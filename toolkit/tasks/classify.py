@@ -29,7 +29,7 @@ class Classify(Finetune):
         pairs = bool(examples) and examples[0].text_pair is not None
         texts = ([e.text for e in examples], [e.text_pair for e in examples] if pairs else None)
         found = tokenizer(*texts, truncation=True, max_length=config.data.max_length, return_token_type_ids=True)
-        nothing = math.nan if cls.float_labels else IGNORED  # for none of several labels too, see Encoded
+        nothing = math.nan if cls.float_labels else IGNORED
         for example, ids, types in zip(examples, found["input_ids"], found["token_type_ids"], strict=True):
             label = nothing if example.label is None else example.label
             yield Sample([(ids, types)], label if isinstance(label, tuple) else [label])
@@ -103,9 +103,8 @@ class MultiLabel(Classify):
         return {f"probability_{name}": found[:, i] for i, name in enumerate(self.names)}
 
     def scores(self, split: str, said: Rows) -> dict[str, float]:
-        gold = np.array([self.examples(split)[i].label for i in said])
-        logits = np.stack(list(said.values()))
-        found = metrics.several(self.decide(logits), np.stack(list(self.chances(logits).values()), 1), gold)
+        gold, logits = np.array([self.examples(split)[i].label for i in said]), np.stack(list(said.values()))
+        found = metrics.several(self.decide(logits), logits, gold)
         return {name: found[name] for name in self.config.task.metrics}
 
 

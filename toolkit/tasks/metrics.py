@@ -82,8 +82,8 @@ def undefined(names: Iterable[str], predicted: ArrayLike, gold: ArrayLike) -> li
     return [name for name in names if constant and name in ("matthews", "pearson", "spearman")]
 
 
-def several(predicted: NDArray[Any], chances: NDArray[Any], gold: NDArray[Any]) -> dict[str, float]:
-    """Of any number of labels a sample, all [samples, labels]: whether each is predicted, its probability, whether it
+def several(predicted: NDArray[Any], logits: NDArray[Any], gold: NDArray[Any]) -> dict[str, float]:
+    """Of any number of labels a sample, all [samples, labels]: whether each is predicted, its logit, whether it
     applies. Macro means are over the labels that occur: for ``f1_macro`` in either, for ``map``, the mean average
     precision, in ``gold``. ``exact_match`` is the share of samples of which every label is right."""
     from sklearn import metrics
@@ -91,7 +91,7 @@ def several(predicted: NDArray[Any], chances: NDArray[Any], gold: NDArray[Any]) 
     there = gold.any(0)
     mine = np.flatnonzero(there | predicted.any(0))
     macro = metrics.f1_score(gold, predicted, labels=mine, average="macro", zero_division=0) if len(mine) else 0.0
-    ranked = metrics.average_precision_score(gold[:, there], chances[:, there], average="macro") if there.any() else 0.0
+    ranked = metrics.average_precision_score(gold[:, there], logits[:, there], average="macro") if there.any() else 0.0
     return {
         "f1_micro": float(metrics.f1_score(gold, predicted, average="micro", zero_division=0)),
         "f1_macro": float(macro),
