@@ -153,8 +153,7 @@ MUTANTS = [
     Mutant("F1 is of the data's second label", "toolkit/tasks/metrics.py", "pos_label=positive", "pos_label=1",
            "tests/test_metrics.py::test_f1_is_of_the_label_that_is_named_whatever_its_number"),
     Mutant("predictions in the file's order", "toolkit/tasks/finetune.py",
-           "dict(sorted((index, row) for part in parts for index, row in part.items()))",
-           "dict((index, row) for part in parts for index, row in sorted(part.items()))",
+           "dict(sorted(whole.items()))", "whole",
            "tests/test_finetune.py::test_a_labelled_test_file_is_scored_and_predicted_in_its_order[ZeRO 2]"),
     # ---- the meter and the watchdog
     Mutant("the meter leaves out warm-up", "toolkit/train/meter.py", "if self.seen == WARMUP_STEPS:", "if False:",

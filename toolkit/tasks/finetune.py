@@ -196,7 +196,8 @@ class Finetune(Task):
         means = engine.evaluate(watch(batches), collect)
         parts = ranks.gathered_on_rank0(said)
         if ranks.rank() == 0:
-            self._said[name] = dict(sorted((index, row) for part in parts for index, row in part.items()))
+            whole = {index: row for part in parts for index, row in part.items()}
+            self._said[name] = dict(sorted(whole.items()))
         return means
 
     @functools.cache  # noqa: B019 - one task a run
