@@ -260,6 +260,7 @@ def test_from_pretraining_over_the_export_to_a_task(tmp_path: Path) -> None:
 
 def test_seeds_differ_and_are_summed_up(tmp_path: Path) -> None:
     given = [*table(tmp_path, "classify"), "train.steps=12", "seeds=[1,2]"]
+    given.append(f"data.test={tmp_path}/classify.eval.jsonl")
     result = launch(tmp_path, *given, recipe="finetune")
     scores = json.loads((tmp_path / "x" / "scores.json").read_text())
     assert [s["seed"] for s in scores] == [1, 2]
@@ -268,7 +269,9 @@ def test_seeds_differ_and_are_summed_up(tmp_path: Path) -> None:
     assert [row(tmp_path / f"x-seed{seed}") for seed in (1, 2)] == scores, "the directories alone have all of it"
     last = last_evaluation(tmp_path / "x-seed2")
     expected = {k: v for k, v in last.items() if k.startswith("eval_") and k != "eval_seconds"}
-    assert scores[1]["scores"] == expected and "eval_accuracy" in expected and scores[1]["seconds"] > 0
+    tested = {k.replace("eval_", "test_"): v for k, v in expected.items()}  # they are the same rows
+    assert scores[1]["scores"] == pytest.approx(expected | tested) and "test accuracy" in result.stdout
+    assert "eval_accuracy" in expected and scores[1]["seconds"] > 0
     rates = [r["samples_per_second"] for r in read(tmp_path / "x-seed1" / "metrics.jsonl") if "samples_per_second" in r]
     assert scores[0]["samples_per_second"] == pytest.approx(float(np.median(rates)))
 

@@ -55,13 +55,13 @@ def refuse_labels(seen: Counter[str], rows: int, config: RunConfig) -> None:
         raise DataError(f"{where}: none of its {rows:,} rows has a label. Correct data.columns.label or .labels.")
     if len(seen) == 1 and seen.total() == rows:
         raise DataError(
-            f"{where}: all {rows:,} rows have the same label, {next(iter(seen))}: there is nothing to tell apart. Add "
+            f"{where}: all {rows:,} rows have the same label, {_listed([*seen])}: there is nothing to tell apart. Add "
             "rows of another, or name the column of labels in data.columns."
         )
     if kind == "classify" and not data.labels and len(seen) > max(FEW, rows / 2):
         raise DataError(
             f"{where}: data.columns.label={data.columns.label} holds {len(seen):,} different labels in {rows:,} rows, "
-            f"such as {', '.join(map(repr, sorted(seen)[:3]))}: ids, texts or scores? Name the column of classes, "
+            f"such as {_listed(sorted(seen))}: ids, texts or scores? Name the column of classes, "
             "learn scores by task=regress, or name every class in data.labels=[…]."
         )
 
@@ -78,8 +78,8 @@ def doubtful(
         rows, missing = counts[split]["rows"], counts[split]["unlabelled"]
         if train and split != "train" and missing < rows and len(found) < 2 and found.total() in (0, rows):
             yield (
-                f"{split}: all {rows:,} rows have the same label, {next(iter(found), 'none')}: its metrics say little, "
-                "and correlations are undefined and count as 0. Hold out rows of others."
+                f"{split}: all {rows:,} rows have the same label, {_listed([*found]) or 'none'}: its metrics say "
+                "little, and correlations are undefined and count as 0. Hold out rows of others."
             )
         if 0 < missing < rows:
             yield (
@@ -99,7 +99,7 @@ def _names(train: Counter[str]) -> Iterator[str]:
     if empty := [name for name in train if name.lower() in EMPTY or (name == "-1" and len(train) > 3)]:
         yield f"train: {_listed(empty, train)} is learned as a label. Leave these rows out if it is an empty cell."
     numbers = [number(name) for name in train]
-    if all(n is not None for n in numbers) and any(n is not None and not n.is_integer() for n in numbers):
+    if None not in numbers and any(n and n % 1 for n in numbers):
         yield (
             f"train: labels are fractions ({_listed(sorted(train), train)}), learned as classes without an order. "
             "Scores are learned by task=regress."
@@ -130,5 +130,5 @@ def _untaught(seen: Mapping[str, Counter[str]], names: list[str]) -> Iterator[st
 
 
 def _listed(names: list[str], counts: Counter[str] | None = None) -> str:
-    told = [f"'{name}' ({counts[name]:,} rows)" if counts else f"'{name}'" for name in names[:5]]
+    told = [f"{name!r:.40}" + (f" ({counts[name]:,} rows)" if counts else "") for name in names[:5]]
     return ", ".join(told) + ", …" * (len(names) > 5)

@@ -116,7 +116,7 @@ def _in_order(labels: examples.Labels, head: examples.Labels, config: RunConfig)
     here = {name.casefold(): name for name in labels}
     if len(here) == len(labels) == len(head) and set(here) == {name.casefold() for name in head}:
         return tuple(here[name.casefold()] for name in head)
-    theirs, ours = (", ".join(some[:20]) + ", …" * (len(some) > 20) for some in (head, labels))
+    theirs, ours = (" ".join(", ".join(some[:20]).split()) + ", …" * (len(some) > 20) for some in (head, labels))
     raise ConfigError(
         f"model.weights={config.model.weights}: its head tells {theirs} (id2label), data.train={config.data.train} has "
         f"{ours}. Where these are the same, name the head's in the order of the file's numbers: "
