@@ -9,7 +9,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.run.recipe import recipe
 
 
-@recipe("classify", "regress", "tag", "span_qa", "choose")
+@recipe("classify", "multi_label", "regress", "tag", "span_qa", "choose")
 def main(config: RunConfig) -> None:
     from toolkit.train.several import train_all
 

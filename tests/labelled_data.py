@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILLERS = "the a of old new red sea day way man time road tree house water night stone river".split()  # noqa: SIM905
-KINDS = ("classify", "regress", "tag", "span_qa", "choose")
+KINDS = ("classify", "multi_label", "regress", "tag", "span_qa", "choose")
 TRAINING = (
     "data.max_length=32",
     "train.steps=120",
@@ -40,6 +40,14 @@ def _classify(rng: random.Random, number: int) -> dict[str, Any]:
     return {"text": " ".join(_with(rng, label)), "label": label}
 
 
+def _multi_label(rng: random.Random, number: int) -> dict[str, Any]:
+    labels = [name for name in ("good", "bad", "sad") if rng.random() < 0.5]
+    found = words(rng)
+    for label in labels:
+        found.insert(rng.randint(0, len(found)), label)
+    return {"text": " ".join(found), "label": labels}
+
+
 def _regress(rng: random.Random, number: int) -> dict[str, Any]:
     score = rng.randint(0, 2)
     return {"text": " ".join(_with(rng, ["good", "fair", "bad"][score])), "label": score}
@@ -64,7 +72,8 @@ def _choose(rng: random.Random, number: int) -> dict[str, Any]:
 
 
 ROW: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
-    "classify": _classify, "regress": _regress, "tag": _tag, "span_qa": _span_qa, "choose": _choose,
+    "classify": _classify, "multi_label": _multi_label, "regress": _regress, "tag": _tag, "span_qa": _span_qa,
+    "choose": _choose,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ PAIRS, LOADER, METER = "tests/test_data_pairs.py::", "tests/test_data_loader.py:
 STEP = f"{ENGINE}test_a_step_is_that_of_the_whole_batch_however_it_is_divided"
 DAMAGED = f"{CHECKPOINT}test_what_is_wrong_with_a_checkpoint_is_said_and_the_one_before_it_is_taken"
 ROUND = f"{CHECKPOINT}test_every_rank_gets_its_own_random_state_back_and_the_place_in_the_data"
+WORLD = "tests/test_world_labels.py::test_labels_as_other_people_have_them"
 MASKING = f"{PAIRS}test_masking_is_15_percent_of_which_80_10_10"
 
 MUTANTS = [
@@ -147,6 +148,17 @@ MUTANTS = [
     Mutant("precision and recall of entities", "toolkit/tasks/metrics.py",
            "precision_recall_fscore_support(gold, predicted,", "precision_recall_fscore_support(predicted, gold,",
            "tests/test_metrics.py::test_precision_is_of_the_predicted_and_recall_of_the_gold_entities"),
+    # ---- labels
+    Mutant("labels as the weights number them", "toolkit/data/labelled.py", "return head or labels", "return labels",
+           f"{WORLD}[the weights number the labels]"),
+    Mutant("numbers in a file are those of data.labels", "toolkit/data/examples.py",
+           "labels.index(data.labels[int(name)])", "int(name)",
+           f"{WORLD}[numbers in a file are those of data.labels, whatever the weights' order]"),
+    Mutant("F1 is of the data's second label", "toolkit/tasks/metrics.py", "pos_label=positive", "pos_label=1",
+           "tests/test_metrics.py::test_f1_is_of_the_label_that_is_named_whatever_its_number"),
+    Mutant("predictions in the file's order", "toolkit/tasks/finetune.py",
+           "dict(sorted(whole.items()))", "whole",
+           "tests/test_finetune.py::test_a_labelled_test_file_is_scored_and_predicted_in_its_order[ZeRO 2]"),
     # ---- the meter and the watchdog
     Mutant("the meter leaves out warm-up", "toolkit/train/meter.py", "if self.seen == WARMUP_STEPS:", "if False:",
            f"{METER}test_the_first_steps_are_left_out"),

@@ -195,6 +195,7 @@ ROWS = [
     ("decoder", "cpu", "model=transformer_base", "model.type=marian with task.kind=pretrain"),
     ("tokens", "cpu", "batch.tokens=4096", "batch.tokens=4096 with task.kind=pretrain"),
     ("subwords", "cpu", "tokenizer.model=bpe", "tokenizer.model=bpe with task.kind=pretrain"),
+    ("several", "cpu", "task=classify task.threshold=0.3", "task.threshold=0.3 with task.kind=classify"),
     ("no_decoder", "cpu", "task=translate", "needs an encoder and a decoder. Use model=transformer_tiny"),
     ("no_metric", "cpu", "task.kind=classify", "task.metrics is empty with task.kind=classify"),
     ("head_of_nothing", "cpu", "model.new_head=true", "model.new_head=true without effect"),

@@ -3,12 +3,14 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
+from sklearn import metrics
 
 from toolkit.config.kinds import KINDS
 from toolkit.config.schema import Task
 from toolkit.errors import ConfigError
-from toolkit.tasks.metrics import bleu, check, exact_match, scores, squad, tagging, token_f1
+from toolkit.tasks.metrics import bleu, check, exact_match, scores, several, squad, tagging, token_f1, undefined
 
 
 def test_matthews_is_that_of_scikit_learns_documentation():
@@ -44,6 +46,42 @@ def test_constant_predictions_give_zero_without_a_warning(gold):
     assert (classes["f1"], classes["matthews"]) == (0, 0)
     assert classes["f1_macro"] == pytest.approx({(0, 1): 1 / 3, (0, 0): 1, (1, 1): 0}[tuple(gold)])
     assert numbers == {"pearson": 0, "spearman": 0}
+
+
+def test_f1_is_of_the_label_that_is_named_whatever_its_number():
+    one, other = (scores(["f1"], [0, 1, 0, 0], [0, 1, 0, 1], 2, positive)["f1"] for positive in (1, 0))
+    swapped = scores(["f1"], [1, 0, 1, 1], [1, 0, 1, 0], 2, 0)["f1"]
+    assert one == swapped == pytest.approx(2 / 3) and other == pytest.approx(0.8)
+
+
+def test_correlations_are_told_to_be_undefined_where_one_side_is_constant():
+    names = ("pearson", "mse", "spearman")
+    assert undefined(names, [0.5, 0.5], [0, 1]) == undefined(names, [0, 1], [2, 2]) == ["pearson", "spearman"]
+    assert undefined(names, [0.1, 0.5], [0, 1]) == []
+
+
+def test_metrics_of_several_labels_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    gold, chances = rng.random((50, 4)) < 0.4, rng.random((50, 4))
+    found, predicted = several(chances >= 0.5, chances, gold), chances >= 0.5
+    assert found == pytest.approx(
+        {
+            "f1_micro": metrics.f1_score(gold, predicted, average="micro"),
+            "f1_macro": metrics.f1_score(gold, predicted, average="macro"),
+            "map": metrics.average_precision_score(gold, chances, average="macro"),
+            "exact_match": metrics.accuracy_score(gold, predicted),
+        }
+    )
+    absent = [np.hstack([a, np.zeros((50, 1), a.dtype)]) for a in (predicted, chances, gold)]
+    assert several(*absent) == pytest.approx(found), "a label that nothing has is in no mean"
+
+
+def test_nothing_that_has_a_label_gives_zero_without_a_warning():
+    none = np.zeros((3, 2), bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = several(none, np.full((3, 2), 0.1), none)
+    assert found == {"f1_micro": 0, "f1_macro": 0, "map": 0, "exact_match": 1}
 
 
 def test_constant_labels_give_zero_without_a_warning():
@@ -133,6 +171,7 @@ def test_bleu_is_of_the_corpus():
 def test_every_known_metric_is_computed():
     for kind in ("classify", "regress", "choose"):
         assert tuple(scores(KINDS[kind].metrics, [0, 1, 1], [0, 1, 0], labels=2)) == KINDS[kind].metrics
+    assert tuple(several(*3 * [np.eye(2)])) == KINDS["multi_label"].metrics
     assert set(tagging([["O"]], [["O"]])) == set(KINDS["tag"].metrics)
     assert set(squad({"1": "x", "2": ""}, {"1": ["x"], "2": []})) == set(KINDS["span_qa"].metrics)
 

@@ -29,6 +29,7 @@ CASES = {
     "masked words alone": [*SMALL, "task.objective=mlm"],
     "sentence order": [*SMALL, "task.objective=sop"],
     "classes": ["task=mnli", *SMALL, "data.labels=[a,b,c]"],
+    "several labels": ["task=multi_label", *SMALL, "data.columns.labels=[a,b,c,d]"],
     "a score": ["task=stsb", *SMALL],
     "tags": ["task=conll2003", *SMALL, "data.labels=[O,B-X,I-X,B-Y,I-Y]"],
     "spans": ["task=squad", *SMALL],
@@ -46,7 +47,11 @@ def real_model(config: Any) -> Any:
         model_class = seq2seq.model_class(hf_config)
     else:
         hf_config = bert_config(shape, vocab_size=vocab, pad_id=0)
-        hf_config.num_labels = len(config.data.labels or task_class(task).label_names) if task != "pretrain" else 2
+        hf_config.num_labels = (
+            len(config.data.labels or config.data.columns.labels or task_class(task).label_names)
+            if task != "pretrain"
+            else 2
+        )
         classes = MODELS if task == "pretrain" else getattr(transformers, task_class(task).models)
         model_class = classes[config.task.objective if task == "pretrain" else type(hf_config)]
     with torch.device("meta"), no_init_weights():

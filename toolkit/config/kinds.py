@@ -14,7 +14,7 @@ from toolkit.errors import nearest
 # What toolkit/deepspeed/rules.py refuses of a kind without it …
 Asked = Literal[
     "pipeline", "tensor", "features", "activation", "weights", "new_head", "vocab_size", "metrics", "seeds", "loss",
-    "decoder", "tokens", "subwords",
+    "decoder", "tokens", "subwords", "several",
 ]  # fmt: skip
 # … and what else differs: it has a plan; every sequence is full, none is padded; tokens are masked; a sample is choices
 Capability = Asked | Literal["plan", "full", "masks", "choices"]
@@ -42,6 +42,10 @@ _OURS = (
     Kind(
         "classify", "toolkit.tasks.classify:Classify", _LABELLED, _METRICS,
         ("accuracy", "f1", "f1_macro", "matthews"), "pooled",
+    ),
+    Kind(
+        "multi_label", "toolkit.tasks.classify:MultiLabel", _LABELLED | {"several"}, _METRICS,
+        ("f1_micro", "f1_macro", "map", "exact_match"), "pooled",
     ),
     Kind("regress", "toolkit.tasks.classify:Regress", _LABELLED, _METRICS, ("pearson", "spearman", "mse"), "pooled", 1),
     Kind("tag", "toolkit.tasks.tag:Tag", _LABELLED, _METRICS, ("f1", "precision", "recall", "accuracy")),

@@ -110,6 +110,7 @@ class Columns(Strict):
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
+    labels: tuple[str, ...] | None = None  # multi_label: columns of 0 and 1, one for each label, in the place of label
     tokens: str = "tokens"
     tags: str = "tags"
     question: str = "question"
@@ -152,6 +153,7 @@ class Data(Strict):
     columns: Columns = Columns()
     header: bool | None = True  # csv, tsv, columns: the first line names the columns; None: unless it is all numbers
     labels: tuple[str, ...] | None = None  # in the order of their numbers; None: those of data.train, sorted
+    label_separator: str | None = Field(None, min_length=1)  # multi_label: between labels in a cell; None: it is a list
     range: tuple[float, float] | None = None  # regression: the least and the largest score
     # Linear regression: the column to predict, by name or by number from 0 (None: the last), columns to leave out,
     # and how many synthetic rows of how many features with noise of which standard deviation
@@ -172,6 +174,7 @@ class Task(Strict):
     objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
     metrics: tuple[str, ...] = ()
     best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics
+    threshold: Fraction = 0.5  # multi_label: the probability from which a label is said to apply
     scheme: Literal["bio", "iob1"] = "bio"  # how tags mark the begin of an entity
     stride: Positive = 128  # span_qa: tokens by which the windows of a long context are apart
     max_question: Positive = 64  # tokens

@@ -6,6 +6,7 @@
 A row that does not fit is an error that names it, before anything is trained.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ ABSENT = (None, "", -1, "-1")  # what stands for a label that is not known
 
 @dataclass(frozen=True)
 class Text:
-    """A text, or a pair, with its class or score."""
+    """A text, or a pair, with its class, its score, or 1 for each label that it has and 0 for the others."""
 
     id: str
     text: str
     text_pair: str | None
-    label: int | float | None
+    label: int | float | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,23 @@ Example = Text | Tagged | Question | Choice
 
 
 def find_labels(rows: Iterable[tables.Row], data: Data, kind: str) -> Labels:
-    """``data.labels``, or those in the rows, sorted; of tags ``O``, then B- and I- of every type. () for other kinds.
-    Passes over rows that :func:`read` refuses."""
-    if kind not in ("classify", "tag"):
+    """``data.labels``, or those in the rows, sorted; of tags ``O``, then B- and I- of every type; of columns that are
+    each a label, those. () for other kinds. Passes over rows that :func:`read` refuses."""
+    if kind not in _NAMES:
         return ()
-    if data.labels:
-        return data.labels
+    if given := data.labels or (data.columns.labels if kind == "multi_label" else None):
+        if twice := [name for name in given if given.count(name) > 1]:
+            raise DataError(f"data.labels or data.columns.labels names {twice[0]} twice: every label has one number.")
+        return given
     seen: set[str] = set()
     for _, values in rows:
-        row = _Row(0, values, data, labelled=True)
         try:
-            seen.update(_tag_names(row) or () if kind == "tag" else [_name(row.label("label"))])
+            seen.update(_NAMES[kind](_Row(0, values, data, labelled=True)) or ())
         except _BadRow:
             continue
-    if kind == "classify":
-        return tuple(sorted(seen, key=float if all(number(name) is not None for name in seen) else str))
+    if kind != "tag":
+        numbers = all(number(name) is not None for name in seen)
+        return tuple(sorted(seen, key=lambda name: (float(name) if numbers else 0, name)))
     types = sorted({tag[2:] for tag in seen if tag != "O"})
     return ("O", *(f"{begin}-{name}" for name in types for begin in "BI"))
 
@@ -154,22 +157,39 @@ class _Row:
         if not self.labelled and _holds_only(absent, self.values.get(column)):
             return None
         value = self.cell(key)
-        if value is None or value == "":
+        if _blank(value):
             raise _BadRow(f"column '{column}' is empty", "Fill it in, or name rows without labels as data.test")
         return value
 
 
 def _holds_only(absent: tuple[Any, ...], value: Any) -> bool:
     values = value.values() if isinstance(value, dict) else value
-    return all(_holds_only(absent, v) for v in values) if isinstance(value, (list, dict)) else value in absent
+    if isinstance(value, (list, dict)):
+        return all(_holds_only(absent, v) for v in values)
+    return value in absent or _blank(value)
+
+
+def _blank(cell: Any) -> bool:
+    return cell is None or cell != cell or (isinstance(cell, str) and not cell.strip())  # NaN is not itself
 
 
 def _text(row: _Row, task: Task, labels: Labels) -> Text:
     low, high = row.data.range or (-math.inf, math.inf)
     scored = task.kind == "regress"
-    label = row.label("label", ABSENT[:2] if scored and low <= -1 else ABSENT)
+    is_label = low <= -1 if scored else "-1" in labels
+    label = row.label("label", ABSENT[:2] if is_label else ABSENT)
     if label is not None:
         label = _score(label, low, high) if scored else _index(_name(label), labels, row.data)
+    return _of_texts(row, label)
+
+
+def _several(row: _Row, task: Task, labels: Labels) -> Text:
+    names = _marked(row)
+    mine = {_index(name, labels, row.data) for name in names or ()}
+    return _of_texts(row, None if names is None else tuple(int(i in mine) for i in range(len(labels))))
+
+
+def _of_texts(row: _Row, label: Any) -> Text:
     pair = row.text("text_pair") if row.data.columns.text_pair else None
     return Text(row.id, row.text("text"), pair, label)
 
@@ -184,8 +204,59 @@ def _score(label: Any, low: float, high: float) -> float:
 
 
 def _name(label: Any) -> str:
-    whole = isinstance(label, float) and label.is_integer()  # of a column of whole numbers with gaps
-    return str(int(label) if whole else label)
+    """What a class is called, without white space around it."""
+    if _listed(label) is not None or _blank(label) or not isinstance(label, str | int | float):
+        way_out = "Name one class a row, or learn any number of them: task=multi_label"
+        raise _BadRow(f"label {label!r:.40} is no name of one class", way_out)
+    if isinstance(label, float) and label.is_integer():  # of a column of whole numbers with gaps
+        label = int(label)
+    return str(label).strip()
+
+
+def _listed(cell: Any) -> list[Any] | dict[str, Any] | None:
+    """A cell that holds a list or an object, also as JSON or pandas write one into a cell of text."""
+    if isinstance(cell, str) and cell.strip()[:1] in ("[", "{"):
+        for text in (cell, cell.replace("'", '"')):
+            try:
+                cell = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            break
+    return cell if isinstance(cell, list | dict) else None
+
+
+def _class(row: _Row) -> list[str]:
+    return [_name(row.label("label"))]
+
+
+def _marked(row: _Row) -> list[str] | None:
+    """The labels of a row that has any number of them: columns of 0 and 1, a list, or a text with separators."""
+    data, key = row.data, row.data.columns.label
+    if columns := data.columns.labels:
+        if not row.labelled and _holds_only(ABSENT, [row.values.get(column) for column in columns]):
+            return None
+        return [column for column in columns if _flag(column, row.cell("labels", column))]
+    cell = row.cell("label") if row.labelled or key in row.values else None
+    if isinstance(cell, str) and data.label_separator:  # an empty cell has none of the labels
+        cell = [part for part in cell.split(data.label_separator) if part.strip()]
+    if not row.labelled and cell in ABSENT:
+        return None
+    if not isinstance(listed := _listed(cell), list):
+        way_out = "Set data.label_separator=<what is between them>, or name columns of 0 and 1 in data.columns.labels"
+        raise _BadRow(f"column '{key}' holds {cell!r:.40}, which is no list of labels", way_out)
+    names = [_name(item) for item in listed]
+    if len(set(names)) < len(names):
+        what = f"labels {cell!r:.40} hold one twice"
+        raise _BadRow(what, "Write the names of those that apply; 0 or 1 for each is read from data.columns.labels")
+    return names
+
+
+def _flag(column: str, cell: Any) -> bool:
+    flag = {"true": 1, "false": 0}.get(str(cell).strip().lower(), number(cell))
+    if flag not in (0, 1):
+        way_out = "Write 1 where the label applies, else 0, or correct data.columns.labels"
+        raise _BadRow(f"column '{column}' holds {cell!r:.40}, which is neither 0 nor 1", way_out)
+    return bool(flag)
 
 
 def _index(name: str, labels: Labels, data: Data) -> int:
@@ -195,8 +266,8 @@ def _index(name: str, labels: Labels, data: Data) -> int:
     known = ", ".join(labels[:20]) + ", …" * (len(labels) > 20)
     if data.labels and name.isdecimal() and all(number(label) is None for label in labels):
         if int(name) < len(labels):
-            return int(name)
-        what = f"label {name} is none of the numbers 0 to {len(labels) - 1} of data.labels ({known})"
+            return labels.index(data.labels[int(name)])  # weights may have the same labels in another order
+        what = f"label {name} is none of the numbers 0 to {len(labels) - 1} of data.labels ({', '.join(data.labels)})"
     else:
         what = f"unknown label '{name}'.{nearest(name, labels)} Known: {known}"
     raise _BadRow(what, "Correct the row, or name every label in data.labels=[…]")
@@ -264,8 +335,11 @@ def _answers(value: Any) -> tuple[tuple[str, int], ...]:
 _Make = Callable[[_Row, Task, Labels], Example]
 _MAKE: dict[str, _Make] = {
     "classify": _text,
+    "multi_label": _several,
     "regress": _text,
     "tag": _tags,
     "span_qa": _question,
     "choose": _choice,
 }
+# The kinds whose labels have names, and those of a row
+_NAMES: dict[str, Callable[[_Row], list[str] | None]] = {"classify": _class, "multi_label": _marked, "tag": _tag_names}

@@ -9,6 +9,7 @@ Every split is read and checked before training starts, so a bad row ends a run 
 A sample is one sequence, or as many as it has choices. Arrays are memory-mapped: ranks of a host share them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,16 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import RunConfig, Tokenizer
-from toolkit.data import examples, prepared, tables, unknown
+from toolkit.data import doubts, examples, prepared, tables, unknown
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch, padded, tensors
 from toolkit.data.corpus import held_out
 from toolkit.data.order import Indices, Keys
 from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWriter
 from toolkit.data.sources import Problems
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError
 
-READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length"}
+READING = {"columns", "header", "format", "labels", "label_separator", "range", "holdout", "on_error", "max_length"}
 TASK = {"kind", "scheme", "stride", "max_question", "null_answers"}
 WAY_OUT = "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
 MULTIPLE = 8  # of which widths are: what tensor cores like
@@ -45,14 +46,15 @@ class Sample:
 Encode = Callable[[Any, list[Any]], Iterator[Sample]]
 
 
-def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) -> Prepared:
-    """Read, check and tokenise all splits, or find them in the cache. Raises DataError naming file and row."""
+def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False, head: examples.Labels = ()) -> Prepared:
+    """Read, check and tokenise all splits, or find them in the cache; labels are numbered as in the ``head`` that
+    begins as that of the weights. Raises DataError naming file and row."""
     data = config.data
     sources = [[name, tables.identity(place, data, name)] for name, place in prepared.splits(data, WAY_OUT).items()]
     chosen = data.model_dump(mode="json", include=READING), config.task.model_dump(mode="json", include=TASK)
     tokenizer = prepared.with_weights(config)
-    key = prepared.fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
-    path = prepared.build(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels))
+    key = prepared.fingerprint("labelled", sources, *chosen, head, tokenizers.identity(tokenizer))
+    path = prepared.build(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels, head))
     unknown.refuse(tokenizer, Prepared(path).audit["lost"])
     return Prepared(path)
 
@@ -69,20 +71,27 @@ def read(config: RunConfig, split: str, labels: examples.Labels, problems: Probl
     return [example for example, out in zip(found, held, strict=True) if out == (split == "eval")]
 
 
-def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, float_labels: bool) -> None:
+def _write(
+    folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, float_labels: bool, head: examples.Labels
+) -> None:
     data, sources = config.data, prepared.splits(config.data, WAY_OUT)
-    labels = examples.find_labels(tables.rows(sources["train"], data, "train"), data, config.task.kind)
+    named = examples.find_labels(tables.rows(sources["train"], data, "train"), data, config.task.kind)
+    labels = _in_order(named, head, config)
     tokenizer = tokenizers.create(chosen, lambda: _texts(read(config, "train", labels)))
     tokenizer = tokenizers.save(tokenizer, folder / "tokenizer", chosen)
     counts: dict[str, dict[str, int]] = {}
     lost: dict[str, unknown.Counts] = {}
     first: dict[str, list[str]] = {}
+    seen: dict[str, Counter[str]] = {}  # rows of each label
     for name in [*sources] + ([] if data.eval or not data.holdout else ["eval"]):
         problems = Problems(data.on_error)
         rows = read(config, name, labels, problems)
         if not rows:
             place = sources.get(name, data.train)
             raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
+        seen[name] = doubts.counted(rows, labels)
+        if name == "train":
+            doubts.refuse_labels(seen[name], len(rows), config)
         write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
         lengths = Ragged(folder / name / "sequences").lengths
         lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows))))
@@ -92,12 +101,30 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, f
             "tokens": int(lengths.sum()),
             "at_max_length": int((lengths == data.max_length).sum()),  # which most likely were cut
             "skipped": problems.skipped,
+            "unlabelled": doubts.unlabelled(rows, config.task) if prepared.role(name) == "test" else 0,
         }
         first |= {name: problems.first} if problems.first else {}
-    known = {"labels": labels, "vocab_size": tokenizers.vocab_size(tokenizer), "pad_id": tokenizer.pad_token_id}
+    positive = labels.index(named[1]) if len(labels) == 2 else 1  # F1 is of the data's second label
+    known = {"labels": labels, "positive": positive, "pad_id": tokenizer.pad_token_id}
+    known["vocab_size"] = tokenizers.vocab_size(tokenizer)
     found = known | {"splits": counts, "first_skipped": first, "lost": lost}
-    warnings = unknown.warnings(chosen, tokenizer, lost)
+    warnings = [*unknown.warnings(chosen, tokenizer, lost), *doubts.doubtful(seen, counts, labels, config.task.kind)]
     prepared.finish(folder, found, splits=counts, notes=_told(counts, first), warnings=warnings, **known)
+
+
+def _in_order(labels: examples.Labels, head: examples.Labels, config: RunConfig) -> examples.Labels:
+    """The labels as the weights' head numbers them, in capitals or not. Raises ConfigError where it has others."""
+    if not head or not labels or set(head) == set(labels):
+        return head or labels
+    here = {name.casefold(): name for name in labels}
+    if len(here) == len(labels) == len(head) and set(here) == {name.casefold() for name in head}:
+        return tuple(here[name.casefold()] for name in head)
+    theirs, ours = (" ".join(", ".join(some[:20]).split()) + ", …" * (len(some) > 20) for some in (head, labels))
+    raise ConfigError(
+        f"model.weights={config.model.weights}: its head tells {theirs} (id2label), data.train={config.data.train} has "
+        f"{ours}. Where these are the same, name the head's in the order of the file's numbers: "
+        f"data.labels=[{','.join(head[:20])}]; else model.new_head=true draws a head for other labels."
+    )
 
 
 def _texts(rows: list[Any]) -> Iterator[str]:
@@ -161,6 +188,11 @@ class Encoded(Mapped):
         lengths: NDArray[np.int64] = self.sequences.lengths.reshape(-1, self.choices).max(1)
         return lengths
 
+    @cached_property
+    def numbers(self) -> int:
+        """Of a label; in a split of which not every row has one, those of the rows that do."""
+        return int(self.labels.lengths.max())
+
     def __getitem__(self, keys: Keys) -> Batch:
         """``input_ids``, ``attention_mask``, ``token_type_ids`` int64 [samples, length] (of choices: [samples, choices,
         length]), ``labels`` [samples], [samples, labels] or [samples, length], ``index`` [samples]. What has no label
@@ -178,7 +210,7 @@ class Encoded(Mapped):
         if self.choices > 1:
             arrays = {name: array.reshape(len(indices), self.choices, width) for name, array in arrays.items()}
         floats = self.labels.columns["value"].dtype.kind == "f"
-        number = width if self.per_token else int(self.labels.ends[1])
+        number = width if self.per_token else self.numbers
         labels = padded(self._rows(self.labels, "value", indices), np.nan if floats else IGNORED, number)
         if floats:
             labels = labels.astype(np.float32)

@@ -38,6 +38,7 @@ def _set(key: str) -> Callable[[Facts], str | bool]:
     return lambda f: key in f.changed and f"{key}={f.changed[key]}"
 
 
+SEVERAL = ("data.columns.labels", "data.label_separator", "task.threshold")
 # What a run can ask for that not every kind of task does: how it asks, and why another kind refuses.
 ASKED: dict[Asked, tuple[Callable[[Facts], str | bool], str]] = {
     "pipeline": (_set("pipeline.stages"), "its model is not cut into stages. Use pipeline=none."),
@@ -59,6 +60,8 @@ ASKED: dict[Asked, tuple[Callable[[Facts], str | bool], str]] = {
     "tokens": (_set("batch.tokens"), "it counts the tokens of sentence pairs. Use batch.global_size alone."),
     "subwords": (_set("tokenizer.model"),
         "a BERT's tokenizer is trained as wordpiece. Drop it, or name one by tokenizer.path."),
+    "several": (lambda f: ", ".join(f"{key}={f.changed[key]}" for key in SEVERAL if key in f.changed),
+        "it is of any number of labels a row, task=multi_label. Drop it."),
 }  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def model_shape(config: RunConfig) -> ModelShape:
     if keys["model_type"] == "marian":
         return _marian(keys)
     # Those of the data are not known before it is read; a row each
-    labels = len(config.data.labels or keys.get("id2label") or ()) or 2
+    labels = len(config.data.labels or config.data.columns.labels or keys.get("id2label") or ()) or 2
     return _bert(keys, kind, config.task.objective, labels)
 
 

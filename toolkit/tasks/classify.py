@@ -1,4 +1,4 @@
-"""A label of a whole example: of a sentence or a pair a class or a score, of a prompt the ending that follows it."""
+"""Labels of a whole example: a class, several, or a score of a text or a pair; of a prompt the ending that follows."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.batch import IGNORED, Batch
@@ -21,6 +21,7 @@ class Classify(Finetune):
     """One of several classes."""
 
     models = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"
+    problem: str | None = "single_label_classification"
 
     @classmethod
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
@@ -30,7 +31,8 @@ class Classify(Finetune):
         found = tokenizer(*texts, truncation=True, max_length=config.data.max_length, return_token_type_ids=True)
         nothing = math.nan if cls.float_labels else IGNORED
         for example, ids, types in zip(examples, found["input_ids"], found["token_type_ids"], strict=True):
-            yield Sample([(ids, types)], [nothing if example.label is None else example.label])
+            label = nothing if example.label is None else example.label
+            yield Sample([(ids, types)], label if isinstance(label, tuple) else [label])
 
     def decide(self, logits: NDArray[np.float32]) -> NDArray[Any]:
         """Predictions [samples] of logits [samples, outputs]."""
@@ -39,6 +41,10 @@ class Classify(Finetune):
     def named(self, label: Any) -> str:
         return self.names[int(label)]
 
+    def chances(self, logits: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Columns of probabilities [samples] beside the predictions."""
+        return {"probability": torch.from_numpy(logits).softmax(-1).max(-1).values.numpy()}
+
     def texts(self, example: Any, decided: Any) -> dict[str, str]:
         """What a person judges the prediction by."""
         return {"text": example.text, "text_pair": example.text_pair or ""}
@@ -46,34 +52,68 @@ class Classify(Finetune):
     def scores(self, split: str, said: Rows) -> dict[str, float]:
         gold = np.array([self.examples(split)[i].label for i in said])
         decided = self.decide(np.stack(list(said.values())))
-        return metrics.scores(self.config.task.metrics, decided, gold, len(self.names))
+        names, positive = self.config.task.metrics, self.prepared.facts["positive"]
+        if undefined := metrics.undefined(names, decided, gold):
+            self.warn_once(
+                f"{split}: all predictions, or all labels, are the same, so {', '.join(undefined)} is undefined and "
+                "counts as 0. Train longer, or at another learning rate."
+            )
+        return metrics.scores(names, decided, gold, len(self.names), positive)
 
     def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
         """``index`` and ``prediction`` as GLUE's server takes them; beside known labels, these and the texts."""
         logits = np.stack(list(said.values()))
-        chances = torch.from_numpy(logits).softmax(-1).max(-1).values.tolist()
+        columns = self.chances(logits)
         rows: list[dict[str, Any]] = []
-        for index, decided, chance in zip(said, self.decide(logits), chances, strict=True):
+        for place, (index, decided) in enumerate(zip(said, self.decide(logits), strict=True)):
             example = self.examples(split)[index]
             row = {"index": example.id, "prediction": self.named(decided)}
-            if labelled:
-                row["label"] = self.named(example.label)
-                row |= {"probability": f"{chance:.3f}"} if logits.shape[-1] > 1 else {}
-                row |= self.texts(example, decided)
-            rows.append(row)
+            row |= {"label": self.named(example.label)} if labelled else {}
+            if labelled or len(columns) > 1:
+                row |= {name: values[place] for name, values in columns.items()}  # written exactly
+            rows.append(row | (self.texts(example, decided) if labelled else {}))
         # cells hold neither tabs nor ends of lines
         lines: list[Iterable[Any]] = [rows[0], *(row.values() for row in rows)]
         return {"tsv": "".join("\t".join(" ".join(str(c).split()) for c in line) + "\n" for line in lines)}
 
 
+class MultiLabel(Classify):
+    """Any number of the labels: a sigmoid and a binary cross-entropy for each."""
+
+    problem = "multi_label_classification"
+    float_labels = True
+
+    def losses(self, outputs: Batch, batch: Batch) -> Batch:
+        logits = outputs["logits"].float()
+        # without any label in a split its samples hold one number each, which is none
+        labels = batch["labels"].view(len(logits), -1).expand_as(logits)
+        real = ~labels.isnan()
+        return {"loss": binary_cross_entropy_with_logits(logits[real], labels[real], reduction="sum")}
+
+    def decide(self, logits: NDArray[np.float32]) -> NDArray[Any]:
+        """Whether each label applies [samples, labels]."""
+        return np.stack(list(self.chances(logits).values()), 1) >= self.config.task.threshold
+
+    def named(self, label: Any) -> str:
+        mine = (name for name, has in zip(self.names, label, strict=True) if has)
+        return (self.config.data.label_separator or ",").join(mine)
+
+    def chances(self, logits: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        found = torch.from_numpy(logits).sigmoid().numpy()
+        return {f"probability_{name}": found[:, i] for i, name in enumerate(self.names)}
+
+    def scores(self, split: str, said: Rows) -> dict[str, float]:
+        gold, logits = np.array([self.examples(split)[i].label for i in said]), np.stack(list(said.values()))
+        found = metrics.several(self.decide(logits), logits, gold)
+        return {name: found[name] for name in self.config.task.metrics}
+
+
 class Regress(Classify):
     """A number; the loss is the squared error."""
 
+    problem = "regression"
     float_labels = True
     label_names = ("score",)
-
-    def count(self, batch: Batch) -> int:
-        return int((~batch["labels"].isnan()).sum())
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         real = ~batch["labels"].isnan()
@@ -83,13 +123,17 @@ class Regress(Classify):
         return logits[:, 0]
 
     def named(self, label: Any) -> str:
-        return f"{float(label):.3f}"
+        return str(label)
+
+    def chances(self, logits: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        return {}
 
 
 class Choose(Classify):
     """Each ending makes a sequence with the prompt; the softmax is over the endings, known by their numbers."""
 
     models = "MODEL_FOR_MULTIPLE_CHOICE_MAPPING"
+    problem = None
     label_names = ("choice",)
 
     def __init__(self, run: Run) -> None:

@@ -27,6 +27,7 @@ from toolkit.tasks import metrics
 from toolkit.tasks.task import Evaluates, Task, Watch, summed_loss
 
 Rows = dict[int, Any]  # sample -> what the model said of it
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")  # name their heads alike
 
 
 class Finetune(Task):
@@ -38,6 +39,7 @@ class Finetune(Task):
     prepares = "rows"
     models: str  # transformers' table of model classes
     label_names: tuple[str, ...] = ()  # of the head's outputs, where the data has none
+    problem: str | None = None  # what transformers calls it
     float_labels = per_token = False
 
     def __init__(self, run: Run) -> None:
@@ -55,6 +57,7 @@ class Finetune(Task):
         self.hf_config = build.encoder_config(config, *sizes, exact=given, tokenizer="null")
         self.hf_config.id2label = dict(enumerate(self.names))  # num_labels is its length
         self.hf_config.label2id = {name: i for i, name in enumerate(self.names)}
+        self.hf_config.problem_type = self.problem
         models = getattr(transformers, self.models)
         if type(self.hf_config) not in models:
             kind = type(self.hf_config).__name__.removesuffix("Config")
@@ -71,12 +74,40 @@ class Finetune(Task):
         self.width = config.data.max_length if fixed else None
         train, grouped = self._split("train"), config.data.group_by_length
         self.learns(train, Grouped(train.lengths, config.seed, size=config.batch.global_size, grouped=grouped))
+        self._warned: set[str] = set()
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
         self.tell(self.prepared)
+        numbers = tuple(map(str, range(len(self.names))))
+        if not self.label_names and self.names != numbers and _unnamed(self._head(config)) == len(self.names):
+            told = ", ".join(f"{i} is {name}" for i, name in enumerate(self.names[:5])) + ", …" * (len(self.names) > 5)
+            run.warn(
+                f"model.weights={config.model.weights}: its head names no labels (LABEL_0, …), so that these are "
+                f"theirs is a guess: {told}. Order them by data.labels, or let model.new_head=true draw a head."
+            )
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
-        return labelled.prepare(config, functools.partial(cls.encode, config), float_labels=cls.float_labels)
+        head = cls._head(config)
+        known = () if cls.label_names or _unnamed(head) else head
+        encode = functools.partial(cls.encode, config)
+        return labelled.prepare(config, encode, float_labels=cls.float_labels, head=known)
+
+    @classmethod
+    def _head(cls, config: RunConfig) -> tuple[str, ...]:
+        """The labels of the head that comes with the weights, in the order of their numbers; () where it is drawn.
+        Raises ConfigError where it is that of another kind of task, for its shape could be the same."""
+        weights = config.model.weights
+        if weights is None or config.model.new_head:
+            return ()
+        found = build.read_config(weights)
+        there = (found.architectures or [""])[0]
+        here = getattr(transformers, cls.models).get(type(found), type(None)).__name__
+        if there.endswith(CLASSIFIERS) and here.endswith(CLASSIFIERS) and there != here:
+            raise ConfigError(
+                f"model.weights={weights}: a {there}, whose head is not that of task.kind={config.task.kind}. "
+                "model.new_head=true draws one."
+            )
+        return tuple(map(str, found.id2label.values())) if there in ("", here) else ()
 
     # What a kind of task says of itself ------------------------------------------------------------------------------
 
@@ -115,7 +146,8 @@ class Finetune(Task):
         }
 
     def count(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
+        labels = batch["labels"]
+        return int((~labels.isnan() if self.float_labels else labels != IGNORED).sum())
 
     def useful_flops(self, counts: dict[str, float]) -> float:
         """Forward and backward of real tokens; the head on top is too small to count."""
@@ -126,25 +158,33 @@ class Finetune(Task):
         results: dict[str, float] = {}
         for number, name in enumerate(self.prepared.names("eval")):
             means = self._run(engine, watch, name)
-            scores = ranks.from_rank0(self.scores(name, self._said[name]) if ranks.rank() == 0 else None)
             prefix = f"{name.partition('.')[2]}_" if number else ""
-            results |= {f"{prefix}{key}": value for key, value in {**means, **scores}.items()}
+            results |= {f"{prefix}{key}": value for key, value in self._scored(name, means).items()}
         return results
 
     def predict(self, engine: Evaluates, watch: Watch) -> dict[str, float]:
         """Write what the model says of the held-out splits, and of the test splits."""
+        found: dict[str, float] = {}
         for name in self.prepared.names("test"):
-            self._run(engine, watch, name)
+            means = self._run(engine, watch, name)
+            if not self.prepared.audit["splits"][name]["unlabelled"]:
+                found |= {f"{name.replace('.', '_')}_{key}": v for key, v in self._scored(name, means).items()}
+        self.notes |= {key.replace("_", " "): value for key, value in found.items()}
         held_out = self.prepared.names("eval")
         for name, said in self._said.items():
             files = self.files(name, said, name in held_out)
             stem = "predictions" if [name] == held_out[:1] else f"predictions.{name}"
             for suffix, text in files.items():
                 self.run.write_text(f"{stem}.{suffix}", text)
-        return {}
+        return found
+
+    def _scored(self, name: str, means: dict[str, float]) -> dict[str, float]:
+        """The losses of a split that was just run, and its metrics."""
+        scores = ranks.from_rank0(self.scores(name, self._said[name]) if ranks.rank() == 0 else None)
+        return {**means, **scores}
 
     def _run(self, engine: Evaluates, watch: Watch, name: str) -> dict[str, float]:
-        """Mean losses of a split; on rank 0, ``_said`` then holds what the model says of every sample."""
+        """Mean losses of a split; on rank 0, ``_said`` then holds what the model says of every sample, in order."""
         said: Rows = {}
 
         def collect(outputs: Batch, batch: Batch) -> None:
@@ -156,7 +196,8 @@ class Finetune(Task):
         means = engine.evaluate(watch(batches), collect)
         parts = ranks.gathered_on_rank0(said)
         if ranks.rank() == 0:
-            self._said[name] = {index: row for part in parts for index, row in sorted(part.items())}
+            whole = {index: row for part in parts for index, row in part.items()}
+            self._said[name] = dict(sorted(whole.items()))
         return means
 
     @functools.cache  # noqa: B019 - one task a run
@@ -164,6 +205,17 @@ class Finetune(Task):
         """The examples of a split, read again from where they come: once, on the ranks that ask."""
         return labelled.read(self.config, split, tuple(self.prepared.facts["labels"]))
 
+    def warn_once(self, line: str) -> None:
+        """What is found out in every evaluation is said in the first."""
+        if line not in self._warned:
+            self._warned.add(line)
+            self.run.warn(line)
+
     def _split(self, name: str) -> Encoded:
         pad_id = self.prepared.pad_id
         return Encoded(self.prepared.path / name, pad_id, self.choices, self.per_token, self.width)
+
+
+def _unnamed(head: tuple[str, ...]) -> int:
+    """How many labels a head has, where transformers has named them; else 0."""
+    return len(head) if head == tuple(f"LABEL_{i}" for i in range(len(head))) else 0

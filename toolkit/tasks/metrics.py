@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from toolkit.config.kinds import KINDS
 from toolkit.config.schema import Task
@@ -46,10 +46,12 @@ def check(task: Task) -> None:
         )
 
 
-def scores(names: Iterable[str], predicted: ArrayLike, gold: ArrayLike, labels: int = 0) -> dict[str, float]:
+def scores(
+    names: Iterable[str], predicted: ArrayLike, gold: ArrayLike, labels: int = 0, positive: int = 1
+) -> dict[str, float]:
     """The named metrics of classification (label numbers, of ``labels`` labels) or regression (scores); both [samples].
 
-    ``f1`` is that of label number 1 where there are two labels, else ``f1_macro``: the mean over the
+    ``f1`` is that of label number ``positive`` where there are two labels, else ``f1_macro``: the mean over the
     labels that occur. Correlations with a constant, Matthews' too, are undefined and count as 0.
     """
     from scipy import stats
@@ -58,7 +60,7 @@ def scores(names: Iterable[str], predicted: ArrayLike, gold: ArrayLike, labels: 
     predicted, gold = np.asarray(predicted), np.asarray(gold)
 
     def f1(average: str) -> Any:
-        return metrics.f1_score(gold, predicted, average=average, zero_division=0)
+        return metrics.f1_score(gold, predicted, average=average, pos_label=positive, zero_division=0)
 
     found: dict[str, Callable[[], Any]] = {
         "accuracy": lambda: np.mean(predicted == gold),
@@ -69,9 +71,33 @@ def scores(names: Iterable[str], predicted: ArrayLike, gold: ArrayLike, labels: 
         "pearson": lambda: stats.pearsonr(predicted, gold).statistic,
         "spearman": lambda: stats.spearmanr(predicted, gold).statistic,
     }
-    if np.ptp(predicted) == 0 or np.ptp(gold) == 0:
-        found |= dict.fromkeys(("matthews", "pearson", "spearman"), lambda: 0.0)
+    names = list(names)
+    found |= dict.fromkeys(undefined(names, predicted, gold), lambda: 0.0)
     return {name: float(found[name]()) for name in names}
+
+
+def undefined(names: Iterable[str], predicted: ArrayLike, gold: ArrayLike) -> list[str]:
+    """Those of the metrics that are correlations, where one of the two is constant."""
+    constant = np.ptp(predicted) == 0 or np.ptp(gold) == 0
+    return [name for name in names if constant and name in ("matthews", "pearson", "spearman")]
+
+
+def several(predicted: NDArray[Any], logits: NDArray[Any], gold: NDArray[Any]) -> dict[str, float]:
+    """Of any number of labels a sample, all [samples, labels]: whether each is predicted, its logit, whether it
+    applies. Macro means are over the labels that occur: for ``f1_macro`` in either, for ``map``, the mean average
+    precision, in ``gold``. ``exact_match`` is the share of samples of which every label is right."""
+    from sklearn import metrics
+
+    there = gold.any(0)
+    mine = np.flatnonzero(there | predicted.any(0))
+    macro = metrics.f1_score(gold, predicted, labels=mine, average="macro", zero_division=0) if len(mine) else 0.0
+    ranked = metrics.average_precision_score(gold[:, there], logits[:, there], average="macro") if there.any() else 0.0
+    return {
+        "f1_micro": float(metrics.f1_score(gold, predicted, average="micro", zero_division=0)),
+        "f1_macro": float(macro),
+        "map": float(ranked),
+        "exact_match": float(np.mean((predicted == gold).all(1))),
+    }
 
 
 def tagging(predicted: list[list[str]], gold: list[list[str]]) -> dict[str, float]:

@@ -81,7 +81,7 @@ class SpanQA(Finetune):
     def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
         """The answer of each question by its id, as SQuAD's scripts and servers read it; n best, odds of no answer."""
         decoded = self._decoded(split, said)
-        n_best = {key: [{"text": t, "probability": round(p, 4)} for t, p in d.n_best] for key, d in decoded.items()}
+        n_best = {key: [{"text": t, "probability": p} for t, p in d.n_best] for key, d in decoded.items()}
         texts: dict[str, Any] = {"json": {key: d.text for key, d in decoded.items()}, "nbest.json": n_best}
         if self.config.task.null_answers:
             odds = {key: d.null_score_difference for key, d in decoded.items()}

@@ -241,11 +241,10 @@ def summary(run: Run, notes: dict[str, float], rates: Mapping[str, Any], result:
     first, last = steps[0], steps[-1]
     losses = [k for k in first if k.endswith("_loss")] or ["loss"]
     rows = [(k.replace("_", " "), first[k], last.get(k), result.get(f"eval_{k}")) for k in losses]
-    for key, value in result.items():
-        name = key.removeprefix("eval_")
-        if key.startswith("eval_") and name not in ("loss", "seconds", *losses):
-            rows.append((name.replace("_", " "), None, None, f"{value:.1%}" if name.endswith("accuracy") else value))
-    rows += [(name, None, None, value) for name, value in notes.items()]
+    held = {k.removeprefix("eval_").replace("_", " "): v for k, v in result.items() if k.startswith("eval_")}
+    left_out = ("loss", "seconds", *(name for name, *_ in rows))
+    for name, value in ({k: v for k, v in held.items() if k not in left_out} | notes).items():
+        rows.append((name, None, None, f"{value:.1%}" if name.endswith("accuracy") else value))
     if rates:
         unit = "tokens" if "tokens_per_second" in rates else "samples"
         rows.append((f"{unit}/s (all ranks)", None, f"{rates[f'{unit}_per_second']:,.0f}", None))

@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from toolkit.tasks import build_task
 from toolkit.train.loop import fit
 from toolkit.train.own_plan import begin
 
+SCORES = ("eval_", "test_")
 # The columns of table 1 of Devlin et al. 2018, and WNLI, which the paper leaves out of the average.
 GLUE = {
     "mnli": "MNLI-m", "mnli/mismatched": "MNLI-mm", "qqp": "QQP", "qnli": "QNLI", "sst2": "SST-2", "cola": "CoLA",
@@ -105,8 +107,8 @@ def row(run: Path) -> dict[str, Any]:
     """One finished training; ``seconds`` are its wall time with evaluation and saving, without starting up."""
     config, records = load(OmegaConf.load(run / "config.yaml")), read_metrics(run / "metrics.jsonl")
     best = run / "best.json"
-    last = [r for r in records if "eval_seconds" in r][-1:]  # that of the best weights
-    found = {k: math.nan if v is None else v for r in last for k, v in r.items() if k.startswith("eval_")}
+    last = [[r for r in records if key in r][-1:] for key in ("eval_seconds", "test_loss")]  # those of the best weights
+    found = {k: math.nan if v is None else v for r in chain(*last) for k, v in r.items() if k.startswith(SCORES)}
     rates, padding = ([r[key] for r in records if key in r] for key in ("samples_per_second", "padding"))
     return {
         "task": config.task.name,
