@@ -146,6 +146,7 @@ class Data(Strict):
     columns: Columns = Columns()
     header: bool | None = True  # csv, tsv, columns: the first line names the columns; None: unless it is all numbers
     labels: tuple[str, ...] | None = None  # in the order of their numbers; None: those of data.train, sorted
+    joiner: Literal[" ", ""] = " "  # tagged words: what stands between them; '' in scripts without spaces
     range: tuple[float, float] | None = None  # regression: the least and the largest score
     # Linear regression: the column to predict, by name or by number from 0 (None: the last), columns to leave out,
     # and how many synthetic rows of how many features with noise of which standard deviation
@@ -166,7 +167,7 @@ class Task(Strict):
     objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
     metrics: tuple[str, ...] = ()
     best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics
-    scheme: Literal["bio", "iob1"] = "bio"  # how tags mark the begin of an entity
+    scheme: Literal["iob1", "iob2", "ioe1", "ioe2", "iobes", "bilou"] = "iob2"  # how the files' tags spell entities
     stride: Positive = 128  # span_qa: tokens by which the windows of a long context are apart
     max_question: Positive = 64  # tokens
     max_answer: Positive = 30  # tokens

@@ -28,7 +28,7 @@ from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWr
 from toolkit.data.sources import Problems
 from toolkit.errors import DataError
 
-READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length"}
+READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length", "joiner"}
 TASK = {"kind", "scheme", "stride", "max_question", "null_answers"}
 WAY_OUT = "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
 MULTIPLE = 8  # of which widths are: what tensor cores like
@@ -42,17 +42,20 @@ class Sample:
     labels: Sequence[float]
 
 
-Encode = Callable[[Any, list[Any]], Iterator[Sample]]
+Encode = Callable[[Any, list[Any]], Iterator[Sample]]  # of a tokenizer and examples
+Doubts = Callable[[Any, list[Any], examples.Labels], Iterator[str]]  # of these and the names of labels
 
 
-def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig, encode: Encode, doubts: Doubts = lambda *_: iter(()), *, float_labels: bool = False
+) -> Prepared:
     """Read, check and tokenise all splits, or find them in the cache. Raises DataError naming file and row."""
     data = config.data
     sources = [[name, tables.identity(place, data, name)] for name, place in prepared.splits(data, WAY_OUT).items()]
     chosen = data.model_dump(mode="json", include=READING), config.task.model_dump(mode="json", include=TASK)
     tokenizer = prepared.with_weights(config)
     key = prepared.fingerprint("labelled", sources, *chosen, tokenizers.identity(tokenizer))
-    path = prepared.build(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels))
+    path = prepared.build(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, doubts, float_labels))
     return Prepared(path)
 
 
@@ -68,13 +71,16 @@ def read(config: RunConfig, split: str, labels: examples.Labels, problems: Probl
     return [example for example, out in zip(found, held, strict=True) if out == (split == "eval")]
 
 
-def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, float_labels: bool) -> None:
+def _write(
+    folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, doubts: Doubts, float_labels: bool
+) -> None:
     data, sources = config.data, prepared.splits(config.data, WAY_OUT)
     labels = examples.find_labels(tables.rows(sources["train"], data, "train"), data, config.task.kind)
-    tokenizer = tokenizers.create(chosen, lambda: _texts(read(config, "train", labels)))
+    tokenizer = tokenizers.create(chosen, lambda: _texts(read(config, "train", labels), data.joiner))
     tokenizer.save_pretrained(folder / "tokenizer")
     counts: dict[str, dict[str, int]] = {}
     first: dict[str, list[str]] = {}
+    warnings: list[str] = []
     for name in [*sources] + ([] if data.eval or not data.holdout else ["eval"]):
         problems = Problems(data.on_error)
         rows = read(config, name, labels, problems)
@@ -82,6 +88,8 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, f
             place = sources.get(name, data.train)
             raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
         write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
+        if prepared.role(name) != "test":
+            warnings += [f"{name}: {line}" for line in doubts(tokenizer, rows, labels)]
         lengths = Ragged(folder / name / "sequences").lengths
         counts[name] = {
             "rows": len(rows),
@@ -93,17 +101,17 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, f
         first |= {name: problems.first} if problems.first else {}
     known = {"labels": labels, "vocab_size": tokenizers.vocab_size(tokenizer), "pad_id": tokenizer.pad_token_id}
     found = known | {"splits": counts, "first_skipped": first}
-    prepared.finish(folder, found, splits=counts, notes=_told(counts, first), **known)
+    prepared.finish(folder, found, splits=counts, notes=_told(counts, first), warnings=warnings, **known)
 
 
-def _texts(rows: list[Any]) -> Iterator[str]:
+def _texts(rows: list[Any], joiner: str) -> Iterator[str]:
     """Every text of the examples, for a tokenizer to be trained on."""
     for row in rows:
         for name, value in vars(row).items():
             if isinstance(value, str) and name != "id":
                 yield value
             elif name in ("words", "endings"):
-                yield " ".join(value)
+                yield (joiner if name == "words" else " ").join(value)
 
 
 def _told(counts: dict[str, dict[str, int]], first_skipped: dict[str, list[str]]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from toolkit.config.schema import RunConfig
 from toolkit.data import labelled, loader
 from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.examples import Labels
 from toolkit.data.labelled import Encoded, Sample
 from toolkit.data.order import Grouped
 from toolkit.data.prepared import Prepared
@@ -27,6 +28,7 @@ from toolkit.tasks import metrics
 from toolkit.tasks.task import Evaluates, Task, Watch, summed_loss
 
 Rows = dict[int, Any]  # sample -> what the model said of it
+DOUBTFUL = 0.01  # share of the labels that no prediction can meet from which on it is said
 
 
 class Finetune(Task):
@@ -76,7 +78,8 @@ class Finetune(Task):
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
-        return labelled.prepare(config, functools.partial(cls.encode, config), float_labels=cls.float_labels)
+        encode, doubts = functools.partial(cls.encode, config), functools.partial(cls.doubts, config)
+        return labelled.prepare(config, encode, doubts, float_labels=cls.float_labels)
 
     # What a kind of task says of itself ------------------------------------------------------------------------------
 
@@ -84,6 +87,11 @@ class Finetune(Task):
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         """The samples that examples become."""
         raise NotImplementedError
+
+    @classmethod
+    def doubts(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
+        """What makes results on labelled examples doubtful: a line each, with how much, and the way out."""
+        return iter(())
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         """``loss``: the cross-entropy of classes."""
