@@ -1,7 +1,6 @@
-"""What a run predicts, its export says of the same text as people write it: for every architecture and its tokenizer."""
+"""What a run predicts, its export says of the same text as people write it, with every architecture's tokenizer."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch

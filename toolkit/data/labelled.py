@@ -29,7 +29,7 @@ from toolkit.data.sources import Problems
 from toolkit.errors import DataError
 
 READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length", "joiner"}
-TASK = {"kind", "scheme", "stride", "max_question", "null_answers"}
+TASK = {"kind", "scheme", "stride", "max_question", "max_answer", "null_answers"}
 WAY_OUT = "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
 MULTIPLE = 8  # of which widths are: what tensor cores like
 
