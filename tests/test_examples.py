@@ -182,7 +182,7 @@ def test_minus_one_is_a_score_where_the_range_holds_it(tmp_path: Path) -> None:
         assert found.label == -1.0
 
 
-@pytest.mark.parametrize("tags", [{}, {"tags": None}, {"tags": []}, {"tags": [None, -1]}])
+@pytest.mark.parametrize("tags", [{}, {"tags": None}, {"tags": []}, {"tags": [None, -1]}, {"tags": ["_", "_"]}])
 def test_words_of_a_test_file_may_lack_their_tags(tmp_path: Path, tags: dict[str, Any]) -> None:
     (found,) = examples(tmp_path, "tag", [TAGGED | tags], ("O",), labelled=False)
     assert found.words == ["a", "b"] and found.tags is None
@@ -253,6 +253,7 @@ BAD: list[tuple[str, dict[str, Any], tuple[str, ...] | None, dict[str, Any], str
     ("span_qa", answered(("", 0)), None, {"null_answers": True}, r"answer '' is not at answer_start=0"),
     ("span_qa", answered(), None, {}, r"has no answer. Let .* task.null_answers=true \(task=squad_v2\)"),
     ("span_qa", answered(("Bob", 8), is_impossible=True), None, {}, r"has no answer"),
+    ("span_qa", answered(("Bob", 8), is_impossible="False"), None, {}, r"is_impossible 'False' is neither true nor"),
     ("span_qa", answered(("Bob", "8")), None, {}, r"answers \[.*\] are no texts with their starts. Write \{text: "),
     ("span_qa", answered(("Bob.", -4)), None, {}, r"answers \[.*\] are no texts with their starts"),
     ("span_qa", SQUAD | {"answers": "Bob"}, None, {}, r"answers 'Bob' are no texts with their starts"),

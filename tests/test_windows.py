@@ -180,7 +180,8 @@ def toy(first, length, offset=3):
     """A window over words of CONTEXT, after [CLS], a question's token and [SEP]."""
     spans = [(3 * n, 3 * n + 2) for n in range(first, first + length)]
     tokens = offset + length + 1
-    return Window(list(range(tokens)), [0] * tokens, offset, first, spans)
+    covers = (3 * first - 1 if first else 0, 3 * (first + length))
+    return Window(list(range(tokens)), [0] * tokens, offset, first, spans, covers)
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def _tags(row: _Row, task: Task, labels: Labels) -> Tagged:
 
 def _tag_names(row: _Row) -> list[str] | None:
     """As they stand in the file, of numbers the names in data.labels."""
-    if row.label("tags") is None:
+    if row.label("tags", (*ABSENT, "_")) is None:  # CoNLL's placeholder
         return None
     words, tags, names = row.texts("tokens"), row.cell("tags"), row.data.labels
     if names and isinstance(tags, list):
@@ -258,7 +258,10 @@ def _choice(row: _Row, task: Task, labels: Labels) -> Choice:
 
 def _question(row: _Row, task: Task, labels: Labels) -> Question:
     context, value = row.text("context"), row.label("answers")
-    answers = () if value is None or row.values.get("is_impossible") else _answers(value)
+    impossible = row.values.get("is_impossible")
+    if impossible not in (None, False, True):  # the text "False" would be true
+        raise _BadRow(f"is_impossible {impossible!r:.40} is neither true nor false", "Correct it, or leave it out")
+    answers = () if value is None or impossible else _answers(value)
     if value is not None and not answers and not task.null_answers:
         raise _BadRow("has no answer", "Let questions have none with task.null_answers=true (task=squad_v2)")
     for text, start in answers:

@@ -7,6 +7,7 @@
 As in BERT's run_squad.py, but that answers are exact slices of the context.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Window:
     offset: int  # position of the part's first token in input_ids
     first: int  # number of that token in the context
     spans: list[tuple[int, int]]  # characters (start, end) of each of the part's tokens in the context, without blanks
+    covers: tuple[int, float]  # characters from the end of the token before the part to the begin of that after it
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def _cut(frame: Any, ids: list[int], spans: list[tuple[int, int]], max_length: i
     for first in range(0, max(1, len(ids) - room + step), step):
         part = ids[first : first + room]
         token_type_ids = types + context_type * (len(part) + len(tail))
-        result.append(Window(head + part + tail, token_type_ids, offset, first, spans[first : first + room]))
+        covers = spans[first - 1][1] if first else 0, spans[first + room][0] if first + room < len(ids) else math.inf
+        result.append(Window(head + part + tail, token_type_ids, offset, first, spans[first : first + room], covers))
     return result
 
 
@@ -99,7 +102,7 @@ def answer_span(window: Window, answers: Sequence[tuple[int, str]]) -> tuple[int
     for begin, text in answers:
         begin += len(text) - len(text.lstrip())
         end = begin + len(text.strip())
-        if begin < end and window.spans and window.spans[0][0] <= begin and end <= window.spans[-1][1]:
+        if begin < end and window.covers[0] <= begin and end <= window.covers[1]:
             inside = [n for n, (left, right) in enumerate(window.spans) if left < end and right > begin]
             if inside:  # nothing is of an answer whose characters give no token
                 # tokens of single bytes share characters: those that begin and end as the answer does come first

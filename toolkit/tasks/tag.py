@@ -95,13 +95,13 @@ class Tag(Finetune):
         return _sentences(self.config, self.tokenizer, self.examples(split))
 
     def files(self, split: str, said: Rows, labelled: bool) -> Mapping[str, str]:
-        """A word, its tag and the prediction a line, all in IOB2, as conlleval reads them: blanks of a word are '_'."""
+        """A word, its tag and the prediction a line, in IOB2, as conlleval reads them: white space in one is '_'."""
         lines = []
         for index, tags in zip(said, self._named(split, said), strict=True):
             example = self.examples(split)[index]
-            words = [re.sub(r"\s+", "_", word) or "_" for word in example.words]
-            columns = [words, [self.names[t] for t in example.tags], tags] if labelled else [words, tags]
-            lines += [*map(" ".join, zip(*columns, strict=True)), ""]
+            gold = [[self.names[tag] for tag in example.tags]] if labelled else []
+            rows = zip(example.words, *gold, tags, strict=True)
+            lines += [*(" ".join(re.sub(r"\s+", "_", cell) or "_" for cell in row) for row in rows), ""]
         return {"conll": "\n".join(lines) + "\n"}
 
 
