@@ -138,7 +138,7 @@ MUTANTS = [
            "tests/test_windows.py::test_the_span_of_an_answer"),
     Mutant("windows of SQuAD: spans of characters", "toolkit/data/windows.py", "first, spans[first : first + room])",
            "first, spans[:room])", "tests/test_windows.py::test_roberta_gets_its_own_separators"),
-    Mutant("BILOU is read as IOB2", "toolkit/data/schemes.py", 'str.maketrans("LU", "ES")', 'str.maketrans("LU", "II")',
+    Mutant("BILOU is read as IOB2", "toolkit/data/schemes.py", 'maketrans("LUM", "ESI")', 'maketrans("LUM", "III")',
            "tests/test_examples.py::test_every_scheme_is_read_as_iob2"),
     Mutant("precision and recall of entities", "toolkit/tasks/metrics.py",
            "precision_recall_fscore_support(gold, predicted,", "precision_recall_fscore_support(predicted, gold,",

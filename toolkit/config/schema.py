@@ -167,7 +167,8 @@ class Task(Strict):
     objective: Literal["mlm_nsp", "mlm", "sop"] = "mlm_nsp"
     metrics: tuple[str, ...] = ()
     best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics
-    scheme: Literal["iob1", "iob2", "ioe1", "ioe2", "iobes", "bilou"] = "iob2"  # how the files' tags spell entities
+    # How the files' tags spell entities; they are IOB2 within
+    scheme: Literal["iob1", "iob2", "ioe1", "ioe2", "iobes", "bilou", "bmes"] = "iob2"
     stride: Positive = 128  # span_qa: tokens by which the windows of a long context are apart
     max_question: Positive = 64  # tokens
     max_answer: Positive = 30  # tokens

@@ -216,11 +216,6 @@ def _tags(row: _Row, task: Task, labels: Labels) -> Tagged:
     tags = _tag_names(row)
     if tags is None:
         return Tagged(row.id, row.texts("tokens"), None)
-    letters = schemes.allowed(task.scheme)
-    if bad := [tag for tag in tags if tag != "O" and tag[0] not in letters]:
-        fits = ", ".join(scheme for scheme in schemes.LETTERS if bad[0][0] in schemes.allowed(scheme))
-        what = f"tag '{bad[0]}' is not of task.scheme={task.scheme}, whose tags are O, {'-, '.join(letters)}-"
-        raise _BadRow(what, f"Set task.scheme to that of the file (one of {fits})")
     found = schemes.entities(tags)
     numbers = [_index(tag, labels, row.data) for tag in schemes.spelt(found, len(tags), "iob2")]
     misspelt = {scheme: schemes.misspelt(found, tags, scheme) for scheme in schemes.LETTERS} if found else {}

@@ -3,7 +3,7 @@
     found = entities(["U-PER", "O", "B-LOC", "L-LOC"])    # [("PER", 0, 0), ("LOC", 2, 3)]
     spelt(found, 4, "iob2")    # ["B-PER", "O", "B-LOC", "I-LOC"]
 
-Schemes are told apart by their letters, so one reader serves all of them: conlleval's, to which a tag that breaks its
+Their letters never contradict each other, so one reader serves all schemes: conlleval's, to which a tag that breaks its
 scheme (I- after O in IOB2) begins an entity too.
 """
 
@@ -14,15 +14,11 @@ Entity = tuple[str, int, int]  # its type, its first and its last word
 
 # The letters of an entity's first word, of those inside, of its last, and of one that stands alone. IOB1 begins, and
 # IOE1 ends, with another only where an entity touches one of its own type (Tjong Kim Sang and Veenstra 1999)
-LETTERS = {"iob2": "BIIB", "iob1": "IIII", "ioe2": "IIEE", "ioe1": "IIII", "iobes": "BIES", "bilou": "BILU"}
-_TOUCHING = {"iob1": "B", "ioe1": "E"}
-_AS_IOBES = str.maketrans("LU", "ES")
-TAG = re.compile("O|[BIELSU]-.+", re.DOTALL)
-
-
-def allowed(scheme: str) -> str:
-    """The letters that may stand before a type, sorted."""
-    return "".join(sorted({*LETTERS[scheme], *_TOUCHING.get(scheme, "")}))
+LETTERS = {
+    "iob2": "BIIB", "iob1": "IIII", "ioe2": "IIEE", "ioe1": "IIII", "iobes": "BIES", "bilou": "BILU", "bmes": "BMES",
+}  # fmt: skip
+_AS_IOBES = str.maketrans("LUM", "ESI")
+TAG = re.compile("O|[BIELMSU]-.+", re.DOTALL)
 
 
 def entities(tags: Sequence[str]) -> list[Entity]:
@@ -38,9 +34,9 @@ def spelt(found: Sequence[Entity], words: int, scheme: str) -> list[str]:
     first, inside, last, alone = list(LETTERS[scheme])
     for number, (kind, begin, end) in enumerate(found):
         letters = [first, *inside * (end - begin - 1), last] if begin < end else [alone]
-        if scheme == "iob1" and (kind, begin - 1) in [(k, e) for k, _, e in found[number - 1 : number]]:
+        if scheme == "iob1" and any((k, e) == (kind, begin - 1) for k, _, e in found[:number]):
             letters[0] = "B"
-        if scheme == "ioe1" and (kind, end + 1) in [(k, b) for k, b, _ in found[number + 1 : number + 2]]:
+        if scheme == "ioe1" and any((k, b) == (kind, end + 1) for k, b, _ in found[number:]):
             letters[-1] = "E"
         tags[begin : end + 1] = [f"{letter}-{kind}" for letter in letters]
     return tags

@@ -47,7 +47,7 @@ class SpanQA(Finetune):
         for reason, what in {
             "cut": f"are whole in no window of data.max_length={length}. Set a larger one, or a smaller task.stride",
             "long": f"have more tokens than predictions may (task.max_answer={longest}). Set a larger one",
-            "inside": "begin or end where no token does, so no prediction is exactly theirs. Set another tokenizer.path",
+            "inside": "begin or end where no token does, so no prediction is theirs exactly. Set another tokenizer",
         }.items():
             if number[reason] > DOUBTFUL * len(answered):
                 yield f"{number[reason]:,} of {len(answered):,} answers {what}."

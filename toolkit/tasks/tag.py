@@ -116,7 +116,7 @@ def _misspelt(scheme: str, examples: list[Any], labels: Labels) -> Iterator[str]
         first = " ".join(next(example for example in examples if example.misspelt.get(scheme)).words)
         yield (
             f"{number[scheme]:,} of {entities:,} entities are not as task.scheme={scheme} spells them, the first in "
-            f"{first!r:.60}; they are read as conlleval reads them. {fits}."
+            f"{first[:50]!r}; they are read as conlleval reads them. {fits}."
         )
 
 
