@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    pipeline,
 )
 
 from toolkit.checkpoint.export import export
@@ -94,6 +95,16 @@ def test_predictions_say_what_the_metric_counts(learned: Path) -> None:
     cells = [line.split(" ") for sentence in sentences for line in sentence.splitlines()]
     assert len(sentences) == 37 and {len(c) for c in cells} == {3}
     assert {c[1] for c in cells if c[0] == "paris"} == {"B-place"}
+
+
+def test_the_export_tags_plain_text_as_the_predictions_say(learned: Path) -> None:
+    """That of BERT; tests/test_architectures.py has the others."""
+    exported = pipeline("token-classification", str(export(learned / "tag")), ignore_labels=[], device="cpu")
+    for sentence in (learned / "tag" / "predictions.conll").read_text().strip().split("\n\n"):
+        words, _, said = zip(*(line.split(" ") for line in sentence.splitlines()), strict=True)
+        starts = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
+        tags = {token["start"]: token["entity"] for token in exported(" ".join(words))}
+        assert [tags[start] for start in starts.tolist()] == list(said)
 
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "1 rank"])

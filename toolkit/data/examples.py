@@ -232,13 +232,13 @@ def _tag_names(row: _Row) -> list[str] | None:
     elif isinstance(tags, list) and any(isinstance(tag, int) for tag in tags):
         raise _BadRow(f"column '{row.data.columns.tags}' holds numbers", "Name them in data.labels=[O,B-…,I-…]")
     else:
-        tags = row.texts("tags")
+        tags = [tag.strip() for tag in row.texts("tags")]
     if len(words) != len(tags):
         raise _BadRow(f"has {len(words)} tokens but {len(tags)} tags", "Give every token one tag")
     if bad := [tag for tag in tags if not schemes.TAG.fullmatch(tag)]:
         way_out = "Write the tags so, or name numbers in data.labels=[O,B-…,I-…]"
         raise _BadRow(f"tag '{bad[0]}' is neither O nor a letter of task.scheme and a type, as B-person", way_out)
-    return list(tags)
+    return tags
 
 
 def _choice(row: _Row, task: Task, labels: Labels) -> Choice:
