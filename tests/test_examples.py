@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seqeval.scheme
 from composing import compose
 from data_helpers import SHARED, needs_shared
 
 from toolkit.config.schema import Data, Task
-from toolkit.data import tables
+from toolkit.data import schemes, tables
 from toolkit.data.examples import Choice, Example, Question, Tagged, Text, find_labels, read
 from toolkit.data.sources import Problems
 from toolkit.errors import DataError
@@ -99,14 +100,43 @@ def test_endings_go_on_from_their_start(tmp_path: Path) -> None:
     assert without[0].endings == ("fell.", "sang.")
 
 
-def test_iob1_is_read_as_bio_and_broken_bio_as_it_is(tmp_path: Path) -> None:
-    iob1 = ["I-x", "I-x", "B-x", "I-x", "I-y", "O", "I-y", "B-x", "B-x", "I-x"]
-    bio = ["B-x", "I-x", "B-x", "I-x", "B-y", "O", "B-y", "B-x", "B-x", "I-x"]
-    labels = ("O", "B-x", "I-x", "B-y", "I-y")
-    rows = [{"tokens": list("abcdefghij"), "tags": iob1}]
-    for scheme, tags in (("iob1", bio), ("bio", iob1)):
-        (found,) = examples(tmp_path, "tag", rows, scheme=scheme)
-        assert found == Tagged("0", list("abcdefghij"), [labels.index(tag) for tag in tags])
+LABELS = ("O", "B-x", "I-x", "B-y", "I-y")
+IOB2 = ["B-x", "I-x", "B-x", "I-x", "B-y", "O", "B-y", "B-x", "B-x", "I-x", "I-x"]
+SPELT = {
+    "iob2": IOB2,
+    "iob1": ["I-x", "I-x", "B-x", "I-x", "I-y", "O", "I-y", "I-x", "B-x", "I-x", "I-x"],
+    "ioe2": ["I-x", "E-x", "I-x", "E-x", "E-y", "O", "E-y", "E-x", "I-x", "I-x", "E-x"],
+    "ioe1": ["I-x", "E-x", "I-x", "I-x", "I-y", "O", "I-y", "E-x", "I-x", "I-x", "I-x"],
+    "iobes": ["B-x", "E-x", "B-x", "E-x", "S-y", "O", "S-y", "S-x", "B-x", "I-x", "E-x"],
+    "bmes": ["B-x", "E-x", "B-x", "E-x", "S-y", "O", "S-y", "S-x", "B-x", "M-x", "E-x"],
+    "bilou": ["B-x", "L-x", "B-x", "L-x", "U-y", "O", "U-y", "U-x", "B-x", "I-x", "L-x"],
+}
+
+
+@pytest.mark.parametrize("scheme", SPELT)
+def test_every_scheme_is_read_as_iob2(tmp_path: Path, scheme: str) -> None:
+    """And what is spelt so is legal to seqeval's own class of the scheme, which has no BMES, and of IOE1 a part."""
+    tags = SPELT[scheme]
+    (found,) = examples(tmp_path, "tag", [{"tokens": list("abcdefghijk"), "tags": tags}], LABELS, scheme=scheme)
+    assert isinstance(found, Tagged) and found.tags == [LABELS.index(tag) for tag in IOB2]
+    assert [s for s, number in found.misspelt.items() if not number] == [scheme]
+    if scheme not in ("ioe1", "bmes"):
+        theirs = seqeval.scheme.Tokens(tags, getattr(seqeval.scheme, scheme.upper())).entities
+        assert [(e.tag, e.start, e.end - 1) for e in theirs] == schemes.entities(tags)
+    named = ["O", *sorted(set(tags) - {"O"})]  # now as numbers, their names in data.labels
+    rows = [{"tokens": list("abcdefghijk"), "tags": [named.index(tag) for tag in tags]}]
+    labels = labels_of(tmp_path, "tag", rows, labels=named)
+    assert set(labels) <= set(LABELS)
+    (found,) = examples(tmp_path, "tag", rows, labels, scheme=scheme, labels=named)
+    assert isinstance(found, Tagged) and found.tags is not None and [labels[tag] for tag in found.tags] == IOB2
+
+
+def test_an_entity_that_breaks_its_scheme_is_read_as_conlleval_reads_it_and_counted(tmp_path: Path) -> None:
+    tags = ["I-x", "O", "B-x", "I-y", "O", "B-x", "I-x"]
+    (found,) = examples(tmp_path, "tag", [{"tokens": list("abcdefg"), "tags": tags}], LABELS)
+    read = ["B-x", "O", "B-x", "B-y", "O", "B-x", "I-x"]
+    assert isinstance(found, Tagged) and found.tags == [LABELS.index(tag) for tag in read]
+    assert (found.misspelt["iob2"], found.misspelt["iob1"]) == (2, 2)
 
 
 SQUAD = {"id": "q", "question": "Who?", "context": "Ann met Bob."}
@@ -153,7 +183,7 @@ def test_minus_one_is_a_score_where_the_range_holds_it(tmp_path: Path) -> None:
         assert found.label == -1.0
 
 
-@pytest.mark.parametrize("tags", [{}, {"tags": None}, {"tags": []}, {"tags": [None, -1]}])
+@pytest.mark.parametrize("tags", [{}, {"tags": None}, {"tags": []}, {"tags": [None, -1]}, {"tags": ["_", "_"]}])
 def test_words_of_a_test_file_may_lack_their_tags(tmp_path: Path, tags: dict[str, Any]) -> None:
     (found,) = examples(tmp_path, "tag", [TAGGED | tags], ("O",), labelled=False)
     assert found.words == ["a", "b"] and found.tags is None
@@ -205,10 +235,12 @@ BAD: list[tuple[str, dict[str, Any], tuple[str, ...] | None, dict[str, Any], str
     ("choose", CHOICE | {"label": 0}, None, {"columns": {"start": "s"}}, r"no column 's'.*Set data.columns.start="),
     ("tag", TAGGED | {"tags": ["O"]}, None, {}, r"has 2 tokens but 1 tags. Give every token one tag"),
     ("tag", TAGGED | {"tags": "O O"}, None, {}, r"column 'tags' holds 'O O', which is no list of texts. Set data.col"),
-    ("tag", TAGGED | {"tags": [0, 1]}, None, {}, r"column 'tags' holds \[0, 1\], which is no list of texts"),
+    ("tag", TAGGED | {"tags": [0, 1]}, None, {}, r"column .tags. holds numbers. Name them in data.labels=\[O,B-…"),
+    ("tag", TAGGED | {"tags": [0, 3]}, ("O", "B-x"), {"labels": ["O", "B-x"]},
+     r"label 3 is none of the numbers 0 to 1 of data.labels \(O, B-x\)"),
     ("tag", {"tokens": "a b", "tags": ["O", "O"]}, None, {}, r"column 'tokens' holds 'a b', which is no list of texts"),
     ("tag", {"tokens": [], "tags": []}, None, {}, r"column 'tokens' holds \[\], which is no list of texts"),
-    ("tag", TAGGED | {"tags": ["O", "PER"]}, None, {}, r"tag 'PER' is neither O nor B-<type> or I-<type>. Write"),
+    ("tag", TAGGED | {"tags": ["O", "PER"]}, None, {}, r"tag 'PER' is neither O nor a letter .* as B-person. Write"),
     ("tag", TAGGED | {"tags": ["O", "B-pet"]}, ("O", "B-per", "I-per"), {},
      r"unknown label 'B-pet'. Did you mean 'B-per'\? Known: O, B-per, I-per"),
     ("tag", TAGGED, None, {}, r"no column 'tags'. It has: tokens"),
@@ -218,6 +250,7 @@ BAD: list[tuple[str, dict[str, Any], tuple[str, ...] | None, dict[str, Any], str
     ("span_qa", answered(("", 0)), None, {"null_answers": True}, r"answer '' is not at answer_start=0"),
     ("span_qa", answered(), None, {}, r"has no answer. Let .* task.null_answers=true \(task=squad_v2\)"),
     ("span_qa", answered(("Bob", 8), is_impossible=True), None, {}, r"has no answer"),
+    ("span_qa", answered(("Bob", 8), is_impossible="False"), None, {}, r"is_impossible 'False' is neither true nor"),
     ("span_qa", answered(("Bob", "8")), None, {}, r"answers \[.*\] are no texts with their starts. Write \{text: "),
     ("span_qa", answered(("Bob.", -4)), None, {}, r"answers \[.*\] are no texts with their starts"),
     ("span_qa", SQUAD | {"answers": "Bob"}, None, {}, r"answers 'Bob' are no texts with their starts"),

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    pipeline,
 )
 
 from toolkit.checkpoint.export import export
@@ -122,6 +123,16 @@ def test_scores_and_probabilities_are_written_exactly(learned: Path) -> None:
     for line in several:
         chances = {name: float(line[f"probability_{name}"]) for name in ("bad", "good", "sad")}
         assert line["prediction"] == ",".join(name for name, chance in chances.items() if chance >= 0.5)
+
+
+def test_the_export_tags_plain_text_as_the_predictions_say(learned: Path) -> None:
+    """That of BERT; tests/test_architectures.py has the others."""
+    exported = pipeline("token-classification", str(export(learned / "tag")), ignore_labels=[], device="cpu")
+    for sentence in (learned / "tag" / "predictions.conll").read_text().strip().split("\n\n"):
+        words, _, said = zip(*(line.split(" ") for line in sentence.splitlines()), strict=True)
+        starts = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
+        tags = {token["start"]: token["entity"] for token in exported(" ".join(words))}
+        assert [tags[start] for start in starts.tolist()] == list(said)
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -441,8 +452,8 @@ def test_prepared_data_is_found_again(tmp_path: Path) -> None:
         calls.append(len(examples))
         return (labelled.Sample([([1], [0])], [0]) for _ in range(len(examples)))
 
-    first = labelled.prepare(config, encode)
-    assert labelled.prepare(config, encode).path == first.path and calls == [203, 37]
+    first = labelled.prepare(config, labelled.Reader(encode))
+    assert labelled.prepare(config, labelled.Reader(encode)).path == first.path and calls == [203, 37]
     assert [*first.audit["splits"]] == ["train", "eval"]
 
 
@@ -452,7 +463,9 @@ def test_without_held_out_data_a_share_of_the_rows_is_held_out_whatever_the_seed
     rows = []
     for seed in (1, 2):
         config = compose([*common, f"seed={seed}"])
-        prepared = labelled.prepare(config, lambda t, e: (labelled.Sample([([1], [0])], [0]) for _ in e))
+        prepared = labelled.prepare(
+            config, labelled.Reader(lambda t, e: (labelled.Sample([([1], [0])], [0]) for _ in e))
+        )
         labels = tuple(prepared.facts["labels"])
         train, held = ({e.id for e in labelled.read(config, s, labels)} for s in ("train", "eval"))
         assert len(held) == 20 and len(train) == 183 and not train & held

@@ -103,8 +103,12 @@ def test_tags_are_scored_as_in_seqevals_readme():
     assert tagging(predicted, gold) == {"f1": 0.5, "precision": 0.5, "recall": 0.5, "accuracy": 0.8}
 
 
-def test_an_entity_may_begin_with_i_as_for_conlleval():
-    assert tagging([["I-NP", "I-NP", "O"]], [["B-NP", "I-NP", "O"]])["f1"] == 1
+def test_tags_are_scored_strictly():
+    gold = [["B-NP", "I-NP", "O", "B-NP"]]
+    assert tagging([["I-NP", "I-NP", "O", "B-NP"]], gold) == pytest.approx(
+        {"f1": 2 / 3, "precision": 1, "recall": 1 / 2, "accuracy": 3 / 4}
+    )
+    assert tagging([["B-NP", "I-PP", "O", "B-NP"]], gold)["f1"] == 1 / 2, "B-NP alone is another entity"
 
 
 def test_precision_is_of_the_predicted_and_recall_of_the_gold_entities():

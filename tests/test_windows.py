@@ -183,7 +183,8 @@ def toy(first, length, offset=3):
     """A window over words of CONTEXT, after [CLS], a question's token and [SEP]."""
     spans = [(3 * n, 3 * n + 2) for n in range(first, first + length)]
     tokens = offset + length + 1
-    return Window(list(range(tokens)), [0] * tokens, offset, first, spans)
+    covers = (3 * first - 1 if first else 0, 3 * (first + length))
+    return Window(list(range(tokens)), [0] * tokens, offset, first, spans, covers)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +254,13 @@ def test_a_token_counts_only_where_it_has_most_context():
     )
     assert decoded.text == "cc"
     assert decoded.n_best[0][1] == pytest.approx(np.exp(6) / sum(np.exp(s) for s in [6] + [0] * 7))
+
+
+def test_an_answer_neither_begins_with_blanks_nor_is_one():
+    cut = Window([0] * 7, [0] * 7, 3, 0, [(0, 2), (3, 3), (5, 7)], (0, 7))  # in "aa   bb" the second token is a blank
+    for end, text in ((5, "bb"), (4, "aa")):
+        logits = [5 * np.eye(7)[4] + np.eye(7)[3]], [5 * np.eye(7)[end] + np.eye(7)[3]]
+        assert decode([cut], *logits, "aa   bb", n_best=9, max_answer=9, null_answers=False).text == text
 
 
 def test_a_text_counts_once_with_its_best_score():

@@ -104,7 +104,7 @@ def prepare(kind: str, folder: Path, *overrides: str, lines: list[str]) -> Prepa
     if kind == "classify":
         (folder / "x.tsv").write_text("text\tlabel\n" + "".join(f"{line}\tyes\n" for line in lines))
         config = compose("task=classify", f"data.train={folder / 'x.tsv'}", *common, *overrides)
-        return labelled.prepare(config, lambda *of: Classify.encode(config, *of))
+        return labelled.prepare(config, labelled.Reader(lambda *of: Classify.encode(config, *of)))
     (folder / "x.de").write_text(f"{ENGLISH}\n" * len(lines))
     (folder / "x.en").write_text("".join(f"{line}\n" for line in lines))
     given = [

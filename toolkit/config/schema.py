@@ -154,6 +154,7 @@ class Data(Strict):
     header: bool | None = True  # csv, tsv, columns: the first line names the columns; None: unless it is all numbers
     labels: tuple[str, ...] | None = None  # in the order of their numbers; None: those of data.train, sorted
     label_separator: str | None = Field(None, min_length=1)  # multi_label: between labels in a cell; None: it is a list
+    joiner: Literal[" ", ""] = " "  # tagged words: what stands between them; '' in scripts without spaces
     range: tuple[float, float] | None = None  # regression: the least and the largest score
     # Linear regression: the column to predict, by name or by number from 0 (None: the last), columns to leave out,
     # and how many synthetic rows of how many features with noise of which standard deviation
@@ -175,7 +176,8 @@ class Task(Strict):
     metrics: tuple[str, ...] = ()
     best: str | None = None  # the metric that chooses the checkpoint to keep; None: the first of metrics
     threshold: Fraction = 0.5  # multi_label: the probability from which a label is said to apply
-    scheme: Literal["bio", "iob1"] = "bio"  # how tags mark the begin of an entity
+    # How the files' tags spell entities; they are IOB2 within
+    scheme: Literal["iob1", "iob2", "ioe1", "ioe2", "iobes", "bilou", "bmes"] = "iob2"
     stride: Positive = 128  # span_qa: tokens by which the windows of a long context are apart
     max_question: Positive = 64  # tokens
     max_answer: Positive = 30  # tokens

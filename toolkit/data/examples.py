@@ -8,12 +8,12 @@ A row that does not fit is an error that names it, before anything is trained.
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit.config.schema import Data, Task
-from toolkit.data import tables
+from toolkit.data import schemes, tables
 from toolkit.data.prepared import role
 from toolkit.data.sources import Problems
 from toolkit.data.tables import number
@@ -35,11 +35,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Tagged:
-    """Words, each with its tag's number."""
+    """Words, each with the number of its tag in IOB2."""
 
     id: str
     words: list[str]
     tags: list[int] | None
+    misspelt: Mapping[str, int] = field(default_factory=dict, compare=False)  # entities that a scheme spells otherwise
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,15 @@ Example = Text | Tagged | Question | Choice
 
 
 def find_labels(rows: Iterable[tables.Row], data: Data, kind: str) -> Labels:
-    """``data.labels``, or those in the rows, sorted; of tags ``O``, then B- and I- of every type; of columns that are
-    each a label, those. () for other kinds. Passes over rows that :func:`read` refuses."""
+    """``data.labels``, or those in the rows, sorted; of tags ``O``, then B- and I- of every type, in IOB2 whatever the
+    file's scheme; of columns that are each a label, those. () for other kinds. Passes over rows that :func:`read`
+    refuses."""
     if kind not in _NAMES:
         return ()
     if given := data.labels or (data.columns.labels if kind == "multi_label" else None):
         if twice := [name for name in given if given.count(name) > 1]:
             raise DataError(f"data.labels or data.columns.labels names {twice[0]} twice: every label has one number.")
-        return given
+        return _as_iob2(given) if kind == "tag" else given
     seen: set[str] = set()
     for _, values in rows:
         try:
@@ -273,23 +275,41 @@ def _index(name: str, labels: Labels, data: Data) -> int:
     raise _BadRow(what, "Correct the row, or name every label in data.labels=[…]")
 
 
+def _as_iob2(labels: Labels) -> Labels:
+    """Where they are IOB2 already, as they are: weights may know them in this order."""
+    if bad := [label for label in labels if not schemes.TAG.fullmatch(label)]:
+        raise DataError(f"data.labels: '{bad[0]}' is neither O nor a letter and a type. Write tags: [O,B-PER,I-PER,…].")
+    types = dict.fromkeys(label[2:] for label in labels if label != "O" and label[0] != "B")
+    kept = [label for label in labels if label[0] in "OBI"]
+    return tuple(dict.fromkeys([*kept, *(f"{begin}-{name}" for name in types for begin in "BI")]))
+
+
 def _tags(row: _Row, task: Task, labels: Labels) -> Tagged:
     tags = _tag_names(row)
-    if tags and task.scheme == "iob1":  # where B- only parts an entity from one of its type right before it
-        before = ["O", *tags]
-        tags = [f"B-{t[2:]}" if t[0] == "I" and b[2:] != t[2:] else t for b, t in zip(before, tags, strict=False)]
-    numbers = None if tags is None else [_index(tag, labels, row.data) for tag in tags]
-    return Tagged(row.id, row.texts("tokens"), numbers)
+    if tags is None:
+        return Tagged(row.id, row.texts("tokens"), None)
+    found = schemes.entities(tags)
+    numbers = [_index(tag, labels, row.data) for tag in schemes.spelt(found, len(tags), "iob2")]
+    misspelt = {scheme: schemes.misspelt(found, tags, scheme) for scheme in schemes.LETTERS} if found else {}
+    return Tagged(row.id, row.texts("tokens"), numbers, misspelt)
 
 
 def _tag_names(row: _Row) -> list[str] | None:
-    if row.label("tags") is None:
+    """As they stand in the file, of numbers the names in data.labels."""
+    if row.label("tags", (*ABSENT, "_")) is None:  # CoNLL's placeholder
         return None
-    words, tags = row.texts("tokens"), row.texts("tags")
+    words, tags, names = row.texts("tokens"), row.cell("tags"), row.data.labels
+    if names and isinstance(tags, list):
+        tags = [names[_index(_name(tag), names, row.data)] for tag in tags]
+    elif isinstance(tags, list) and any(isinstance(tag, int) for tag in tags):
+        raise _BadRow(f"column '{row.data.columns.tags}' holds numbers", "Name them in data.labels=[O,B-…,I-…]")
+    else:
+        tags = [tag.strip() for tag in row.texts("tags")]
     if len(words) != len(tags):
         raise _BadRow(f"has {len(words)} tokens but {len(tags)} tags", "Give every token one tag")
-    if bad := [tag for tag in tags if tag != "O" and "-" not in tag]:
-        raise _BadRow(f"tag '{bad[0]}' is neither O nor B-<type> or I-<type>", "Write the tags as BIO")
+    if bad := [tag for tag in tags if not schemes.TAG.fullmatch(tag)]:
+        way_out = "Write the tags so, or name numbers in data.labels=[O,B-…,I-…]"
+        raise _BadRow(f"tag '{bad[0]}' is neither O nor a letter of task.scheme and a type, as B-person", way_out)
     return tags
 
 
@@ -305,7 +325,10 @@ def _choice(row: _Row, task: Task, labels: Labels) -> Choice:
 
 def _question(row: _Row, task: Task, labels: Labels) -> Question:
     context, value = row.text("context"), row.label("answers")
-    answers = () if value is None or row.values.get("is_impossible") else _answers(value)
+    impossible = row.values.get("is_impossible")
+    if impossible not in (None, False, True):  # the text "False" would be true
+        raise _BadRow(f"is_impossible {impossible!r:.40} is neither true nor false", "Correct it, or leave it out")
+    answers = () if value is None or impossible else _answers(value)
     if value is not None and not answers and not task.null_answers:
         raise _BadRow("has no answer", "Let questions have none with task.null_answers=true (task=squad_v2)")
     for text, start in answers:

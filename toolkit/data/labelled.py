@@ -29,8 +29,10 @@ from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWr
 from toolkit.data.sources import Problems
 from toolkit.errors import ConfigError, DataError
 
-READING = {"columns", "header", "format", "labels", "label_separator", "range", "holdout", "on_error", "max_length"}
-TASK = {"kind", "scheme", "stride", "max_question", "null_answers"}
+READING = {
+    "columns", "header", "format", "labels", "label_separator", "range", "holdout", "on_error", "max_length", "joiner"
+}  # fmt: skip
+TASK = {"kind", "scheme", "stride", "max_question", "max_answer", "null_answers"}
 WAY_OUT = "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
 MULTIPLE = 8  # of which widths are: what tensor cores like
 
@@ -43,18 +45,29 @@ class Sample:
     labels: Sequence[float]
 
 
-Encode = Callable[[Any, list[Any]], Iterator[Sample]]
+Encode = Callable[[Any, list[Any]], Iterator[Sample]]  # of a tokenizer and examples
+Doubts = Callable[[Any, list[Any], examples.Labels], Iterator[str]]  # of these and the names of labels
 
 
-def prepare(config: RunConfig, encode: Encode, *, float_labels: bool = False, head: examples.Labels = ()) -> Prepared:
-    """Read, check and tokenise all splits, or find them in the cache; labels are numbered as in the ``head`` that
-    begins as that of the weights. Raises DataError naming file and row."""
+@dataclass(frozen=True)
+class Reader:
+    """How a kind of task reads labelled rows; labels are numbered as in the ``head`` that begins as that of the
+    weights."""
+
+    encode: Encode
+    doubts: Doubts = lambda *_: iter(())
+    float_labels: bool = False
+    head: examples.Labels = ()
+
+
+def prepare(config: RunConfig, reader: Reader) -> Prepared:
+    """Read, check and tokenise all splits, or find them in the cache. Raises DataError naming file and row."""
     data = config.data
     sources = [[name, tables.identity(place, data, name)] for name, place in prepared.splits(data, WAY_OUT).items()]
     chosen = data.model_dump(mode="json", include=READING), config.task.model_dump(mode="json", include=TASK)
     tokenizer = prepared.with_weights(config)
-    key = prepared.fingerprint("labelled", sources, *chosen, head, tokenizers.identity(tokenizer))
-    path = prepared.build(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, encode, float_labels, head))
+    key = prepared.fingerprint("labelled", sources, *chosen, reader.head, tokenizers.identity(tokenizer))
+    path = prepared.build(data, f"labelled-{key}", lambda f: _write(f, config, tokenizer, reader))
     unknown.refuse(tokenizer, Prepared(path).audit["lost"])
     return Prepared(path)
 
@@ -71,18 +84,17 @@ def read(config: RunConfig, split: str, labels: examples.Labels, problems: Probl
     return [example for example, out in zip(found, held, strict=True) if out == (split == "eval")]
 
 
-def _write(
-    folder: Path, config: RunConfig, chosen: Tokenizer, encode: Encode, float_labels: bool, head: examples.Labels
-) -> None:
+def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -> None:
     data, sources = config.data, prepared.splits(config.data, WAY_OUT)
     named = examples.find_labels(tables.rows(sources["train"], data, "train"), data, config.task.kind)
-    labels = _in_order(named, head, config)
-    tokenizer = tokenizers.create(chosen, lambda: _texts(read(config, "train", labels)))
+    labels = _in_order(named, reader.head, config)
+    tokenizer = tokenizers.create(chosen, lambda: _texts(read(config, "train", labels), data.joiner))
     tokenizer = tokenizers.save(tokenizer, folder / "tokenizer", chosen)
     counts: dict[str, dict[str, int]] = {}
     lost: dict[str, unknown.Counts] = {}
     first: dict[str, list[str]] = {}
     seen: dict[str, Counter[str]] = {}  # rows of each label
+    warnings: list[str] = []
     for name in [*sources] + ([] if data.eval or not data.holdout else ["eval"]):
         problems = Problems(data.on_error)
         rows = read(config, name, labels, problems)
@@ -92,9 +104,11 @@ def _write(
         seen[name] = doubts.counted(rows, labels)
         if name == "train":
             doubts.refuse_labels(seen[name], len(rows), config)
-        write(folder / name, encode(tokenizer, rows), float_labels=float_labels)
+        write(folder / name, reader.encode(tokenizer, rows), float_labels=reader.float_labels)
+        if prepared.role(name) != "test":
+            warnings += [f"{name}: {line}" for line in reader.doubts(tokenizer, rows, labels)]
         lengths = Ragged(folder / name / "sequences").lengths
-        lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows))))
+        lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows, data.joiner))))
         counts[name] = {
             "rows": len(rows),
             "sequences": len(lengths),
@@ -108,7 +122,7 @@ def _write(
     known = {"labels": labels, "positive": positive, "pad_id": tokenizer.pad_token_id}
     known["vocab_size"] = tokenizers.vocab_size(tokenizer)
     found = known | {"splits": counts, "first_skipped": first, "lost": lost}
-    warnings = [*unknown.warnings(chosen, tokenizer, lost), *doubts.doubtful(seen, counts, labels, config.task.kind)]
+    warnings += [*unknown.warnings(chosen, tokenizer, lost), *doubts.doubtful(seen, counts, labels, config.task.kind)]
     prepared.finish(folder, found, splits=counts, notes=_told(counts, first), warnings=warnings, **known)
 
 
@@ -127,14 +141,14 @@ def _in_order(labels: examples.Labels, head: examples.Labels, config: RunConfig)
     )
 
 
-def _texts(rows: list[Any]) -> Iterator[str]:
+def _texts(rows: list[Any], joiner: str) -> Iterator[str]:
     """Every text of the examples, for a tokenizer to be trained on."""
     for row in rows:
         for name, value in vars(row).items():
             if isinstance(value, str) and name != "id":
                 yield value
             elif name in ("words", "endings"):
-                yield " ".join(value)
+                yield (joiner if name == "words" else " ").join(value)
 
 
 def _told(counts: dict[str, dict[str, int]], first_skipped: dict[str, list[str]]) -> Iterator[str]:

@@ -11,19 +11,21 @@ import itertools
 import json
 import math
 import re
+import string
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import Data
-from toolkit.data import sources
+from toolkit.data import schemes, sources
 from toolkit.data.prepared import role
 from toolkit.data.sources import Problems, json_lines, matching, parquet_rows, read_lines
 from toolkit.errors import DataError
 
 Row = tuple[str, dict[str, Any]]
 Cells = Iterator[tuple[int, list[str]]]  # of each record, with the number of its line
+Sentence = list[tuple[int, list[str]]]  # likewise, of each word
 HUB_SPLIT = {"train": "train", "eval": "validation", "test": "test"}  # what the hub calls data.train and so on
 
 
@@ -224,7 +226,9 @@ def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
     for word, lines in itertools.groupby(read_lines(path, problems), _is_word):
         if not word:
             continue
-        sentence = [(line, text.split("\t") if "\t" in text else text.split()) for line, text in lines]
+        sentence = _without_comments([(line, _cells(text)) for line, text in lines], columns["tags"], data.labels or ())
+        if not sentence:
+            continue
         keys = ("tokens", "tags") if any(len(cells) > 1 for _, cells in sentence) else ("tokens",)
         short = ((line, cells, key) for line, cells in sentence for key in keys if _lacks(cells, key, columns))
         if bad := next(short, None):
@@ -238,7 +242,26 @@ def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
 
 
 def _is_word(line: tuple[int, str]) -> bool:
-    return bool(line[1].strip()) and not line[1].startswith("-DOCSTART-")
+    return bool(line[1].strip(string.whitespace)) and not line[1].startswith("-DOCSTART-")
+
+
+def _cells(text: str) -> list[str]:
+    """At tabs, else at blanks; a no-break or ideographic space is of its token."""
+    return text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
+
+
+def _without_comments(lines: Sentence, tags: int, names: tuple[str, ...]) -> Sentence:
+    """``# id 7`` and ``#begin document`` are no words; # or #topic is, with as many columns as others, and a tag."""
+    usual = {len(cells) for _, cells in lines if cells[0][:1] != "#"}
+
+    def is_word(cells: list[str]) -> bool:
+        if cells[0][:1] != "#" or len(cells) == 1:
+            return cells[0][:1] != "#" or not usual or 1 in usual
+        tag = cells[tags] if -len(cells) <= tags < len(cells) else ""
+        known = schemes.TAG.fullmatch(tag) or tag in names or (names and tag.isdecimal())
+        return bool(known) and (not usual or len(cells) in usual)
+
+    return [(line, cells) for line, cells in lines if is_word(cells)]
 
 
 def _lacks(cells: list[str], key: str, columns: dict[str, int]) -> bool:

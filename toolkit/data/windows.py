@@ -7,6 +7,7 @@
 As in BERT's run_squad.py, but that answers are exact slices of the context.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class Window:
     token_type_ids: list[int]
     offset: int  # position of the part's first token in input_ids
     first: int  # number of that token in the context
-    spans: list[tuple[int, int]]  # characters (start, end) of each of the part's tokens in the context
+    spans: list[tuple[int, int]]  # characters (start, end) of each of the part's tokens in the context, without blanks
+    covers: tuple[int, float]  # characters from the end of the token before the part to the begin of that after it
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,19 @@ def windows(
     backend = encoder(tokenizer)
     distinct = list(dict.fromkeys(contexts))
     encoded = backend.encode_batch(distinct, add_special_tokens=False)
-    tokens = {text: (encoding.ids, encoding.offsets) for text, encoding in zip(distinct, encoded, strict=True)}
+    tokens = {text: (e.ids, _without_blanks(text, e.offsets)) for text, e in zip(distinct, encoded, strict=True)}
     any_token = backend.encode("a", add_special_tokens=False)
     cuts = []
     for question, context in zip(backend.encode_batch(questions, add_special_tokens=False), contexts, strict=True):
         question.truncate(max_question)
         cuts.append(_cut(backend.post_process(question, any_token), *tokens[context], max_length, stride))
     return cuts
+
+
+def _without_blanks(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Tokens of DeBERTa and ModernBERT hold the blank before their word, but no answer begins or ends with one."""
+    begins = [end - len(text[start:end].lstrip()) for start, end in spans]
+    return [(b, max(b, start + len(text[start:end].rstrip()))) for b, (start, end) in zip(begins, spans, strict=True)]
 
 
 def _cut(frame: Any, ids: list[int], spans: list[tuple[int, int]], max_length: int, stride: int) -> list[Window]:
@@ -83,7 +91,8 @@ def _cut(frame: Any, ids: list[int], spans: list[tuple[int, int]], max_length: i
     for first in range(0, max(1, len(ids) - room + step), step):
         part = ids[first : first + room]
         token_type_ids = types + context_type * (len(part) + len(tail))
-        result.append(Window(head + part + tail, token_type_ids, offset, first, spans[first : first + room]))
+        covers = spans[first - 1][1] if first else 0, spans[first + room][0] if first + room < len(ids) else math.inf
+        result.append(Window(head + part + tail, token_type_ids, offset, first, spans[first : first + room], covers))
     return result
 
 
@@ -93,10 +102,13 @@ def answer_span(window: Window, answers: Sequence[tuple[int, str]]) -> tuple[int
     for begin, text in answers:
         begin += len(text) - len(text.lstrip())
         end = begin + len(text.strip())
-        if begin < end and window.spans and window.spans[0][0] <= begin and end <= window.spans[-1][1]:
+        if begin < end and window.covers[0] <= begin and end <= window.covers[1]:
             inside = [n for n, (left, right) in enumerate(window.spans) if left < end and right > begin]
             if inside:  # nothing is of an answer whose characters give no token
-                return window.offset + inside[0], window.offset + inside[-1]
+                # tokens of single bytes share characters: those that begin and end as the answer does come first
+                first = next((n for n in inside if window.spans[n][0] == begin), inside[0])
+                last = next((n for n in reversed(inside) if window.spans[n][1] == end), inside[-1])
+                return window.offset + first, window.offset + last
     return 0, 0
 
 
@@ -115,7 +127,8 @@ def decode(
         length = lasts - firsts[:, None] + 1
         for i, j in np.argwhere((length > 0) & (length <= max_answer)):
             score = float(start[cut.offset + firsts[i]]) + float(end[cut.offset + lasts[j]])
-            found.append((score, context[cut.spans[firsts[i]][0] : cut.spans[lasts[j]][1]]))
+            if answer := context[cut.spans[firsts[i]][0] : cut.spans[lasts[j]][1]].strip():  # of blanks alone is none
+                found.append((score, answer))
     found.sort(key=lambda pair: -pair[0])
     best, answer = next(((score, text) for score, text in found if text), (-np.inf, ""))
     scores: dict[str, float] = {}

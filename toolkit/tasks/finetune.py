@@ -15,6 +15,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data import labelled, loader
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch
+from toolkit.data.examples import Labels
 from toolkit.data.labelled import Encoded, Sample
 from toolkit.data.order import Grouped
 from toolkit.data.prepared import Prepared
@@ -28,6 +29,7 @@ from toolkit.tasks.task import Evaluates, Task, Watch, summed_loss
 
 Rows = dict[int, Any]  # sample -> what the model said of it
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")  # name their heads alike
+DOUBTFUL = 0.01  # share of the labels that no prediction can meet from which on it is said
 
 
 class Finetune(Task):
@@ -89,8 +91,8 @@ class Finetune(Task):
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
         head = cls._head(config)
         known = () if cls.label_names or _unnamed(head) else head
-        encode = functools.partial(cls.encode, config)
-        return labelled.prepare(config, encode, float_labels=cls.float_labels, head=known)
+        encode, doubts = functools.partial(cls.encode, config), functools.partial(cls.doubts, config)
+        return labelled.prepare(config, labelled.Reader(encode, doubts, cls.float_labels, known))
 
     @classmethod
     def _head(cls, config: RunConfig) -> tuple[str, ...]:
@@ -115,6 +117,11 @@ class Finetune(Task):
     def encode(cls, config: RunConfig, tokenizer: Any, examples: list[Any]) -> Iterator[Sample]:
         """The samples that examples become."""
         raise NotImplementedError
+
+    @classmethod
+    def doubts(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
+        """What makes results on labelled examples doubtful: a line each, with how much, and the way out."""
+        return iter(())
 
     def losses(self, outputs: Batch, batch: Batch) -> Batch:
         """``loss``: the cross-entropy of classes."""

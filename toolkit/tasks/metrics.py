@@ -101,11 +101,15 @@ def several(predicted: NDArray[Any], logits: NDArray[Any], gold: NDArray[Any]) -
 
 
 def tagging(predicted: list[list[str]], gold: list[list[str]]) -> dict[str, float]:
-    """Entity ``f1``, ``precision`` and ``recall`` as conlleval, and ``accuracy`` of the tags; one list a sentence."""
+    """Entity ``f1``, ``precision`` and ``recall``, and ``accuracy`` of the tags, of IOB2 read strictly: a predicted I-
+    that continues nothing is no entity, where conlleval counts one. A list a sentence."""
     from seqeval.metrics import accuracy_score
-    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+    from seqeval.metrics.v1 import precision_recall_fscore_support
+    from seqeval.scheme import IOB2
 
-    precision, recall, f1, _ = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        gold, predicted, average="micro", zero_division=0, scheme=IOB2
+    )
     accuracy = accuracy_score(gold, predicted)
     return {"f1": float(f1), "precision": float(precision), "recall": float(recall), "accuracy": float(accuracy)}
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 from toolkit.config.schema import RunConfig
 from toolkit.data import windows
 from toolkit.data.batch import Batch
+from toolkit.data.examples import Labels
 from toolkit.data.labelled import Sample
 from toolkit.tasks import metrics
-from toolkit.tasks.finetune import Finetune, Rows
+from toolkit.tasks.finetune import DOUBTFUL, Finetune, Rows
 from toolkit.tasks.task import summed_loss
 
 
@@ -34,6 +36,21 @@ class SpanQA(Finetune):
             answers = [(start, text) for text, start in example.answers]
             for cut in cuts:
                 yield Sample([(cut.input_ids, cut.token_type_ids)], windows.answer_span(cut, answers))
+
+    @classmethod
+    def doubts(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
+        """Answers that no prediction can be."""
+        length, longest = config.data.max_length, config.task.max_answer
+        answered = [example for example in examples if example.answers]
+        cuts = _windows(config, tokenizer, answered)
+        number = Counter(_out_of_reach(e, some, longest) for e, some in zip(answered, cuts, strict=True))
+        for reason, what in {
+            "cut": f"are whole in no window of data.max_length={length}. Set a larger one, or a smaller task.stride",
+            "long": f"have more tokens than predictions may (task.max_answer={longest}). Set a larger one",
+            "inside": "begin or end where no token does, so no prediction is theirs exactly. Set another tokenizer",
+        }.items():
+            if number[reason] > DOUBTFUL * len(answered):
+                yield f"{number[reason]:,} of {len(answered):,} answers {what}."
 
     def count(self, batch: Batch) -> int:
         return int((batch["index"] >= 0).sum())
@@ -87,6 +104,18 @@ class SpanQA(Finetune):
             odds = {key: d.null_score_difference for key, d in decoded.items()}
             texts["null_odds.json"] = {key: odd if math.isfinite(odd) else 1e9 for key, odd in odds.items()}
         return {suffix: json.dumps(tree, indent=1, ensure_ascii=False) + "\n" for suffix, tree in texts.items()}
+
+
+def _out_of_reach(example: Any, cuts: list[windows.Window], longest: int) -> str | None:
+    answers = [(start, text) for text, start in example.answers]
+    spans = [(cut, *span) for cut in cuts if (span := windows.answer_span(cut, answers)) != (0, 0)]
+    if not spans:
+        return "cut"
+    if min(last - first for _, first, last in spans) >= longest:
+        return "long"
+    ends = [(cut.spans[first - cut.offset][0], cut.spans[last - cut.offset][1]) for cut, first, last in spans]
+    texts = {text.strip() for _, text in answers}
+    return None if any(example.context[start:end] in texts for start, end in ends) else "inside"
 
 
 def _windows(config: RunConfig, tokenizer: Any, examples: list[Any]) -> list[list[windows.Window]]:
