@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from composing import compose
 from rich.console import Console
-from world_cases import Case, cases, told
+from world_cases import Case, cases, told, warnings
 
 from toolkit.data import labelled
 from toolkit.tasks import task_class
@@ -25,9 +25,9 @@ def test_labels_as_other_people_have_them(case: Case, tmp_path: Path) -> None:
         assert case.labels in (None, prepared.facts["labels"])
         assert case.train in (None, labels(config, tuple(prepared.facts["labels"])))
         wanted = case.warning or []
-        assert all(any(part in line for line in prepared.warnings) for part in wanted), prepared.warnings
-        assert bool(prepared.warnings) == bool(wanted), prepared.warnings
-        assert not any("\n" in line for line in prepared.warnings)
+        assert all(any(part in line for line in warnings(prepared)) for part in wanted), warnings(prepared)
+        assert bool(warnings(prepared)) == bool(wanted), warnings(prepared)
+        assert not any("\n" in line for line in warnings(prepared))
 
 
 def labels(config: Any, names: tuple[str, ...]) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 from composing import compose
 from rich.console import Console
 from transformers import AutoTokenizer
-from world_cases import Case, cases, parts, told
+from world_cases import Case, cases, parts, told, warnings
 
 from toolkit.config.schema import RunConfig
 from toolkit.data import labelled
@@ -26,6 +26,7 @@ def config_of(case: Case, folder: Path) -> RunConfig:
         "data.holdout=0",
         f"data.cache_dir={folder}/cache",
         "tokenizer.min_frequency=1",
+        "tokenizer.max_unknown=1",
     ]
     return compose("task=tag", *data, *conll, *(case.set or []), *(f"data.test={folder / name}" for name in test))
 
@@ -44,8 +45,9 @@ def test_tagged_words(case: Case, tmp_path: Path) -> None:
         prepared = Tag.prepare(config, Console(quiet=True))
         task = task_of(config, prepared)
         found = task.examples("train")
-        assert [part for part in parts(case.warning) if part not in " ".join(prepared.warnings)] == []
-        assert bool(prepared.warnings) == bool(case.warning), prepared.warnings
+        said = [line for line in warnings(prepared) if "labels have one row" not in line]
+        assert [part for part in parts(case.warning) if part not in " ".join(said)] == []
+        assert bool(said) == bool(case.warning), said
         if case.read:
             read = [
                 [cell for word, tag in zip(e.words, e.tags, strict=True) for cell in (word, task.names[tag])]

@@ -102,7 +102,8 @@ def prepare(kind: str, folder: Path, *overrides: str, lines: list[str]) -> Prepa
         (folder / "x.txt").write_text("\n\n".join(lines))
         return prepare_text(compose("data=text", f"data.path={folder / 'x.txt'}", *common, *overrides))
     if kind == "classify":
-        (folder / "x.tsv").write_text("text\tlabel\n" + "".join(f"{line}\tyes\n" for line in lines))
+        rows = "".join(f"{line}\t{'no' if number % 3 else 'yes'}\n" for number, line in enumerate(lines))
+        (folder / "x.tsv").write_text(f"text\tlabel\n{rows}")
         config = compose("task=classify", f"data.train={folder / 'x.tsv'}", *common, *overrides)
         return labelled.prepare(config, labelled.Reader(lambda *of: Classify.encode(config, *of)))
     (folder / "x.de").write_text(f"{ENGLISH}\n" * len(lines))

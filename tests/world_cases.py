@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from toolkit.data.prepared import Prepared
 from toolkit.errors import ToolkitError
 
 FOLDER = Path(__file__).parent / "world"
@@ -70,6 +71,12 @@ def told(case: Case) -> Iterator[None]:
     assert "\n" not in said, said
     for part in parts(case.error):
         assert part in said, said
+
+
+def warnings(prepared: Prepared) -> list[str]:
+    """Those of prepared data, without the ones that only its size explains."""
+    small = "the texts gave only", "unknown to the trained vocabulary"
+    return [line for line in prepared.warnings if not any(part in line for part in small)]
 
 
 def parts(wanted: str | list[str] | None) -> list[str]:

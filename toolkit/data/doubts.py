@@ -53,7 +53,7 @@ def refuse_labels(seen: Counter[str], rows: int, config: RunConfig) -> None:
     where = f"data.train={data.train}"
     if kind == "multi_label" and not seen:
         raise DataError(f"{where}: none of its {rows:,} rows has a label. Correct data.columns.label or .labels.")
-    if len(seen) == 1 and seen.total() == rows:
+    if len(seen) == 1 and seen.total() == rows and (kind != "tag" or "O" in seen):  # B- and I- of a type are two
         raise DataError(
             f"{where}: all {rows:,} rows have the same label, {_listed([*seen])}: there is nothing to tell apart. Add "
             "rows of another, or name the column of labels in data.columns."
@@ -73,7 +73,7 @@ def doubtful(
     train = seen["train"]
     if labels and train:
         yield from _names(train)
-        yield from _untaught(seen, _types(labels) if kind == "tag" else list(labels))
+        yield from _untaught(seen, [name for name in _types(labels) if name != "O"] if kind == "tag" else list(labels))
     for split, found in seen.items():
         rows, missing = counts[split]["rows"], counts[split]["unlabelled"]
         if train and split != "train" and missing < rows and len(found) < 2 and found.total() in (0, rows):
@@ -116,7 +116,7 @@ def _plain(name: str) -> str:
 
 def _untaught(seen: Mapping[str, Counter[str]], names: list[str]) -> Iterator[str]:
     train = seen["train"]
-    if rare := [name for name in train if train[name] == 1]:
+    if rare := [name for name in names if train[name] == 1]:
         yield (
             f"train: {len(rare):,} of {len(train):,} labels have one row ({_listed(rare)}), too few to be learned. Add "
             "rows, or merge labels."
