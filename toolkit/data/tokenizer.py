@@ -54,6 +54,8 @@ def create(config: Tokenizer, texts: Texts) -> Any:
 def save(tokenizer: Any, folder: Path, config: Tokenizer) -> Any:
     """Save it for ``AutoTokenizer``, to which '[MASK]' is the special token, as people expect, and :func:`load` it."""
     tokenizer.save_pretrained(folder)
+    said = folder / "tokenizer_config.json"  # transformers 4 has another name for the class, which 5 knows, too
+    said.write_text(said.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     return load(folder, config)
 
 
