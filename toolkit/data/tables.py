@@ -25,7 +25,7 @@ from toolkit.errors import DataError
 
 Row = tuple[str, dict[str, Any]]
 Cells = Iterator[tuple[int, list[str]]]  # of each record, with the number of its line
-Sentence = list[tuple[int, list[str]]]  # likewise, of each word
+Lines = list[tuple[int, list[str]]]  # likewise, of a sentence
 HUB_SPLIT = {"train": "train", "eval": "validation", "test": "test"}  # what the hub calls data.train and so on
 
 
@@ -250,7 +250,7 @@ def _cells(text: str) -> list[str]:
     return text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
 
 
-def _without_comments(lines: Sentence, tags: int, names: tuple[str, ...]) -> Sentence:
+def _without_comments(lines: Lines, tags: int, names: tuple[str, ...]) -> Lines:
     """``# id 7`` and ``#begin document`` are no words; # or #topic is, with as many columns as others, and a tag."""
     usual = {len(cells) for _, cells in lines if cells[0][:1] != "#"}
 
@@ -258,7 +258,7 @@ def _without_comments(lines: Sentence, tags: int, names: tuple[str, ...]) -> Sen
         if cells[0][:1] != "#" or len(cells) == 1:
             return cells[0][:1] != "#" or not usual or 1 in usual
         tag = cells[tags] if -len(cells) <= tags < len(cells) else ""
-        known = schemes.TAG.fullmatch(tag) or tag in names or (names and tag.isdecimal())
+        known = schemes.TAG.fullmatch(tag) or tag in ("_", *names) or (names and tag.isdecimal())
         return bool(known) and (not usual or len(cells) in usual)
 
     return [(line, cells) for line, cells in lines if is_word(cells)]
