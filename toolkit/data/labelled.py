@@ -23,9 +23,9 @@ from toolkit.data import examples, prepared, tables
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch, padded, tensors
 from toolkit.data.corpus import held_out
+from toolkit.data.lines import Problems
 from toolkit.data.order import Indices, Keys
 from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWriter
-from toolkit.data.sources import Problems
 from toolkit.errors import DataError
 
 READING = {"columns", "header", "format", "labels", "range", "holdout", "on_error", "max_length"}
