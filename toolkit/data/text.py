@@ -24,6 +24,14 @@ from toolkit.run.table import table
 
 SAMPLING = {"holdout", "max_length", "max_predictions", "mask_rate", "whole_word", "short_rate", "dynamic"}
 BLOCK_TOKENS = 2**18
+ALONE = 0.3  # the largest share of samples of one sentence that needs no word: 35 % of the pairs are real then
+WHOLE = {  # what makes a document, and how it becomes one of several sentences
+    "blank_line": "A blank line ends a document (data.documents=blank_line): leave none between its sentences, or set "
+    "data.documents=file or a regex of its first line",
+    "file": "A file is a document (data.documents=file): put all its sentences into one",
+    "regex": "Each line that matches data.documents begins a document: correct the regex",
+    "row": "A row is a document: put all its sentences into one",
+}
 
 
 def prepare(config: RunConfig, *, progress: bool = False, console: Any = None) -> Prepared:
@@ -70,14 +78,51 @@ def _write_samples(folder: Path, path: Path, config: RunConfig) -> None:
             "data.whole_word=true: the tokenizer's vocabulary has no '##' pieces, so where words end "
             "is unknown. Use a WordPiece tokenizer or data.whole_word=false."
         )
-    held = corpus.held_out(len(whole.documents) - 1, data.holdout, config.seed, objective)
+    try:
+        held = corpus.held_out(len(whole.documents) - 1, data.holdout, config.seed, objective)
+    except DataError as error:
+        raise DataError(f"{error}{sources.separators(data)}") from error
     counts = corpus.index(folder, whole, held, data, objective, config.seed)
+    alone = counts["train"]["chunks_of_one_sentence"] / max(counts["train"]["chunks"], 1)
+    warnings = _warnings(whole, held, alone, config)
+    notes = [f"{(1 - alone) / 2:.0%} of the pairs are real, the others random"] if objective == "mlm_nsp" else []
     shutil.copytree(whole.path / "tokenizer", folder / "tokenizer")
     facts = {"vocab_size": whole.facts["vocab_size"], "pad_id": whole.facts["special"]["pad"], "corpus": path.name}
-    finish(folder, {}, splits=corpus.SPLITS, **facts)
+    finish(folder, {}, splits=corpus.SPLITS, notes=notes, warnings=warnings, **facts)
     samples = MaskedText(Prepared(folder), data, objective, config.seed)
     found = _audit(whole, held, counts) | {"sample": sampled(samples)}
     (folder / "audit.json").write_text(json.dumps(found, indent=1))
+
+
+def _warnings(whole: Corpus, held: NDArray[np.bool_], alone: float, config: RunConfig) -> list[str]:
+    """What makes the corpus doubtful; ``alone`` is the share of samples that are a document of one sentence. Raises
+    DataError where they all are: none has a next sentence."""
+    data, objective, counts = config.data, config.task.objective, whole.facts["counts"]
+    warnings = []
+    if counts["skipped"]:
+        first = counts["skipped_first"][0]
+        warnings.append(
+            f"data.on_error=skip: {counts['skipped']:,} bad lines, rows or files are left out, first {first}."
+        )
+    if data.holdout and not held.any():
+        warnings.append(
+            f"data.holdout={data.holdout}: the corpus is one document, so none is held out: evaluation has nothing to "
+            f"score. Add documents, or part them (data.documents).{sources.separators(data)}"
+        )
+    if objective != "mlm" and alone > ALONE:
+        harm = "is cut within: no order of sentences is learnt of it"
+        if objective == "mlm_nsp":
+            harm = f"has no next: {(1 - alone) / 2:.0%} of the pairs are real, where half should be"
+        found = (
+            f"task.objective={objective}: {alone:.0%} of the samples are a document of one sentence (by the rules of "
+            f"data.language={data.language}), which {harm}. "
+            f"{WHOLE.get(data.documents if data.format == 'text' else 'row', WHOLE['regex'])}, or set "
+            f"task.objective=mlm.{sources.separators(data)}"
+        )
+        if objective == "mlm_nsp" and alone == 1:
+            raise DataError(found)
+        warnings.append(found)
+    return warnings
 
 
 def _audit(whole: Corpus, held: NDArray[np.bool_], chunk_counts: dict[str, dict[str, int]]) -> dict[str, Any]:
