@@ -16,6 +16,9 @@ class Mutant(NamedTuple):
 
 ENGINE, CHECKPOINT, PIPELINE = "tests/test_engine.py::", "tests/test_checkpoint_parts.py::", "tests/test_pipeline.py::"
 PAIRS, LOADER, METER = "tests/test_data_pairs.py::", "tests/test_data_loader.py::", "tests/test_meter.py::"
+READERS = "tests/test_world_readers.py::test_a_variant_of_a_good_file_is_read_right_or_told"
+FILES = "tests/test_world_readers.py::test_a_file_as_it_is_ends_in_its_rows_or_one_line"
+DOCUMENTS = "tests/test_world_documents.py::test_documents_are_found_or_what_hides_them_is_told"
 STEP = f"{ENGINE}test_a_step_is_that_of_the_whole_batch_however_it_is_divided"
 DAMAGED = f"{CHECKPOINT}test_what_is_wrong_with_a_checkpoint_is_said_and_the_one_before_it_is_taken"
 ROUND = f"{CHECKPOINT}test_every_rank_gets_its_own_random_state_back_and_the_place_in_the_data"
@@ -145,6 +148,19 @@ MUTANTS = [
            "first, spans[:room])", "tests/test_windows.py::test_roberta_gets_its_own_separators"),
     Mutant("BILOU is read as IOB2", "toolkit/data/schemes.py", 'maketrans("LUM", "ESI")', 'maketrans("LUM", "III")',
            "tests/test_examples.py::test_every_scheme_is_read_as_iob2"),
+    # ---- files as other people have them
+    Mutant("aligned lines of which one is bad", "toolkit/data/lines.py", "yield number, None", "pass",
+           "tests/test_parallel_data.py::test_a_bad_line_takes_its_pair_along_and_no_other"),
+    Mutant("lone CR", "toolkit/data/lines.py", "first.splitlines(keepends=True) if second is None else ", "",
+           f"{READERS}[lone CR, csv]"),
+    Mutant("NUL bytes of UTF-16", "toolkit/data/lines.py", '"\\0" in text or ', "", f"{READERS}[NUL bytes, csv]"),
+    Mutant("half a surrogate pair", "toolkit/data/lines.py", 'json.dumps(value, ensure_ascii=False).encode()', "pass",
+           f"{FILES}[half a surrogate pair]"),
+    Mutant("the header again", "toolkit/data/tables.py", "named and cells == names", "False", f"{FILES}[header twice]"),
+    Mutant("what separates cells", "toolkit/data/tables.py", "            return separator", "            return ','",
+           f"{FILES}[semicolons]"),
+    Mutant("next sentences where none can be", "toolkit/data/text.py", 'if objective == "mlm_nsp" and alone == 1:',
+           "if False:", f"{DOCUMENTS}[a blank line after every sentence]"),
     Mutant("precision and recall of entities", "toolkit/tasks/metrics.py",
            "precision_recall_fscore_support(gold, predicted,", "precision_recall_fscore_support(predicted, gold,",
            "tests/test_metrics.py::test_precision_is_of_the_predicted_and_recall_of_the_gold_entities"),

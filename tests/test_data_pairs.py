@@ -114,8 +114,13 @@ def test_every_other_document_is_equally_likely_as_the_random_one(pairs: MaskedT
 
 
 def test_where_a_document_has_one_sentence_the_next_is_random(tmp_path: Path) -> None:
-    lonely = dataset(toy(tmp_path, [[4], [5], [6]]))
+    config = toy(tmp_path, [[4], [5], [6], [7, 8]])
+    prepared = prepare(config)
+    lonely = dataset(config, prepared=prepared)
     assert [lonely.sample(e, i).pair_label for e in range(4) for i in range(3)] == [1] * 12
+    assert prepared.notes == ["12% of the pairs are real, the others random"]
+    (warning,) = prepared.warnings
+    assert "75% of the samples are a document of one sentence" in warning and "12% of the pairs" in warning
 
 
 def test_sentence_order_swaps_half_of_the_pairs_and_keeps_both_parts_adjacent(tmp_path: Path) -> None:
@@ -203,7 +208,7 @@ def test_every_position_is_masked_equally_often(pairs: MaskedText) -> None:
 def test_max_predictions_caps_and_one_prediction_is_always_there(pairs: MaskedText, tmp_path: Path) -> None:
     capped = with_data(pairs, mask_rate=0.5, max_predictions=3)
     assert {len(capped.sample(0, i).positions) for i in range(50)} == {3}
-    tiny = dataset(toy(tmp_path, [[1], [1], [1]]))
+    tiny = dataset(toy(tmp_path, [[1], [1], [1, 1]]))
     assert {len(tiny.sample(e, i).positions) for e in range(5) for i in range(3)} == {1}
 
 

@@ -102,7 +102,7 @@ def test_documents_that_span_blocks_or_are_empty_keep_their_bounds(
 
 def test_large_vocabularies_get_wider_tokens(tmp_path: Path) -> None:
     vocab = write_vocab(tmp_path, [f"w{i}" for i in range(70_000)])
-    (tmp_path / "x.txt").write_text("w69999 w0\n\nw1\n\nw2\n\nw3\n")
+    (tmp_path / "x.txt").write_text("w69999 w0\nw1\n\nw1\nw2\n\nw2\nw3\n\nw3\nw4\n")
     prepared = prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)}))
     assert corpus_of(prepared).tokens.dtype == np.uint32 and corpus_of(prepared).tokens.tolist()[0] == 70_004
 
@@ -183,7 +183,9 @@ def test_a_trained_vocabulary_is_the_same_each_time_and_loads_with_auto_tokenize
     from transformers import AutoTokenizer
 
     text = "".join(
-        f"The {a} {b}s are {b}ing.\n\n" for a in ("red", "new", "old", "odd") for b in ("play", "walk", "end")
+        f"The {a} {b}s are {b}ing.\nThe {b} is {a}.\n\n"
+        for a in ("red", "new", "old", "odd")
+        for b in ("play", "walk", "end")
     )
     (tmp_path / "x.txt").write_text(text * 5)
     vocabularies = []
@@ -193,7 +195,7 @@ def test_a_trained_vocabulary_is_the_same_each_time_and_loads_with_auto_tokenize
         vocabularies.append(loaded.get_vocab())
     assert vocabularies[0] == vocabularies[1] and len(vocabularies[0]) == prepared.vocab_size <= 70
     assert loaded.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    ids = [loaded(line, add_special_tokens=False).input_ids for line in (text * 5).split("\n\n") if line]
+    ids = [loaded(line, add_special_tokens=False).input_ids for line in (text * 5).split("\n") if line]
     assert corpus_of(prepared).tokens.tolist() == list(chain(*ids))
     assert loaded("The red", "Walk").input_ids[0] == 2  # [CLS]
     cased = {"lowercase": False, "vocab_size": 70}
@@ -203,7 +205,7 @@ def test_a_trained_vocabulary_is_the_same_each_time_and_loads_with_auto_tokenize
 
 def test_special_tokens_in_a_text_are_only_text(tmp_path: Path) -> None:
     vocab = write_vocab(tmp_path, ["a", "[", "]", "mask", "sep"])
-    (tmp_path / "x.txt").write_text("a [MASK] a [SEP] a\n\na\n\na\n\na\n")
+    (tmp_path / "x.txt").write_text("a [MASK] a [SEP] a\na\n\na\na\n\na\na\n\na\na\n")
     prepared = prepare(text_config(tmp_path, path=str(tmp_path / "x.txt"), tokenizer={"path": str(vocab)}))
     assert set(corpus_of(prepared).tokens.tolist()) == {5, 6, 7, 8, 9}
 

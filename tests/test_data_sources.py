@@ -14,8 +14,9 @@ from data_helpers import SHARED, needs_shared
 
 from toolkit.config.schema import Data
 from toolkit.data.corpus import LONGEST, split
+from toolkit.data.lines import Problems
 from toolkit.data.python_docs import documents as python_documents
-from toolkit.data.sources import Problems, documents
+from toolkit.data.sources import documents
 from toolkit.errors import DataError
 
 PRETRAIN = SHARED / "pretrain"
@@ -89,7 +90,7 @@ def test_pythons_own_documentation_is_prose_of_more_than_200_000_words() -> None
 
 
 BAD = [
-    ("text", b"ok\nb\xe9d\nfine\n", {}, r"x:2: byte 0xe9 at offset 4 is not valid UTF-8. Convert the"),
+    ("text", b"ok\nb\xe9d\nfine\n", {}, r"x:2: byte 0xe9 at offset 4 is not valid UTF-8 text. It looks like CP1252"),
     ("jsonl", b'{"text": "a"}\n{"text": "b\n', {}, r"x:2: no valid JSON at column 10 .*Correct or"),
     ("jsonl", b'{"texts": "", "n": 1}', {}, r"1: no column 'text'. Did you mean 'texts'\? It has: texts, n"),
     ("jsonl", b'["a"]\n', {}, r"x:1: no column 'text'. It has: none, it is a list"),
@@ -141,6 +142,7 @@ def test_a_cut_gzip_file_gives_what_is_readable(tmp_path: Path) -> None:
         ({"format": "text", "path": "/no/such/*.txt"}, r"data.path=/no/such/\*.txt: no file matches"),
         ({"format": "text", "path": "/tmp"}, r"data.path=/tmp: is a folder. .*data.path='/tmp/\*'"),
         ({"format": "text", "path": __file__, "documents": "("}, r"data.documents='\(': is no regex"),
+        ({"format": "hub", "path": __file__}, r"data.path=.*: is a file, no data set of the hub. Set data.format"),
         ({"format": "hub", "path": "nobody/nothing:x"}, r"data.path=nobody/nothing:x: .*cannot .*Check"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from data_helpers import SHARED, needs_shared
 from toolkit.config.schema import Data, Task
 from toolkit.data import schemes, tables
 from toolkit.data.examples import Choice, Example, Question, Tagged, Text, find_labels, read
-from toolkit.data.sources import Problems
+from toolkit.data.lines import Problems
 from toolkit.errors import DataError
 
 

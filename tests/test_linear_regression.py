@@ -22,7 +22,8 @@ TABLE = Data(format=None, header=None)
 
 
 def table(tmp_path: Path, text: str, name: str = "t.csv", **options: Any) -> Any:
-    (tmp_path / name).write_text(text)
+    packed = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+    (tmp_path / name).write_bytes(packed)
     return regression.read(TABLE.model_copy(update={"path": str(tmp_path / name), **options}), seed=1)
 
 
@@ -41,6 +42,8 @@ HEADED = "size,rooms,price\n1,2,3\n4,5,6\n7,8,10\n"
         (HEADED, "t.csv", {"drop": ("price",)}, ("size",), [2, 5, 8]),
         ("1,2,3\n4,5,6\n", "t.csv", {}, ("0", "1"), [3, 6]),
         ("1 2\t3 \n\n4  5 6\n", "t.txt", {}, ("0", "1"), [3, 6]),
+        ("1 2\t3 \n\n4  5 6\n", "t.txt.gz", {}, ("0", "1"), [3, 6]),
+        ("size;rooms;price\n1;2;3\n4;5;6\n", "t.csv", {}, ("size", "rooms"), [3, 6]),
         ("a;b\tb\n1\t2\n3\t4\n", "t.tsv", {}, ("a;b",), [2, 4]),
         (HEADED + ",1,1\n2,x,3\n", "t.csv", {"on_error": "skip"}, ("size", "rooms"), [3, 6, 10]),
     ],

@@ -124,7 +124,10 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     corpus(tmp_path, ["Hund", "Haus"], ["dog", ""], name="val")
     assert "val.de:2: an empty reference in data.eval" in refused(tmp_path, f"data.eval={tmp_path / 'val'}")
     (tmp_path / "train.de").write_bytes(b"gut\n\xff\n")
-    assert "train.de:2: is not UTF-8" in refused(tmp_path)
+    assert (
+        "train.de:2: byte 0xff at offset 4 is not valid UTF-8 text. It looks like CP1252 or CP1251: iconv"
+        in refused(tmp_path)
+    )
     (tmp_path / "train.de").unlink()
     (tmp_path / "train.de.gz").write_bytes(b"no gzip")
     assert "train.de.gz: cannot be read" in refused(tmp_path)
@@ -136,6 +139,18 @@ def test_a_line_ends_with_a_newline_only(tmp_path: Path) -> None:
     corpus(tmp_path, ["ein\u2028Hund\x0c da", "zwei"], ["a dog", "two"])
     read = list(parallel.pairs(str(tmp_path / "train"), "train", config(tmp_path).data, config(tmp_path).task))
     assert [p.target for p in read] == ["a dog", "two"] and read[0].source == "ein\u2028Hund\x0c da"
+
+
+def test_a_bad_line_takes_its_pair_along_and_no_other(tmp_path: Path) -> None:
+    corpus(tmp_path, ["eins", "zwei", "drei", "vier"], ["one", "two", "three", "four"])
+    (tmp_path / "train.de").write_bytes(b"eins\nzw\xff\ndrei\nvier\n")
+    prepared = parallel.prepare(config(tmp_path, "data.on_error=skip"))
+    read = parallel.pairs(
+        str(tmp_path / "train"), "train", config(tmp_path, "data.on_error=skip").data, config(tmp_path).task
+    )
+    assert [(p.source, p.target) for p in read] == [("eins", "one"), ("drei", "three"), ("vier", "four")]
+    assert prepared.notes == ["train: 3 of 3 pairs, 1 bad lines skipped"]
+    assert "train.de:2: byte 0xff" in prepared.audit["splits"]["train"]["skipped_first"][0]
 
 
 def test_pairs_come_from_tables_too(tmp_path: Path) -> None:

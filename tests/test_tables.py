@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from toolkit.config.schema import Data, conf_dir
 from toolkit.data import tables
-from toolkit.data.sources import Problems
+from toolkit.data.lines import Problems
 from toolkit.errors import ConfigError, DataError
 
 CONLL = {"columns": {"tokens": "0", "tags": "-1"}}
@@ -163,14 +163,14 @@ def test_a_name_without_a_file_is_of_the_hub(tmp_path: Path, monkeypatch: pytest
         "nyu-mll/glue:mnli@validation_matched:row 1"
     ]
     rows("rajpurkar/squad_v2.0", split="eval")
-    rows("squad.json", split="test", format="hub")
+    rows("squad", split="test", format="hub")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"set/train: the suffix '.' is unknown"):
         rows(write(tmp_path / "set" / "train", "a").relative_to(tmp_path))
     assert asked == [
         ("nyu-mll/glue:mnli", "validation_matched", False, "data.train"),
         ("rajpurkar/squad_v2.0", "validation", True, "data.eval"),
-        ("squad.json", "test", True, "data.test"),
+        ("squad", "test", True, "data.test"),
     ]
 
 
@@ -221,6 +221,14 @@ def test_a_bad_row_is_named_or_skipped_alone(
 def test_lines_are_counted_past_skipped_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", b'a\n\xff\nb\n"c\nd"\ne\n')
     assert [where for where, _ in rows(path, Problems("skip"))] == [f"{path}:{n}" for n in (3, 4, 6)]
+
+
+def test_a_sentence_is_skipped_with_its_bad_line_and_a_table_is_not_without_its_header(tmp_path: Path) -> None:
+    path, problems = write(tmp_path / "x.conll", b"a O\n\nb O\n\xff O\nc O\n\nd O\n"), Problems("skip")
+    assert [row["0"] for _, row in rows(path, problems, **CONLL)] == [["a"], ["d"]] and problems.skipped == 1
+    path = write(tmp_path / "x.csv", b"text,Gr\xf6\xdfe\na,1\n")
+    with pytest.raises(DataError, match=r"x.csv: data.on_error=skip left out its header. .*x.csv:1: byte 0xf6"):
+        rows(path, Problems("skip"))
 
 
 BAD_FILES: list[tuple[str, str, dict[str, Any], str]] = [

@@ -14,8 +14,8 @@ from typing import Any
 
 from toolkit.config.schema import Data, Task
 from toolkit.data import schemes, tables
+from toolkit.data.lines import Problems
 from toolkit.data.prepared import role
-from toolkit.data.sources import Problems
 from toolkit.data.tables import number
 from toolkit.errors import DataError, nearest
 

@@ -24,9 +24,9 @@ from toolkit.data import doubts, examples, prepared, tables, unknown
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch, padded, tensors
 from toolkit.data.corpus import held_out
+from toolkit.data.lines import Problems
 from toolkit.data.order import Indices, Keys
 from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWriter
-from toolkit.data.sources import Problems
 from toolkit.errors import ConfigError, DataError
 
 READING = {

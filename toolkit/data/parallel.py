@@ -9,10 +9,8 @@ With ``task.source=de task.target=en`` and ``data.train=corpus/train`` this read
 data.columns.source and .target are its columns.
 """
 
-import gzip
 import json
 import logging
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from toolkit.config.schema import Data, RunConfig, Task
 from toolkit.data import prepared, tables, unknown
 from toolkit.data import tokenizer as tokenizers
 from toolkit.data.batch import IGNORED, Batch, padded, tensors
+from toolkit.data.lines import Problems, every_line
 from toolkit.data.order import Keys, mix, uniform
 from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWriter
 from toolkit.data.sources import stamps
@@ -67,20 +66,21 @@ class Pair:
     where: str
 
 
-def pairs(place: str, split: str, data: Data, task: Task) -> Iterator[Pair]:
+def pairs(place: str, split: str, data: Data, task: Task, problems: Problems | None = None) -> Iterator[Pair]:
     """Every pair of ``place``, in order, stripped of white space at the ends; of two files, lines of the same number.
     Raises DataError."""
+    problems = problems or Problems(data.on_error)
     sides = _sides(place, split, task)
     if sides is None:
-        for where, row in tables.rows(place, data, split):
+        for where, row in tables.rows(place, data, split, problems):
             yield Pair(_cell(row, data.columns.source, where), _cell(row, data.columns.target, where), where)
         return
     source, target = sides
     counts = [0, 0]
-    for a, b in zip_longest(_lines(source), _lines(target)):
+    for a, b in zip_longest(every_line(source, problems), every_line(target, problems)):
         counts = [counts[0] + (a is not None), counts[1] + (b is not None)]
-        if a is not None and b is not None:
-            yield Pair(a.strip(), b.strip(), f"{source}:{counts[0]}")
+        if a and b and a[1] is not None and b[1] is not None:
+            yield Pair(a[1].strip(), b[1].strip(), f"{source}:{counts[0]}")
     if counts[0] != counts[1]:
         raise DataError(
             f"data.{split}: {source} has {counts[0]:,} lines, {target} {counts[1]:,}. Line by line they are to be "
@@ -111,31 +111,21 @@ def _sides(place: str, split: str, task: Task) -> tuple[Path, Path] | None:
     """The files of the two languages that begin with ``place``; None if it names a table."""
     if place.startswith("None/"):  # what ${data.path}/… of an experiment is without data.path
         raise DataError(f"data.path is not set, and data.{split}={place} begins with it. Name the folder of the files.")
-    sides = [Path(f"{place}.{language}").expanduser() for language in (task.source, task.target)]
-    found = {side: file for side in sides for file in (Path(f"{side}.gz"), side) if file.is_file()}
+    try:
+        path, *sides = (Path(f"{place}{end}").expanduser() for end in ("", f".{task.source}", f".{task.target}"))
+        found = {side: file for side in sides for file in (Path(f"{side}.gz"), side) if file.is_file()}
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # no permission, a home of nobody
+        raise DataError(f"data.{split}={place}: cannot be looked up ({error}). Correct it.") from error
     missing = [f"{side}[.gz]" for side in sides if side not in found]
     if not missing:
         return found[sides[0]], found[sides[1]]
-    path = Path(place).expanduser()
-    if not found and (path.exists() or path.suffix or place[0] not in "~./"):
+    if not found and (there or path.suffix or place[0] not in "~./"):
         return None  # a table, a glob of them, or a name of the hub
     raise DataError(
         f"data.{split}={place}: there is no {' and no '.join(missing)}. The two files are data.{split}, a dot and "
         f"task.source={task.source} or task.target={task.target}."
     )
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines end with a newline and nothing else: a form feed or U+2028 within one would shift all that follow."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: is not UTF-8 ({error.reason}). Convert the file.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}.") from error
 
 
 def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: float) -> None:
@@ -151,10 +141,12 @@ def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: flo
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts
     audit, held = {}, list[Pair]()
     for name in ["train", *(["eval"] if holdout else []), *list(places)[1:]]:
-        found = pairs(places[name], prepared.role(name), data, task) if name in places else iter(held)
+        problems = Problems(data.on_error)
+        found = pairs(places[name], prepared.role(name), data, task, problems) if name in places else iter(held)
         if holdout and name == "train":
             found = _trained(found, holdout, held)
         audit[name] = _write_split(folder / name, name, found, tokenizer, config)
+        audit[name] |= {"skipped": problems.skipped, "skipped_first": problems.first}
     for name, counts in audit.items():
         if not counts["kept"]:
             way_out = "" if name in places else " Raise data.holdout, or name data.eval."
@@ -238,7 +230,7 @@ def _told(counts: dict[str, Any]) -> str:
         "empty_source": "with an empty source", "empty_target": "with an empty target",
         "empty_both": "empty on both sides",
         "too_long": "above data.max_length", "cut_source": "sources cut to data.max_length",
-        "cut_target": "references cut for the loss",
+        "cut_target": "references cut for the loss", "skipped": "bad lines skipped",
     }  # fmt: skip
     rest = [f"{counts[name]:,} {text}" for name, text in words.items() if counts[name]]
     return ", ".join([f"{counts['kept']:,} of {counts['read']:,} pairs", *rest])

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from toolkit.config.schema import Data
 from toolkit.data import tables
 from toolkit.data.batch import Batch, tensors
+from toolkit.data.lines import Problems
 from toolkit.data.order import Keys, mix, shuffled, uniform
 from toolkit.data.prepared import SPLIT_SEED
-from toolkit.data.sources import Problems
 from toolkit.errors import DataError, nearest
 
 Floats = NDArray[np.float64]
@@ -108,7 +108,7 @@ def _read(data: Data, places: list[str]) -> Table:
     names: tuple[str, ...] = ()
     numbers: list[list[float]] = []
     for place in places:
-        columns = data.format is None and place.endswith(PLAIN)
+        columns = data.format is None and place.removesuffix(".gz").endswith(PLAIN)
         of = data.model_copy(update={"format": "columns"}) if columns else data
         for where, row in tables.rows(place, of, data.split, problems, key="data.path"):
             names = names or tuple(row)

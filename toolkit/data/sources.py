@@ -5,38 +5,18 @@
 Everything streams; only one document is in memory at a time.
 """
 
-import codecs
 import glob
-import gzip
-import json
+import itertools
+import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import Data
 from toolkit.data import python_docs
+from toolkit.data.lines import Problems, json_lines, read_lines
 from toolkit.errors import DataError, nearest
-
-
-@dataclass
-class Problems:
-    """What to do with a bad line, row or file: ``raise`` at once, or ``skip``, count and go on."""
-
-    on_error: str = "raise"
-    skipped: int = 0
-    first: list[str] = field(default_factory=list)  # the messages of the first few
-
-    def found(self, message: str, way_out: str) -> None:
-        if self.on_error == "raise":
-            raise DataError(f"{message}. {way_out}, or skip and count with data.on_error=skip.")
-        self.skipped += 1
-        if len(self.first) < 5:
-            self.first.append(message)
-
 
 _FILES = "Set data.path to a file, a glob or a list of them"
 _WAYS = {
@@ -57,8 +37,8 @@ def documents(data: Data, problems: Problems | None = None) -> Iterator[list[str
             yield from _text(file, data.documents, problems)
     elif data.format == "hub":
         for name in _paths(data):
-            for number, row in enumerate(load(name, data.split, data.streaming), 1):
-                yield from _row_document(f"{name}:row {number}", row, data.column, problems)
+            for where, row in hub_rows(name, load(name, data.split, data.streaming)):
+                yield from _row_document(where, row, data.column, problems)
     elif data.format in ("jsonl", "parquet"):
         for file in _files(data):
             jsonl = data.format == "jsonl"
@@ -90,6 +70,27 @@ def _files(data: Data) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+PARTING = {
+    "\\f": "form feeds", "\\r": "carriage returns", "\\v": "vertical tabs", "\\x85": "next-line characters",
+    "\\u200b": "zero-width spaces", "\\u2028": "line separators", "\\u2029": "paragraph separators",
+}  # fmt: skip
+
+
+def separators(data: Data) -> str:
+    """A sentence on what the beginning of text files has that may be meant to part documents, but parts none."""
+    if data.format != "text":
+        return ""
+    lines = itertools.chain.from_iterable(read_lines(file, Problems("skip")) for file in _files(data))
+    texts = [text for _, text in itertools.islice(lines, 100_000)]
+    for escape, name in PARTING.items():
+        character = escape.encode().decode("unicode_escape")
+        if number := sum(text.count(character) for text in texts):
+            begins = sum(text.startswith(character) for text in texts) * 2 > number
+            way_out = f"set 'data.documents=\"^{escape}\"'" if begins else "put blank lines in their place"
+            return f" The text has {number:,} {name} ({escape}): if they part its documents, {way_out}."
+    return ""
+
+
 def _row_document(where: str, row: Any, column: str, problems: Problems) -> Iterator[list[str]]:
     """The document in a row: a text with blank lines between paragraphs, or a list of paragraphs."""
     if not isinstance(row, dict) or column not in row:
@@ -99,7 +100,7 @@ def _row_document(where: str, row: Any, column: str, problems: Problems) -> Iter
     elif (value := row[column]) is None:
         yield []
     elif isinstance(value, str):
-        yield _unwrapped(value.splitlines())
+        yield _unwrapped(re.split(r"\r\n?|\n", value))
     elif isinstance(value, list) and all(isinstance(item, str) for item in value):
         yield value
     else:
@@ -108,8 +109,9 @@ def _row_document(where: str, row: Any, column: str, problems: Problems) -> Iter
 
 
 def _groups(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Stripped lines between blank ones."""
-    return (list(group) for full, group in groupby(map(str.strip, lines), bool) if full)
+    """Stripped lines between blank ones; of zero width is blank, too."""
+    stripped = (line.strip().strip("\u200b\u2060\ufeff") for line in lines)
+    return (list(group) for full, group in itertools.groupby(stripped, bool) if full)
 
 
 def _unwrapped(lines: Iterable[str]) -> list[str]:
@@ -158,11 +160,16 @@ def _headed(path: Path, lines: Iterable[str], first_line: str, problems: Problem
 
 def matching(pattern: str, key: str) -> list[Path]:
     """The files that a glob matches, sorted. Raises DataError, with the ``key`` it stands at, on none."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        raise DataError(f"{key}={pattern}: is a folder. Name its files: {key}='{pattern}/*'.")
-    names = [path] if path.is_file() else glob.glob(str(path), recursive=True)  # noqa: PTH207
-    found = sorted(path for path in map(Path, names) if path.is_file())
+    try:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            raise DataError(f"{key}={pattern}: is a folder. Name its files: {key}='{pattern}/*'.")
+        names = [path] if path.is_file() else glob.glob(str(path), recursive=True)  # noqa: PTH207
+        if lost := next((name for name in names if not os.path.exists(name)), None):  # noqa: PTH110
+            raise DataError(f"{key}={pattern}: {lost} is a link to what is not there. Mend or remove it.")
+        found = sorted(path for path in map(Path, names) if path.is_file())
+    except (OSError, RuntimeError) as error:  # no permission, too long a name, a home of nobody
+        raise DataError(f"{key}={pattern:.200}: cannot be looked up ({error!s:.200}). Correct the path.") from error
     if not found:
         raise DataError(f"{key}={pattern}: no file matches (working directory {Path.cwd()}).")
     return found
@@ -172,37 +179,6 @@ def stamps(files: Iterable[Path]) -> list[list[Any]]:
     """What stands for the content of files in the cache: path, size and modification time, as for make. Every start of
     every rank asks, and hashing terabytes to learn that nothing changed would cost more than training."""
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its line end) of every line that is valid UTF-8."""
-    number, offset = 0, 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    text = raw.decode().rstrip("\r\n")
-                    yield number, text.removeprefix(codecs.BOM_UTF8.decode()) if number == 1 else text
-                except UnicodeDecodeError as error:
-                    where = f"{path}:{number}: byte 0x{raw[error.start]:02x} at offset {offset + error.start}"
-                    problems.found(f"{where} is not valid UTF-8", "Convert the file (iconv -f latin1 -t utf-8)")
-                offset += len(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        problems.found(f"{path}: cannot be read after line {number} ({error})", "Replace the file")
-
-
-def json_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """(path:line, value) of every line that is not blank."""
-    for number, text in read_lines(path, problems):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            what = f"{path}:{number}: no valid JSON at column {error.colno} ({error.msg}): {text[:40]!r}"
-            problems.found(what, "Correct or remove the line")
-        else:
-            yield f"{path}:{number}", row
 
 
 def parquet_rows(path: Path, problems: Problems, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -221,7 +197,7 @@ def parquet_rows(path: Path, problems: Problems, column: str | None = None) -> I
                 for values in batch.to_pylist():
                     row += 1
                     yield f"{path}:row {row}", values
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two of values
         problems.found(f"{path}: cannot be read as parquet after row {row} ({error})", "Replace the file")
 
 
@@ -231,7 +207,19 @@ def load(name: str, split: str, streaming: bool, key: str = "data.path") -> Any:
     from datasets import load_dataset
 
     owner, _, config = name.partition(":")
+    if os.path.isfile(owner):  # noqa: PTH113  (never raises)
+        raise DataError(f"{key}={name}: is a file, no data set of the hub. Set data.format to what is in it.")
     return _asked(lambda: load_dataset(owner, config or None, split=split, streaming=streaming), key, name)
+
+
+def hub_rows(name: str, dataset: Any, key: str = "data.path") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name:row N, row) of every row; while it streams, each may be the one that cannot be had."""
+    rows = iter(dataset)
+    for number in itertools.count(1):
+        row = _asked(lambda: next(rows, None), key, name)
+        if row is None:
+            return
+        yield f"{name}:row {number}", row
 
 
 def hub_identity(name: str, split: str, streaming: bool) -> list[Any]:

@@ -7,9 +7,10 @@ Everything streams but JSON.
 """
 
 import csv
+import glob
 import itertools
-import json
 import math
+import os
 import re
 import string
 import sys
@@ -19,13 +20,16 @@ from typing import Any
 
 from toolkit.config.schema import Data
 from toolkit.data import schemes, sources
+from toolkit.data.lines import Problems, every_line, from_json, json_fault, json_lines, read_lines
 from toolkit.data.prepared import role
-from toolkit.data.sources import Problems, json_lines, matching, parquet_rows, read_lines
+from toolkit.data.sources import matching, parquet_rows
 from toolkit.errors import DataError
 
 Row = tuple[str, dict[str, Any]]
 Cells = Iterator[tuple[int, list[str]]]  # of each record, with the number of its line
 Lines = list[tuple[int, list[str]]]  # likewise, of a sentence
+SEPARATORS = ",;\t|"
+HEAD = 20  # lines that tell which of these a CSV file has
 HUB_SPLIT = {"train": "train", "eval": "validation", "test": "test"}  # what the hub calls data.train and so on
 
 
@@ -40,9 +44,10 @@ def rows(source: str, data: Data, split: str, problems: Problems | None = None, 
         return
     unset = source.startswith("None/")  # what ${data.path}/… of a preset is without data.path
     for file in matching(source, "data.path is not set: " * unset + key):
-        chosen = data.format or _suffix(file)
+        chosen = _suffix(file) if data.format in (None, "hub") else data.format
         if chosen not in _READ:
-            said = f"data.format={chosen} is no table" if data.format else f"the suffix '.{chosen}' is unknown"
+            by_name = chosen != data.format
+            said = f"the suffix '.{chosen}' is unknown" if by_name else f"data.format={chosen} is no table"
             raise DataError(f"{file}: {said}. Set data.format={', '.join(_READ)} or hub.")
         yield from _objects(str(file), _READ[chosen](file, data, problems), problems)
 
@@ -59,7 +64,7 @@ def number(cell: Any, *, finite: bool = True) -> float | None:
     """The number that a cell holds; None of anything else."""
     try:
         found = float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return found if math.isfinite(found) or not finite else None
 
@@ -79,12 +84,16 @@ _OWNER_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def _is_hub(source: str, data: Data) -> bool:
-    """Without a format a folder is of the hub, and an owner/name that is no file and ends like none."""
-    if data.format is not None:
-        return data.format == "hub"
-    name = Path(_name_and_split(source, "")[0].partition(":")[0])
-    named = _OWNER_NAME.fullmatch(str(name)) is not None and _suffix(name) not in _READ
-    return name.is_dir() or (named and not Path(source).is_file())
+    """A folder is of the hub, and an owner/name that is no file and ends like none; with data.format=hub whatever is
+    no file and ends like none: a file may be named where the preset reads the hub."""
+    if data.format not in (None, "hub"):
+        return False
+    name = _name_and_split(source, "")[0].partition(":")[0]
+    if os.path.isdir(name):  # noqa: PTH112  (never raises)
+        return True
+    is_file = glob.has_magic(name) or _suffix(Path(name)) in _READ or os.path.isfile(source)  # noqa: PTH113
+    named = data.format == "hub" or _OWNER_NAME.fullmatch(name) is not None
+    return named and not is_file and not name.startswith(("/", ".", "~"))
 
 
 def _name_and_split(source: str, split: str) -> tuple[str, str]:
@@ -100,8 +109,8 @@ def _hub(source: str, data: Data, split: str, key: str) -> Iterator[Row]:
     dataset = sources.load(name, chosen, data.streaming, key)
     features = {column: getattr(feature, "feature", feature) for column, feature in (dataset.features or {}).items()}
     classes = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
-    for line, row in enumerate(dataset, 1):
-        yield f"{source}:row {line}", row | {column: _named(row[column], names) for column, names in classes.items()}
+    for where, row in sources.hub_rows(source, dataset, key):
+        yield where, row | {column: _named(row[column], names) for column, names in classes.items()}
 
 
 def _named(value: Any, names: list[str]) -> Any:
@@ -114,41 +123,80 @@ def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix[1:]
 
 
-def _split(path: Path, problems: Problems, by: str | None) -> Cells:
-    """At tabs, not by csv, as a lone quote in GLUE's files is text; or at white space, without blank lines."""
-    return ((line, text.split(by)) for line, text in read_lines(path, problems) if by or text.strip())
+def _words(path: Path, problems: Problems) -> Cells:
+    """At white space, without blank lines."""
+    return ((line, cells) for line, text in read_lines(path, problems) if (cells := text.split()))
+
+
+def _tabs(path: Path, data: Data, problems: Problems) -> Cells:
+    """Not by csv, as a lone quote in GLUE's files is text. Where nobody said so, what looks quoted is a problem."""
+    for line, text in read_lines(path, problems):
+        cells = text.split("\t")
+        quoted = (cell for cell in cells if data.format != "tsv" and _is_quoted(cell, line == 1))
+        if cell := next(quoted, None):
+            way_out = "Set data.format=csv to read such cells without their quotes, or data.format=tsv with them"
+            problems.found(f"{path}:{line}: has the quoted cell {cell!r:.40}", way_out)
+        else:
+            yield line, cells
+
+
+def _is_quoted(cell: str, header: bool) -> bool:
+    """Whether a cell is in quotes and its own are doubled; in a header, whether it is in quotes."""
+    if not (len(cell) > 1 and cell[0] == cell[-1] == '"'):
+        return False
+    return header or ('""' in cell[1:-1] and '"' not in cell[1:-1].replace('""', ""))
 
 
 def _quoted(path: Path, problems: Problems) -> Cells:
     """Of each record that is not blank, with its first line; quoted cells may hold line ends."""
     csv.field_size_limit(sys.maxsize)  # a cell may be a document of more than csv's 131,072 characters
-    first = 0
+    found = read_lines(path, problems)
+    head = list(itertools.islice(found, HEAD))
+    record: list[tuple[int, str]] = []
 
     def texts() -> Iterator[str]:
-        nonlocal first
-        for line, text in read_lines(path, problems):
-            first = first or line
-            yield text + "\n"
+        for line in itertools.chain(head, found):
+            record.append(line)
+            yield line[1] + "\n"
 
-    reader = csv.reader(texts(), strict=True)
+    reader = csv.reader(texts(), delimiter=_separator([text + "\n" for _, text in head]), strict=True)
     while True:
-        first = 0
+        record.clear()
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            problems.found(f"{path}:{first}: no valid CSV ({error})", "Correct the quotes, or set data.format=tsv")
+            way_out = "Correct the quotes, or set data.format=tsv"
+            if any('\\"' in text for _, text in record):
+                way_out = 'A quote in a quoted cell is "", not \\": write it so'
+            problems.found(f"{path}:{record[0][0]}: no valid CSV ({error})", way_out)
         else:
             if cells:
-                yield first, cells
+                yield record[0][0], cells
+
+
+def _separator(head: list[str]) -> str:
+    """What gives the first lines of a file equally many cells, and more than one; a comma where nothing does."""
+    for separator in SEPARATORS:
+        try:
+            rows = [row for row in csv.reader(head, delimiter=separator) if row]
+        except csv.Error:
+            continue
+        whole = rows[:-1] if len(head) == HEAD else rows  # the last may go on
+        if len(widths := {len(row) for row in whole}) == 1 and widths != {1}:
+            return separator
+    return ","
 
 
 def _table(path: Path, records: Cells, data: Data, problems: Problems) -> Iterator[Row]:
+    skipped = problems.skipped
     first = next(records, None)
     if first is None:
         return
     named = data.header
+    if named is not False and first[0] > 1 and problems.skipped > skipped:
+        raise DataError(f"{path}: data.on_error=skip left out its header. {problems.first[-1]}. Correct the file.")
     if named is None:
         numbers = [number(cell, finite=False) is not None for cell in first[1]]
         if any(numbers) and not all(numbers):
@@ -159,22 +207,32 @@ def _table(path: Path, records: Cells, data: Data, problems: Problems) -> Iterat
             )
         named = not any(numbers)
     names = first[1] if named else [str(i) for i in range(len(first[1]))]
+    if named and len(names) == 1 and any(separator in names[0] for separator in SEPARATORS):
+        raise DataError(
+            f"{path}:{first[0]}: the header is one cell, {names[0]!r:.40}. Set the data.format that the file has: csv "
+            "takes a comma, semicolon, tab or bar between cells, if all rows have as many."
+        )
     if twice := [name for name in names if names.count(name) > 1 and (name or data.header is None)]:
-        raise DataError(f"{path}:{first[0]}: the header has '{twice[0]}' twice. Give each column a name of its own.")
+        raise DataError(f"{path}:{first[0]}: the header has {twice[0]!r:.40} twice. Give each its own name.")
     for line, cells in records if named else itertools.chain([first], records):
-        if len(cells) == len(names):
-            yield f"{path}:{line}", dict(zip(names, cells, strict=True))
-        else:
+        if len(cells) != len(names):
             what = f"has {len(cells)} cells where the {'header' if named else 'first row'} has {len(names)}"
-            problems.found(f"{path}:{line}: {what}", "Correct the row, or set the data.format that the file has")
+            way_out = "Correct the row, or set the data.format that the file has"
+            if any(cell.endswith("\\") for cell in cells):
+                way_out = "A cell with a separator or line end is in quotes, with no backslash before it: write it so"
+            problems.found(f"{path}:{line}: {what}", way_out)
+        elif named and cells == names:
+            problems.found(f"{path}:{line}: is the header again", "Take it out")
+        else:
+            yield f"{path}:{line}", dict(zip(names, cells, strict=True))
 
 
 def _json(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
-    text = "\n".join(line for _, line in read_lines(path, problems))
+    text = "\n".join(line or "" for _, line in every_line(path, problems))
     try:
-        content = json.loads(text if text.strip() else "[]")
-    except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}: no valid JSON at column {error.colno} ({error.msg})"
+        content = from_json(text if text.strip() else "[]")
+    except ValueError as error:
+        where = f"{path}:{getattr(error, 'lineno', 1)}: no valid JSON {json_fault(error)}"
         problems.found(where, "Correct the file, or set data.format=jsonl for an object a line")
         return
     found = content.get("data") if isinstance(content, dict) else content
@@ -212,6 +270,15 @@ def _question(article: dict[str, Any], paragraph: dict[str, Any], qa: dict[str, 
     }
 
 
+def _unbroken(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+    """Lines, but none of a sentence of which one is skipped."""
+    lines = every_line(path, problems)
+    for _, group in itertools.groupby(lines, lambda line: line[1] is None or bool(line[1].strip())):
+        sentence = list(group)
+        if all(text is not None for _, text in sentence):
+            yield from ((number, text or "") for number, text in sentence)
+
+
 def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
     """A row a sentence: the lists of its tokens and, unless every line is a token alone, of its tags."""
     columns = {}
@@ -223,7 +290,7 @@ def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
                 f"data.columns.{key}={column}: the columns of CoNLL files have no names. "
                 "Set their numbers: data.columns.tokens=0 data.columns.tags=-1."
             ) from None
-    for word, lines in itertools.groupby(read_lines(path, problems), _is_word):
+    for word, lines in itertools.groupby(_unbroken(path, problems), _is_word):
         if not word:
             continue
         sentence = _without_comments([(line, _cells(text)) for line, text in lines], columns["tags"], data.labels or ())
@@ -272,8 +339,8 @@ def _lacks(cells: list[str], key: str, columns: dict[str, int]) -> bool:
 
 _READ: dict[str, Callable[[Path, Data, Problems], Iterator[tuple[str, Any]]]] = {
     "csv": lambda path, data, problems: _table(path, _quoted(path, problems), data, problems),
-    "tsv": lambda path, data, problems: _table(path, _split(path, problems, "\t"), data, problems),
-    "columns": lambda path, data, problems: _table(path, _split(path, problems, None), data, problems),
+    "tsv": lambda path, data, problems: _table(path, _tabs(path, data, problems), data, problems),
+    "columns": lambda path, data, problems: _table(path, _words(path, problems), data, problems),
     "jsonl": lambda path, data, problems: json_lines(path, problems),
     "json": lambda path, data, problems: _json(path, problems),
     "parquet": lambda path, data, problems: parquet_rows(path, problems),

@@ -25,6 +25,14 @@ from toolkit.run.table import table
 SAMPLING = {"holdout", "max_length", "max_predictions", "mask_rate", "whole_word", "short_rate", "dynamic"}
 BLOCK_TOKENS = 2**18
 FEW_PIECES, MANY_PIECES = 0.01, 0.8  # shares of the tokens, beyond which masking whole words is doubtful
+ALONE = 0.3  # the largest share of samples of one sentence that needs no word: 35 % of the pairs are real then
+WHOLE = {  # what makes a document, and how it becomes one of several sentences
+    "blank_line": "A blank line ends a document (data.documents=blank_line): leave none between its sentences, or set "
+    "data.documents=file or a regex of its first line",
+    "file": "A file is a document (data.documents=file): put all its sentences into one",
+    "regex": "Each line that matches data.documents begins a document: correct the regex",
+    "row": "A row is a document: put all its sentences into one",
+}
 
 
 def prepare(config: RunConfig, *, progress: bool = False, console: Any = None) -> Prepared:
@@ -67,13 +75,20 @@ def _write_samples(folder: Path, path: Path, config: RunConfig) -> None:
     from toolkit.data.masked import MaskedText, sampled  # with torch, which finding all in the cache takes none of
 
     data, objective, whole = config.data, config.task.objective, Corpus(path)
-    held = corpus.held_out(len(whole.documents) - 1, data.holdout, config.seed, objective)
+    try:
+        held = corpus.held_out(len(whole.documents) - 1, data.holdout, config.seed, objective)
+    except DataError as error:
+        raise DataError(f"{error}{sources.separators(data)}") from error
     counts = corpus.index(folder, whole, held, data, objective, config.seed)
+    alone = counts["train"]["chunks_of_one_sentence"] / max(counts["train"]["chunks"], 1)
+    notes = [f"{(1 - alone) / 2:.0%} of the pairs are real, the others random"] if objective == "mlm_nsp" else []
     shutil.copytree(whole.path / "tokenizer", folder / "tokenizer")
     facts = {"vocab_size": whole.facts["vocab_size"], "pad_id": whole.facts["special"]["pad"], "corpus": path.name}
     unigrams = _unigrams(whole, held)
-    warnings = [*whole.facts["warnings"], *(_whole_words(whole, unigrams.sum(0)) if data.whole_word else [])]
-    finish(folder, {}, splits=corpus.SPLITS, warnings=warnings, **facts)
+    warnings = [*whole.facts["warnings"], *_warnings(whole, held, alone, config)]
+    if data.whole_word:
+        warnings += _whole_words(whole, unigrams.sum(0))
+    finish(folder, {}, splits=corpus.SPLITS, notes=notes, warnings=warnings, **facts)
     samples = MaskedText(Prepared(folder), data, objective, config.seed)
     found = _audit(whole, held, counts, unigrams) | {"sample": sampled(samples)}
     (folder / "audit.json").write_text(json.dumps(found, indent=1))
@@ -95,6 +110,37 @@ def _whole_words(whole: Corpus, counts: NDArray[np.int64]) -> list[str]:
         rest = "long ones are never masked. Use data.whole_word=false for a script without spaces."
         return [f"data.whole_word=true: a word has {1 / (1 - share):.0f} tokens on average, and {rest}"]
     return []
+
+
+def _warnings(whole: Corpus, held: NDArray[np.bool_], alone: float, config: RunConfig) -> list[str]:
+    """What makes the corpus doubtful; ``alone`` is the share of samples that are a document of one sentence. Raises
+    DataError where they all are: none has a next sentence."""
+    data, objective, counts = config.data, config.task.objective, whole.facts["counts"]
+    warnings = []
+    if counts["skipped"]:
+        first = counts["skipped_first"][0]
+        warnings.append(
+            f"data.on_error=skip: {counts['skipped']:,} bad lines, rows or files are left out, first {first}."
+        )
+    if data.holdout and not held.any():
+        warnings.append(
+            f"data.holdout={data.holdout}: the corpus is one document, so none is held out: evaluation has nothing to "
+            f"score. Add documents, or part them (data.documents).{sources.separators(data)}"
+        )
+    if objective != "mlm" and alone > ALONE:
+        harm = "is cut within: no order of sentences is learnt of it"
+        if objective == "mlm_nsp":
+            harm = f"has no next: {(1 - alone) / 2:.0%} of the pairs are real, where half should be"
+        found = (
+            f"task.objective={objective}: {alone:.0%} of the samples are a document of one sentence (by the rules of "
+            f"data.language={data.language}), which {harm}. "
+            f"{WHOLE.get(data.documents if data.format == 'text' else 'row', WHOLE['regex'])}, or set "
+            f"task.objective=mlm.{sources.separators(data)}"
+        )
+        if objective == "mlm_nsp" and alone == 1:
+            raise DataError(found)
+        warnings.append(found)
+    return warnings
 
 
 def _audit(
