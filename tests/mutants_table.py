@@ -142,10 +142,11 @@ MUTANTS = [
            '= special["sep"], special["sep"], special["sep"]',
            f"{PAIRS}test_plain_masked_lm_has_one_segment_and_no_pair_label"),
     Mutant("windows of SQuAD: where an answer stands", "toolkit/data/windows.py",
-           "window.offset + inside[0], window.offset + inside[-1]", "inside[0], inside[-1]",
+           "window.offset + first, window.offset + last", "inside[0], inside[-1]",
            "tests/test_windows.py::test_the_span_of_an_answer"),
-    Mutant("windows of SQuAD: spans of characters", "toolkit/data/windows.py", "first, spans[first : first + room])",
-           "first, spans[:room])", "tests/test_windows.py::test_roberta_gets_its_own_separators"),
+    Mutant("windows of SQuAD: spans of characters", "toolkit/data/windows.py",
+           "first, spans[first : first + room], covers)", "first, spans[:room], covers)",
+           "tests/test_windows.py::test_roberta_gets_its_own_separators"),
     Mutant("BILOU is read as IOB2", "toolkit/data/schemes.py", 'maketrans("LUM", "ESI")', 'maketrans("LUM", "III")',
            "tests/test_examples.py::test_every_scheme_is_read_as_iob2"),
     # ---- files as other people have them
@@ -162,7 +163,7 @@ MUTANTS = [
     Mutant("next sentences where none can be", "toolkit/data/text.py", 'if objective == "mlm_nsp" and alone == 1:',
            "if False:", f"{DOCUMENTS}[a blank line after every sentence]"),
     Mutant("precision and recall of entities", "toolkit/tasks/metrics.py",
-           "precision_recall_fscore_support(gold, predicted,", "precision_recall_fscore_support(predicted, gold,",
+           "        gold, predicted, average=", "        predicted, gold, average=",
            "tests/test_metrics.py::test_precision_is_of_the_predicted_and_recall_of_the_gold_entities"),
     # ---- labels
     Mutant("labels as the weights number them", "toolkit/data/labelled.py", "return head or labels", "return labels",
@@ -175,6 +176,9 @@ MUTANTS = [
     Mutant("predictions in the file's order", "toolkit/tasks/finetune.py",
            "dict(sorted(whole.items()))", "whole",
            "tests/test_finetune.py::test_a_labelled_test_file_is_scored_and_predicted_in_its_order[ZeRO 2]"),
+    Mutant("a tagged sentence is one text", "toolkit/tasks/tag.py", "joiner.join(example.words)",
+           '"  ".join(example.words)',
+           "tests/test_architectures.py::test_the_export_tags_plain_text_as_the_run_tagged_words"),
     # ---- the meter and the watchdog
     Mutant("the meter leaves out warm-up", "toolkit/train/meter.py", "if self.seen == WARMUP_STEPS:", "if False:",
            f"{METER}test_the_first_steps_are_left_out"),

@@ -254,7 +254,7 @@ def test_whole_words_need_a_vocabulary_with_pieces(tmp_path: Path) -> None:
 
 
 def test_whole_words_that_have_one_piece_each_are_said(tmp_path: Path) -> None:
-    config = toy(tmp_path, LENGTHS, whole_word=True)
+    config = toy(tmp_path, LENGTHS, objective="mlm", whole_word=True)
     with (tmp_path / "vocab.txt").open("a") as file:
         file.write("##ing\n")
     (said,) = prepare(config).warnings

@@ -101,15 +101,15 @@ def test_endings_go_on_from_their_start(tmp_path: Path) -> None:
 
 
 LABELS = ("O", "B-x", "I-x", "B-y", "I-y")
-IOB2 = ["B-x", "I-x", "B-x", "I-x", "B-y", "O", "B-y", "B-x", "B-x", "I-x", "I-x"]
+IOB2 = ["B-x", "I-x", "B-x", "I-x", "B-y", "O", "B-y", "B-x", "B-x", "B-x", "I-x", "I-x"]
 SPELT = {
     "iob2": IOB2,
-    "iob1": ["I-x", "I-x", "B-x", "I-x", "I-y", "O", "I-y", "I-x", "B-x", "I-x", "I-x"],
-    "ioe2": ["I-x", "E-x", "I-x", "E-x", "E-y", "O", "E-y", "E-x", "I-x", "I-x", "E-x"],
-    "ioe1": ["I-x", "E-x", "I-x", "I-x", "I-y", "O", "I-y", "E-x", "I-x", "I-x", "I-x"],
-    "iobes": ["B-x", "E-x", "B-x", "E-x", "S-y", "O", "S-y", "S-x", "B-x", "I-x", "E-x"],
-    "bmes": ["B-x", "E-x", "B-x", "E-x", "S-y", "O", "S-y", "S-x", "B-x", "M-x", "E-x"],
-    "bilou": ["B-x", "L-x", "B-x", "L-x", "U-y", "O", "U-y", "U-x", "B-x", "I-x", "L-x"],
+    "iob1": ["I-x", "I-x", "B-x", "I-x", "I-y", "O", "I-y", "I-x", "B-x", "B-x", "I-x", "I-x"],
+    "ioe2": ["I-x", "E-x", "I-x", "E-x", "E-y", "O", "E-y", "E-x", "E-x", "I-x", "I-x", "E-x"],
+    "ioe1": ["I-x", "E-x", "I-x", "I-x", "I-y", "O", "I-y", "E-x", "E-x", "I-x", "I-x", "I-x"],
+    "iobes": ["B-x", "E-x", "B-x", "E-x", "S-y", "O", "S-y", "S-x", "S-x", "B-x", "I-x", "E-x"],
+    "bmes": ["B-x", "E-x", "B-x", "E-x", "S-y", "O", "S-y", "S-x", "S-x", "B-x", "M-x", "E-x"],
+    "bilou": ["B-x", "L-x", "B-x", "L-x", "U-y", "O", "U-y", "U-x", "U-x", "B-x", "I-x", "L-x"],
 }
 
 
@@ -117,14 +117,14 @@ SPELT = {
 def test_every_scheme_is_read_as_iob2(tmp_path: Path, scheme: str) -> None:
     """And what is spelt so is legal to seqeval's own class of the scheme, which has no BMES, and of IOE1 a part."""
     tags = SPELT[scheme]
-    (found,) = examples(tmp_path, "tag", [{"tokens": list("abcdefghijk"), "tags": tags}], LABELS, scheme=scheme)
+    (found,) = examples(tmp_path, "tag", [{"tokens": list("abcdefghijkl"), "tags": tags}], LABELS, scheme=scheme)
     assert isinstance(found, Tagged) and found.tags == [LABELS.index(tag) for tag in IOB2]
     assert [s for s, number in found.misspelt.items() if not number] == [scheme]
     if scheme not in ("ioe1", "bmes"):
         theirs = seqeval.scheme.Tokens(tags, getattr(seqeval.scheme, scheme.upper())).entities
         assert [(e.tag, e.start, e.end - 1) for e in theirs] == schemes.entities(tags)
     named = ["O", *sorted(set(tags) - {"O"})]  # now as numbers, their names in data.labels
-    rows = [{"tokens": list("abcdefghijk"), "tags": [named.index(tag) for tag in tags]}]
+    rows = [{"tokens": list("abcdefghijkl"), "tags": [named.index(tag) for tag in tags]}]
     labels = labels_of(tmp_path, "tag", rows, labels=named)
     assert set(labels) <= set(LABELS)
     (found,) = examples(tmp_path, "tag", rows, labels, scheme=scheme, labels=named)

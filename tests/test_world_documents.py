@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world_cases import Case, cases, parts, told
+from world_cases import Case, cases, parts, told, warnings
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.corpus import LONGEST, split
@@ -38,9 +38,9 @@ def test_documents_are_found_or_what_hides_them_is_told(case: Case, tmp_path: Pa
         prepared = prepare(config(case, tmp_path))
         assert prepared.audit["documents"] == case.documents
         assert prepared.notes == [case.pairs] if case.pairs else True
-        assert bool(prepared.warnings) == bool(case.warning), prepared.warnings
+        assert bool(warnings(prepared)) == bool(case.warning), warnings(prepared)
         for part in parts(case.warning):
-            assert "\n" not in prepared.warnings[0] and part in prepared.warnings[0], prepared.warnings
+            assert "\n" not in warnings(prepared)[0] and part in warnings(prepared)[0], warnings(prepared)
 
 
 SENTENCES = {
