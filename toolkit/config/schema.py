@@ -175,6 +175,10 @@ class Task(Strict):
     # translate: files <prefix>.<source>[.gz] and <prefix>.<target>[.gz] are aligned line by line
     source: str = "source"
     target: str = "target"
+    # What a tokenizer of many languages (mBART, M2M100, NLLB) calls them; None: its codes for task.source and .target,
+    # of which the language is enough, as de of de_DE and deu of deu_Latn
+    source_code: str | None = None
+    target_code: str | None = None
     prefix: str = ""  # before each source sentence, as T5 wants it: "translate English to German: "
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # in training; evaluation is the plain cross-entropy
     beams: Positive = 4  # of the translations at the end

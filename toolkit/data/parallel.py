@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice, zip_longest
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def prepare(config: RunConfig) -> Prepared:
         [[name, place, _identity(place, prepared.role(name), data, task)] for name, place in places.items()],
         data.columns.model_dump(include=set(SIDES)),
         [data.header, data.format, data.on_error, data.max_length, holdout or None],
-        [task.source, task.target, task.prefix],
+        [task.source, task.target, task.source_code, task.target_code, task.prefix],
         [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
     )
     return Prepared(prepared.build(data, f"parallel-{key}", lambda folder: _write(folder, config, places, holdout)))
@@ -138,7 +138,9 @@ def _lines(path: Path) -> Iterator[str]:
 def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: float) -> None:
     data, task = config.data, config.task
     training = partial(pairs, places["train"], "train", data, task)
-    tokenizer = tokenizers.create(config.tokenizer, lambda: (t for p in training() for t in (p.source, p.target)))
+    texts = lambda: (t for p in training() for t in (p.source, p.target))  # noqa: E731
+    tokenizer = tokenizers.create(config.tokenizer, texts, slow=True)
+    tokenizers.set_languages(tokenizer, task)
     tokenizer.save_pretrained(folder / "tokenizer")
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts
     audit, held = {}, list[Pair]()
@@ -185,7 +187,7 @@ def _filled(found: Iterator[Pair], name: str, counts: Counter[str]) -> Iterator[
 def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any, config: RunConfig) -> dict[str, Any]:
     """Write the token ids of both sides. Returns the split's part of the audit."""
     folder.mkdir()
-    training, longest = name == "train", config.data.max_length
+    training, longest, special = name == "train", config.data.max_length, {*tokenizer.all_special_ids}
     dtype = np.uint16 if tokenizers.vocab_size(tokenizer) <= 2**16 else np.uint32
     writers = {side: RaggedWriter(folder / side, id=dtype) for side in SIDES}
     counts: Counter[str] = Counter()
@@ -203,7 +205,7 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
             counts["kept"] += 1
             for side, ids in zip(SIDES, both, strict=True):
                 counts[f"cut_{side}"] += side in long
-                kept = [*ids[: longest - 1], ids[-1]] if side in long else ids  # the last is </s>
+                kept = _cut(ids, longest, special) if side in long else ids
                 writers[side].append(id=kept)
                 counts[f"{side}_tokens"] += len(kept)
                 counts[f"{side}_unknown"] += kept.count(tokenizer.unk_token_id)
@@ -217,6 +219,12 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
     quantiles = np.quantile(ratios, [0.01, 0.5, 0.99]).tolist() if ratios else []
     ratio = dict(zip(("percentile_1", "median", "percentile_99"), quantiles, strict=False))
     return {name: counts[name] for name in (*names, *tokens)} | {"source_to_target_length": ratio}
+
+
+def _cut(ids: list[int], length: int, special: set[int]) -> list[int]:
+    """So many of ``ids`` with those at their end that are special: </s>, and mBART's language after it."""
+    ends = min(length, sum(1 for _ in takewhile(special.__contains__, reversed(ids))))
+    return [*ids[: length - ends], *ids[len(ids) - ends :]]
 
 
 def _told(counts: dict[str, Any]) -> str:
