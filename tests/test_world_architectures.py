@@ -193,8 +193,11 @@ def translator(case: Case, folder: Path) -> tuple[Translate, Any, str]:
     kind = AutoModelForMaskedLM if case.config == "BertConfig" else AutoModelForSeq2SeqLM
     kind.from_config(config).save_pretrained(folder / "weights")
     tok.save_pretrained(folder / "weights")
+    (folder / "weights" / "generation_config.json").unlink(missing_ok=True)
     if case.generation:
         (folder / "weights" / "generation_config.json").write_text(json.dumps(case.generation))
+    file = folder / "weights" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (case.older or {})))
     rows = [{"source": " ".join(WORDS[:n]), "target": " ".join(w[::-1] for w in WORDS[n : 2 * n])} for n in (2, 6, 3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run, told = opened(

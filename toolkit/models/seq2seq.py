@@ -110,9 +110,10 @@ def generation(weights: str | None, hf_config: Any, tokenizer: Any, special: Spe
     """How the weights say that their model writes (BART forces its first token, Marian never writes padding), with the
     tokens of this run."""
     try:
-        found = GenerationConfig.from_pretrained(weights_folder(str(weights)))
-    except OSError:  # from scratch, or older weights that have it in their configuration
-        found = GenerationConfig.from_model_config(hf_config)
+        found = weights and GenerationConfig.from_pretrained(weights_folder(weights))
+    except OSError:  # older weights have it in their configuration, from where transformers takes it, too
+        found = GenerationConfig.from_pretrained(weights_folder(str(weights)), "config.json", _from_model_config=True)
+    found = found or GenerationConfig.from_model_config(hf_config)
     config = GenerationConfig(**found.to_dict())
     config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = special.pad, special.eos, special.start
     if getattr(tokenizer, "tgt_lang", None):  # the language is the first to be written, or, mBART's, what is read first
