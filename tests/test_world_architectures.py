@@ -107,6 +107,7 @@ def test_logits_are_those_of_transformers_whatever_is_padded(case: Case, tmp_pat
     assert attention == case.attention and ("Warning: model.attention=sdpa" in said) == (attention == "eager")
     assert build.positions(build.skeleton(task.hf_config, task.model_class)) == case.positions
     model.eval().save_pretrained(tmp_path / "model")
+    assert not getattr(model.config, "use_cache", False)  # which recomputed layers would fill twice
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", attn_implementation=attention)
     given = AutoModel.from_pretrained(tmp_path / "weights").state_dict()
     body = getattr(theirs, theirs.base_model_prefix, theirs).state_dict()

@@ -138,8 +138,9 @@ def _lines(path: Path) -> Iterator[str]:
 def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: float) -> None:
     data, task = config.data, config.task
     training = partial(pairs, places["train"], "train", data, task)
-    texts = lambda: (t for p in training() for t in (p.source, p.target))  # noqa: E731
-    tokenizer = tokenizers.create(config.tokenizer, texts, slow=True)
+    tokenizer = tokenizers.create(
+        config.tokenizer, lambda: (t for p in training() for t in (p.source, p.target)), slow=True
+    )
     tokenizers.set_languages(tokenizer, task)
     tokenizer.save_pretrained(folder / "tokenizer")
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # its word on long texts

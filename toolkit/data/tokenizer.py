@@ -98,7 +98,7 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 def vocab_size(tokenizer: Any) -> int:
     """Rows the model's embedding needs: the largest id plus one, added tokens and holes included."""
     languages = getattr(tokenizer, "lang_code_to_id", {})  # which M2M100's leaves out of its vocabulary
-    return int(max(*tokenizer.get_vocab().values(), *languages.values())) + 1
+    return int(max([*tokenizer.get_vocab().values(), *languages.values()])) + 1
 
 
 def encoder(tokenizer: Any) -> Any:

@@ -85,7 +85,19 @@ def seq2seq_config(model: Model, tokenizer: Any, vocab_size: int) -> Any:
             f"model.weights={model.weights}: a {config.model_type} model does not translate. Use an encoder-decoder "
             "(Marian, T5, BART), or a BERT to make one of."
         )
-    require_vocabulary(model.weights, shape(config).vocab_size, vocab_size, exact=False)
+    try:
+        there = shape(config).vocab_size
+    except AttributeError as error:
+        raise ConfigError(
+            f"model.weights={model.weights}: the sizes of a {config.model_type} model are not known here ({error}). "
+            "Use a Marian, T5, BART, mBART or M2M100."
+        ) from error
+    require_vocabulary(model.weights, there, vocab_size, exact=False)
+    if config.pad_token_id not in (None, tokenizer.pad_token_id):
+        raise ConfigError(
+            f"model.weights={model.weights}: pads with id {config.pad_token_id}, the tokenizer with "
+            f"{tokenizer.pad_token_id}. Use the tokenizer of these weights: tokenizer.path=null."
+        )
     set_dropout(config, model.dropout)
     return config
 
