@@ -29,6 +29,7 @@ from toolkit.data.tokenizer import vocab_size
 from toolkit.models import build
 from toolkit.run.directory import Run
 from toolkit.tasks.classify import Classify
+from toolkit.tasks.tag import _tokens
 from toolkit.tasks.translate import Translate
 
 
@@ -154,6 +155,18 @@ def dropouts(model: nn.Module) -> Any:
                 yield f"{name}.{key}", value
 
 
+def test_words_to_tag_are_the_tokens_that_they_are_in_a_sentence() -> None:
+    vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "Ġ", "Ġa", "Ġb"])}
+    words = ["a", "b", "a"]
+    for kind in (transformers.RobertaTokenizer, transformers.GPT2Tokenizer):
+        tok = kind(vocab=vocab, merges=[("Ġ", "a"), ("Ġ", "b")], unk_token="<unk>")
+        found = _tokens(compose("task=tag", "data.train=x"), tok, words)
+        assert found["input_ids"] == tok("a b a")["input_ids"]
+        assert [w for w in found.word_ids() if w is not None] == [0, 1, 2]
+    tok = tokenizer("bert")
+    assert _tokens(compose("task=tag", "data.train=x"), tok, ["red", "sea"])["input_ids"] == tok("red sea")["input_ids"]
+
+
 # ---- translators
 
 
@@ -215,6 +228,8 @@ def test_an_export_translates_as_its_run_did(case: Case, tmp_path: Path) -> None
     if case.error:
         return
     assert all(part in said for part in parts(case.warning)) and ("Warning" in said) == bool(case.warning)
+    halves = model.get_encoder(), model.get_decoder()
+    assert {half.config._attn_implementation for half in halves} == {task.config.model.attention}
     engine = SimpleNamespace(ds=SimpleNamespace(eval=model.eval, module=model, zero_optimization_stage=lambda: 0))
     split = task.splits["eval"]
     texts, _ = task._translated(engine, split, None, task.config.task.beams, iter)

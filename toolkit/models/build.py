@@ -150,7 +150,7 @@ def skeleton(hf_config: Any, model_class: Any) -> Any:
 def build_model(run: Run, task: Described, ds: Mapping[str, Any]) -> nn.Module:
     """The task's model in the layout of ``ds``, on the CPU or partitioned; its activations where asked for."""
     config, hf_config, staged = run.config, task.hf_config, run.config.pipeline.stages > 1
-    if hasattr(hf_config, "num_attention_heads"):
+    if hasattr(hf_config, "num_attention_heads") or hf_config.is_encoder_decoder:
         hf_config._attn_implementation = attention(run, task.model_class)
     model: Any
     if staged:

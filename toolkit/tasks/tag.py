@@ -1,5 +1,6 @@
 """A tag for each word: named entities. The label stands on the first sub-word, as in BERT's paper."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,5 +61,14 @@ class Tag(Finetune):
 
 
 def _tokens(config: RunConfig, tokenizer: Any, words: list[str]) -> Any:
+    if _reads_spaces(tokenizer):
+        words = [*words[:1], *(word and f" {word}" for word in words[1:])]
     options = {"truncation": True, "max_length": config.data.max_length, "return_token_type_ids": True}
     return tokenizer(words, is_split_into_words=True, **options)
+
+
+@functools.lru_cache(1)
+def _reads_spaces(tokenizer: Any) -> bool:
+    """Whether words without the space before them are other tokens, as those of RoBERTa, GPT-2 and ModernBERT are."""
+    whole, words = tokenizer("a a"), tokenizer(["a", "a"], is_split_into_words=True)
+    return bool(whole["input_ids"] != words["input_ids"])
