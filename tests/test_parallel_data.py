@@ -277,3 +277,9 @@ def test_a_unigram_vocabulary_holds_the_same_entries_each_time() -> None:
     texts = [f"{a} {b}" for a in DE[1].split() for b in EN[1].split()]
     one, two = (tokenizers.create(Tokenizer(model="unigram", vocab_size=60), lambda: iter(texts)) for _ in range(2))
     assert one.get_vocab().keys() == two.get_vocab().keys()
+
+
+def test_what_is_cut_keeps_the_tokens_that_end_a_sentence() -> None:
+    assert parallel._cut([5, 6, 7, 8, 2], 3, {2}) == [5, 6, 2]
+    assert parallel._cut([5, 6, 7, 8, 2, 22], 4, {2, 22}) == [5, 6, 2, 22], "mBART's end with the language"
+    assert parallel._cut([22, 5, 6, 7, 2], 3, {2, 22}) == [22, 5, 2]

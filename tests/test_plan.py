@@ -303,6 +303,11 @@ def test_a_folders_model_is_held_to_its_own_sizes(tmp_path: Path) -> None:
         planned(weights)
     with pytest.raises(PlanError, match="does not divide the 3 heads"):
         planned(weights, "data.max_length=256", "zero=stage1", "parallel=tensor")
+    keys |= {"max_position_embeddings": 1024, "num_attention_heads": 16}  # above model.max_position_embeddings, and
+    (tmp_path / "config.json").write_text(json.dumps(keys))  # no multiple of model.num_attention_heads
+    assert planned(
+        weights, "data.max_length=1024", "zero=stage1", "parallel=tensor", "deepspeed.tensor_parallel.autotp_size=8"
+    )
 
 
 def test_more_ranks_than_devices_are_refused() -> None:

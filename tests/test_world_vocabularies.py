@@ -101,7 +101,8 @@ def prepare(kind: str, folder: Path, *overrides: str, lines: list[str]) -> Prepa
     ]
     if kind == "pretrain":
         (folder / "x.txt").write_text("\n\n".join(lines))
-        return prepare_text(compose("task.objective=mlm", "data=text", f"data.path={folder / 'x.txt'}", *common, *overrides))
+        corpus = ["task.objective=mlm", "data=text", f"data.path={folder / 'x.txt'}"]
+        return prepare_text(compose(*corpus, *common, *overrides))
     if kind == "classify":
         rows = "".join(f"{line}\t{'no' if number % 3 else 'yes'}\n" for number, line in enumerate(lines))
         (folder / "x.tsv").write_text(f"text\tlabel\n{rows}")

@@ -66,7 +66,7 @@ class Batch(Strict):
 
 
 class Model(Strict):
-    """The Hugging Face BertConfig in its own key names; ``dropout`` sets hidden and attention."""
+    """The Hugging Face BertConfig in its own key names; ``dropout`` sets all its rates, and those of weights."""
 
     type: Literal["bert", "marian"] = "bert"  # marian: the encoder-decoder of Vaswani et al. 2017
     hidden_size: Positive = 768
@@ -74,11 +74,12 @@ class Model(Strict):
     decoder_layers: Positive | None = None  # marian; None: as many as the encoder has
     num_attention_heads: Positive = 12
     intermediate_size: Positive = 3072
-    max_position_embeddings: Positive = 512
+    max_position_embeddings: Positive = 512  # of a model from scratch; weights have their own
     hidden_act: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
     initializer_range: float = Field(0.02, gt=0)
     layer_norm_eps: float = Field(1e-12, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
+    # sdpa becomes eager, with a warning, where the architecture of the weights has none
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     weights: str | None = None  # a hub name, a Hugging Face folder, or a run directory
     # A translator made of two BERTs: which of its halves begin as model.weights, the others are drawn
@@ -186,6 +187,10 @@ class Task(Strict):
     # translate: files <prefix>.<source>[.gz] and <prefix>.<target>[.gz] are aligned line by line
     source: str = "source"
     target: str = "target"
+    # What a tokenizer of many languages (mBART, M2M100, NLLB) calls them; None: its codes for task.source and .target,
+    # of which the language is enough, as de of de_DE and deu of deu_Latn
+    source_code: str | None = None
+    target_code: str | None = None
     prefix: str = ""  # before each source sentence, as T5 wants it: "translate English to German: "
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # in training; evaluation is the plain cross-entropy
     beams: Positive = 4  # of the translations at the end

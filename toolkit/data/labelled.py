@@ -212,9 +212,11 @@ class Encoded(Mapped):
         length]), ``labels`` [samples], [samples, labels] or [samples, length], ``index`` [samples]. What has no label
         is -100, or NaN where labels are floats."""
         indices = keys[:, 1]
-        longest = int(self.lengths[indices[indices >= 0]].max(initial=1))
+        # No sample repeats another of the batch: heads that look for </s> (BART, T5) want equally many in every row
+        filled = np.where(indices < 0, max(0, indices.max()), indices)
+        longest = max(1, int(self.lengths[filled].max()))
         width = self.width or -(-longest // MULTIPLE) * MULTIPLE
-        sequences = (indices[:, None] * self.choices + np.arange(self.choices)).ravel()  # negative: of an empty sample
+        sequences = (filled[:, None] * self.choices + np.arange(self.choices)).ravel()
         ids, types = (self._rows(self.sequences, name, sequences) for name in ("ids", "types"))
         arrays = {
             "input_ids": padded(ids, self.pad_id, width),

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice, zip_longest
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def prepare(config: RunConfig) -> Prepared:
         [[name, place, _identity(place, prepared.role(name), data, task)] for name, place in places.items()],
         data.columns.model_dump(include=set(SIDES)),
         [data.header, data.format, data.on_error, data.max_length, holdout or None],
-        [task.source, task.target, task.prefix],
+        [task.source, task.target, task.source_code, task.target_code, task.prefix],
         [config.tokenizer.model, tokenizers.identity(config.tokenizer)],
     )
     path = prepared.build(data, f"parallel-{key}", lambda folder: _write(folder, config, places, holdout))
@@ -131,7 +131,10 @@ def _sides(place: str, split: str, task: Task) -> tuple[Path, Path] | None:
 def _write(folder: Path, config: RunConfig, places: dict[str, str], holdout: float) -> None:
     data, task = config.data, config.task
     training = partial(pairs, places["train"], "train", data, task)
-    tokenizer = tokenizers.create(config.tokenizer, lambda: (t for p in training() for t in (p.source, p.target)))
+    tokenizer = tokenizers.create(
+        config.tokenizer, lambda: (t for p in training() for t in (p.source, p.target)), slow=True
+    )
+    tokenizers.set_languages(tokenizer, task)
     tokenizer = tokenizers.save(tokenizer, folder / "tokenizer", config.tokenizer)
     if tokenizer.split_special_tokens and any(name in task.prefix for name in tokenizers.special_names(tokenizer)):
         raise DataError(
@@ -187,7 +190,7 @@ def _filled(found: Iterator[Pair], name: str, counts: Counter[str]) -> Iterator[
 def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any, config: RunConfig) -> dict[str, Any]:
     """Write the token ids of both sides. Returns the split's part of the audit, and what the tokenizer lost."""
     folder.mkdir()
-    training, longest = name == "train", config.data.max_length
+    training, longest, special = name == "train", config.data.max_length, {*tokenizer.all_special_ids}
     dtype = np.uint16 if tokenizers.vocab_size(tokenizer) <= 2**16 else np.uint32
     writers = {side: RaggedWriter(folder / side, id=dtype) for side in SIDES}
     counts: Counter[str] = Counter()
@@ -208,7 +211,7 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
             counts["kept"] += 1
             for side, ids in zip(SIDES, both, strict=True):
                 counts[f"cut_{side}"] += side in long
-                kept = [*ids[: longest - 1], ids[-1]] if side in long else ids  # the last is </s>
+                kept = _cut(ids, longest, special) if side in long else ids
                 writers[side].append(id=kept)
                 counts[f"{side}_tokens"] += len(kept)
                 counts[f"{side}_unknown"] += kept.count(tokenizer.unk_token_id)
@@ -223,6 +226,12 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
     ratio = dict(zip(("percentile_1", "median", "percentile_99"), quantiles, strict=False))
     rest = {"source_to_target_length": ratio, "lost": {side: lost[side].counts for side in SIDES}}
     return {name: counts[name] for name in (*names, *tokens)} | rest
+
+
+def _cut(ids: list[int], length: int, special: set[int]) -> list[int]:
+    """So many of ``ids`` with those at their end that are special: </s>, and mBART's language after it."""
+    ends = min(length, sum(1 for _ in takewhile(special.__contains__, reversed(ids))))
+    return [*ids[: length - ends], *ids[len(ids) - ends :]]
 
 
 def _told(counts: dict[str, Any]) -> str:

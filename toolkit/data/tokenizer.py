@@ -15,12 +15,13 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from toolkit.config.schema import Tokenizer
+from toolkit.config.schema import Task, Tokenizer
 from toolkit.data.prepared import fingerprint
 from toolkit.errors import DataError
 
@@ -33,9 +34,9 @@ Texts = Callable[[], Iterator[str]]
 Form = Literal["NFC", "NFKC"]  # of Unicode
 
 
-def create(config: Tokenizer, texts: Texts) -> Any:
-    """The configured tokenizer, to be saved; ``texts()`` reads what it is trained on, only if it is. Raises
-    DataError."""
+def create(config: Tokenizer, texts: Texts, *, slow: bool = False) -> Any:
+    """The configured tokenizer, to be saved; ``texts()`` reads what it is trained on, only if it is; ``slow``: it may
+    be one without offsets, written in Python. Raises DataError."""
     from transformers import BertTokenizer
 
     if config.path is None:
@@ -48,7 +49,7 @@ def create(config: Tokenizer, texts: Texts) -> Any:
             f"tokenizer.strip_accents={config.strip_accents} with tokenizer.path={config.path}: a saved one keeps or "
             "strips accents as it was saved. Drop it."
         )
-    return _pretrained(config.path)
+    return _pretrained(config.path, slow)
 
 
 def save(tokenizer: Any, folder: Path, config: Tokenizer) -> Any:
@@ -88,14 +89,44 @@ def identity(config: Tokenizer) -> list[Any]:
     if vocab := _vocab_file(config.path):
         return [*keys, _digest(vocab.read_bytes())]
     if (folder := Path(config.path).expanduser()).is_dir():
-        files = sorted({file for name in ("*token*", "vocab*", "merges*", "*.model") for file in folder.glob(name)})
+        names = "*token*", "vocab*", "merges*", "*.model", "*.spm"
+        files = sorted({file for name in names for file in folder.glob(name)})
         return [*keys, [[file.name, _digest(file.read_bytes())] for file in files if file.is_file()]]
-    return [*keys, _digest(_pretrained(config.path).backend_tokenizer.to_str().encode())]
+    return [*keys, digest(_pretrained(config.path, slow=True))]
 
 
 def digest(tokenizer: Any) -> str:
     """Equal where the ids are: training a unigram model twice gives scores that differ in the fourth digit."""
-    return fingerprint(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return fingerprint(json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab())
+
+
+def set_languages(tokenizer: Any, task: Task) -> None:
+    """Tell a tokenizer of many languages (mBART's, M2M100's, NLLB's) which two a run has. Raises DataError."""
+    codes = list(getattr(tokenizer, "lang_code_to_id", None) or tokenizer.extra_special_tokens)
+    for side, name in (("source", "src_lang"), ("target", "tgt_lang")):
+        given, suffix = getattr(task, f"{side}_code"), getattr(task, side)
+        if hasattr(tokenizer, "src_lang"):
+            setattr(tokenizer, name, _language(side, given, suffix, codes))
+        elif given:
+            raise DataError(f"task.{side}_code={given}: without effect, for the tokenizer knows no languages. Drop it.")
+
+
+def _language(side: str, given: str | None, suffix: str, codes: list[str]) -> str:
+    """The code that is ``given``, or else the one for files of this suffix: of ``de`` de_DE, of ``deu`` deu_Latn."""
+    asked = _plain(given or suffix)
+    for found in ([c for c in codes if asked == form(c)] for form in (_plain, lambda c: _plain(c).split("_")[0])):
+        if len(found) == 1:
+            return found[0]
+    near = sorted(codes, key=lambda c: (_plain(c)[:2] != asked[:2], -SequenceMatcher(None, asked, _plain(c)).ratio()))
+    key = f"task.{side}_code={given}" if given else f"task.{side}={suffix}"
+    several = "several languages" if found else "no language"
+    raise DataError(
+        f"{key}: {several} of the tokenizer's {len(codes)}. Set task.{side}_code: {', '.join(found or near[:5])} …"
+    )
+
+
+def _plain(code: str) -> str:
+    return code.strip("_").replace("-", "_").lower()
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
@@ -113,7 +144,8 @@ def special_names(tokenizer: Any) -> list[str]:
 
 def vocab_size(tokenizer: Any) -> int:
     """Rows the model's embedding needs: the largest id plus one, added tokens and holes included."""
-    return int(max(tokenizer.get_vocab().values())) + 1
+    languages = getattr(tokenizer, "lang_code_to_id", {})  # which M2M100's leaves out of its vocabulary
+    return int(max([*tokenizer.get_vocab().values(), *languages.values()])) + 1
 
 
 def pieces(tokenizer: Any) -> list[int]:
@@ -278,7 +310,7 @@ def _read_vocab(path: Path, lowercase: bool) -> dict[str, int]:
     return vocab
 
 
-def _pretrained(path: str) -> Any:
+def _pretrained(path: str, slow: bool) -> Any:
     from transformers import AutoTokenizer
 
     place = Path(path).expanduser()
@@ -286,14 +318,20 @@ def _pretrained(path: str) -> Any:
         raise DataError(f"tokenizer.path={path}: does not exist. Correct it, or train one (path=null).")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place) if place.exists() else path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
             f"tokenizer.path={path}: no tokenizer could be loaded ({reason}) "
             "Name a file vocab.txt, a Hugging Face folder or a hub model, or train one (path=null)."
         ) from error
-    if not tokenizer.is_fast:
+    if not (tokenizer.is_fast or slow):
         raise DataError(f"tokenizer.path={path}: has no tokenizer.json. Use one with a fast tokenizer.")
+    if tokenizer.pad_token is None:  # as with GPT-2 and Llama; padding is masked, whatever it is
+        if tokenizer.eos_token is None:
+            raise DataError(
+                f"tokenizer.path={path}: has neither a token for padding nor one that ends a text. Give it a pad_token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -87,11 +87,12 @@ RUN_RULES: dict[str, Rule] = {
         "model.hidden_size={c.model.hidden_size} does not divide by "
         "model.num_attention_heads={c.model.num_attention_heads}. Change one of them."),
     # uneven shares draw unequally many random numbers, and then dropout differs where it must not
-    "tensor_heads": (lambda f: f.run.model.num_attention_heads % f.run.tensor_size,
+    "tensor_heads": (lambda f: f.run.model.num_attention_heads % f.run.tensor_size and f.run.model.weights is None,
         "model.num_attention_heads={c.model.num_attention_heads} does not divide by "
         "deepspeed.tensor_parallel.autotp_size={c.tensor_size}: every rank takes as many heads. Change one of them, or "
         "use parallel=none."),
-    "max_length": (lambda f: f.run.data.max_length > f.run.model.max_position_embeddings,
+    "max_length": (lambda f: f.run.data.max_length > f.run.model.max_position_embeddings
+        and f.run.model.weights is None,  # which have positions and heads of their own
         "data.max_length={c.data.max_length} is above model.max_position_embeddings={c.model.max_position_embeddings}: "
         "the model has no such position. Lower the one or raise the other."),
     "max_predictions": (lambda f: "masks" in f.kind.can and f.run.data.max_predictions > f.run.data.max_length,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, BertConfig
+from transformers import AutoConfig, BertConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -22,6 +22,13 @@ from toolkit.errors import CheckpointError, ConfigError
 from toolkit.job import ranks
 from toolkit.models import Described, activation
 from toolkit.run.directory import Run, weights_folder
+
+# What transformers' classes say of themselves
+SUPPORTS = {
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}
 
 
 def bert_config(model: Model, *, vocab_size: int, pad_id: int) -> BertConfig:
@@ -36,22 +43,55 @@ def encoder_config(
 ) -> Any:
     """From ``model.weights`` if given (shape and vocabulary are its own), else from the keys. Raises ConfigError. For
     ``kind`` see :func:`read_config`, for ``exact`` and ``tokenizer`` :func:`require_vocabulary`."""
-    model, length = config.model, config.data.max_length
+    model = config.model
     if model.weights is None:
-        found: Any = bert_config(model, vocab_size=vocab_size, pad_id=pad_id)
-    else:
-        found = read_config(model.weights, kind)
-        require_vocabulary(model.weights, found.vocab_size, vocab_size, exact, tokenizer)
-        set_dropout(found, model.dropout, "attention_dropout")
-    positions = getattr(found, "max_position_embeddings", length)
-    if "roberta" in found.model_type:
-        positions -= pad_id + 1  # its positions are numbered from there
-    if length > positions:
+        return bert_config(model, vocab_size=vocab_size, pad_id=pad_id)
+    found = read_config(model.weights, kind)
+    require_vocabulary(model.weights, found.vocab_size, vocab_size, exact, tokenizer)
+    set_dropout(found, model.dropout)
+    if (heads := getattr(found, "num_attention_heads", 0)) % config.tensor_size:
         raise ConfigError(
-            f"data.max_length={length}: model.weights={model.weights} has only {positions} positions. "
-            "Lower data.max_length."
+            f"deepspeed.tensor_parallel.autotp_size={config.tensor_size}: does not divide the {heads} heads of "
+            f"model.weights={model.weights}. Lower it."
         )
     return found
+
+
+def require_fit(config: RunConfig, hf_config: Any, model_class: Any, pad_id: int) -> None:
+    """The longest sequence has a position for every token, and model and data agree on what padding is. Raises
+    ConfigError."""
+    model, length = skeleton(hf_config, model_class), config.data.max_length
+    given = f"model.weights={config.model.weights}"
+    first, limit = _first_position(model), positions(model)
+    if limit is not None and length > limit:
+        raise ConfigError(f"data.max_length={length}: {given} has only {limit} positions. Lower data.max_length.")
+    if first and first != pad_id + 1:
+        raise ConfigError(
+            f"{given}: its positions are numbered by padding of id {first - 1}, the tokenizer's is {pad_id}. Use the "
+            "tokenizer of these weights: tokenizer.path=null."
+        )
+    if getattr(getattr(model, "sequence_summary", None), "summary_type", None) == "last":
+        raise ConfigError(
+            f"{given}: {class_name(model_class)} reads the last position, which is padding in all but the longest of a "
+            "batch. Use weights of another architecture."
+        )
+    # GPT-2, Llama and their like classify the last token before it
+    getattr(hf_config, "text_config", hf_config).pad_token_id = pad_id
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens a sequence may have; None: any number, as with relative positions (T5, DeBERTa v3)."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 0  # XLNet's is -1
+    absolute = getattr(model.config, "position_biased_input", True)
+    return int(limit) - _first_position(model) if limit > 0 and absolute else None
+
+
+def _first_position(model: Any) -> int:
+    """RoBERTa and its like number positions from the one after padding's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
 
 
 def read_config(weights: str, kind: Any = AutoConfig) -> Any:
@@ -75,18 +115,43 @@ def require_vocabulary(weights: str, there: int, here: int, exact: bool, tokeniz
         )
 
 
-def set_dropout(hf_config: Any, dropout: float, also: str) -> None:
-    """Under whichever names this kind of model has for it."""
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", also):
-        if hasattr(hf_config, name):
-            setattr(hf_config, name, dropout)
+def set_dropout(hf_config: Any, dropout: float) -> None:
+    """Under whichever names this kind of model and its parts have for it; what is None follows another. No layer is
+    left out (layerdrop): ranks would leave out different ones."""
+    for name, value in list(vars(hf_config).items()):
+        if isinstance(value, PreTrainedConfig):
+            set_dropout(value, dropout)
+        elif "drop" in name and "path" not in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(hf_config, name, 0.0 if "layerdrop" in name else dropout)
+    if not hasattr(hf_config, "classifier_dropout"):
+        hf_config.classifier_dropout = dropout  # GPT-2's and Llama's heads for tags read it nevertheless
+
+
+def attention(run: Run, model_class: Any) -> str:
+    """``model.attention``, or what a class without PyTorch's fused attention has instead. Raises ConfigError."""
+    asked, name = run.config.model.attention, class_name(model_class)
+    if asked == "eager" or getattr(model_class, SUPPORTS[asked]):
+        return asked
+    if asked != "sdpa":
+        raise ConfigError(f"model.attention={asked}: transformers' {name} has none. Use model.attention=sdpa.")
+    run.warn(
+        f"model.attention=sdpa: transformers' {name} has none and computes its own, which takes more memory and "
+        "time. model.attention=eager is the same without this line."
+    )
+    return "eager"
+
+
+def skeleton(hf_config: Any, model_class: Any) -> Any:
+    """The model without memory for its weights."""
+    with torch.device("meta"), no_init_weights():
+        return model_class(hf_config)
 
 
 def build_model(run: Run, task: Described, ds: Mapping[str, Any]) -> nn.Module:
     """The task's model in the layout of ``ds``, on the CPU or partitioned; its activations where asked for."""
     config, hf_config, staged = run.config, task.hf_config, run.config.pipeline.stages > 1
-    if hasattr(hf_config, "num_attention_heads"):
-        hf_config._attn_implementation = config.model.attention
+    if hasattr(hf_config, "num_attention_heads") or hf_config.is_encoder_decoder:
+        hf_config._attn_implementation = attention(run, task.model_class)
     model: Any
     if staged:
         from toolkit.models.pipeline import build_pipeline
@@ -109,8 +174,7 @@ def build_model(run: Run, task: Described, ds: Mapping[str, Any]) -> nn.Module:
 
 def parameters(task: Described) -> int:
     """How many the task's model has, without memory for one."""
-    with torch.device("meta"), no_init_weights():
-        return int(task.model_class(task.hf_config).num_parameters())
+    return int(skeleton(task.hf_config, task.model_class).num_parameters())
 
 
 def _partitioned(ds: Mapping[str, Any], tensor_size: int) -> AbstractContextManager[Any]:

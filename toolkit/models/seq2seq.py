@@ -10,13 +10,22 @@ for source, target and output, scaled by sqrt(hidden_size). Its bias on the outp
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import BertConfig, BertForMaskedLM, EncoderDecoderConfig, EncoderDecoderModel, MarianConfig
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GenerationConfig,
+    MarianConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from toolkit.config.schema import Model
 from toolkit.errors import ConfigError
-from toolkit.models.build import read_config, require_vocabulary, set_dropout
+from toolkit.models.build import read_config, require_vocabulary, set_dropout, skeleton
 from toolkit.plan.flops import Seq2SeqShape
+from toolkit.run.directory import weights_folder
 
 
 @dataclass(frozen=True)
@@ -76,19 +85,53 @@ def seq2seq_config(model: Model, tokenizer: Any, vocab_size: int) -> Any:
             f"model.weights={model.weights}: a {config.model_type} model does not translate. Use an encoder-decoder "
             "(Marian, T5, BART), or a BERT to make one of."
         )
-    require_vocabulary(model.weights, shape(config).vocab_size, vocab_size, exact=False)
-    for part in _parts(config):
-        set_dropout(part, model.dropout, "dropout_rate")  # what Vaswani et al. call residual dropout, and BERT's
+    try:
+        there = shape(config).vocab_size
+    except AttributeError as error:
+        raise ConfigError(
+            f"model.weights={model.weights}: the sizes of a {config.model_type} model are not known here ({error}). "
+            "Use a Marian, T5, BART, mBART or M2M100."
+        ) from error
+    require_vocabulary(model.weights, there, vocab_size, exact=False)
+    if config.pad_token_id not in (None, tokenizer.pad_token_id):
+        raise ConfigError(
+            f"model.weights={model.weights}: pads with id {config.pad_token_id}, the tokenizer with "
+            f"{tokenizer.pad_token_id}. Use the tokenizer of these weights: tokenizer.path=null."
+        )
+    set_dropout(config, model.dropout)
     return config
 
 
 def special(tokenizer: Any, hf_config: Any = None) -> Special:
-    """Ours ends with </s> and the decoder starts with <pad>, as in Marian, or with what the model's configuration
-    says; BERT's are [SEP] and [CLS]."""
+    """Ours ends with </s> and the decoder starts with <pad>, as in Marian; BERT's are [SEP] and [CLS]. A model's
+    configuration says how its decoder starts, or its class: mBART's with the last token that it is to write."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     start, eos = (tokenizer.cls_token_id, tokenizer.sep_token_id) if eos is None else (pad, eos)
+    if hf_config is None:
+        return Special(pad, eos, start)
     given = getattr(hf_config, "decoder_start_token_id", None)
-    return Special(pad, eos, start if given is None else given)
+    hf_config.pad_token_id, hf_config.decoder_start_token_id = pad, start if given is None else given
+    around = tokenizer(text_target="")["input_ids"]
+    model = skeleton(hf_config, model_class(hf_config))
+    if around and (shift := getattr(model, "prepare_decoder_input_ids_from_labels", None)):
+        hf_config.decoder_start_token_id = int(shift(labels=torch.tensor([around]))[0, 0])
+    return Special(pad, eos, hf_config.decoder_start_token_id)
+
+
+def generation(weights: str | None, hf_config: Any, tokenizer: Any, special: Special) -> GenerationConfig:
+    """How the weights say that their model writes (BART forces its first token, Marian never writes padding), with the
+    tokens of this run."""
+    try:
+        found = weights and GenerationConfig.from_pretrained(weights_folder(weights))
+    except OSError:  # older weights have it in their configuration, from where transformers takes it, too
+        found = GenerationConfig.from_pretrained(weights_folder(str(weights)), "config.json", _from_model_config=True)
+    found = found or GenerationConfig.from_model_config(hf_config)
+    config = GenerationConfig(**found.to_dict())
+    config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = special.pad, special.eos, special.start
+    if getattr(tokenizer, "tgt_lang", None):  # the language is the first to be written, or, mBART's, what is read first
+        first = tokenizer(text_target="")["input_ids"][0]
+        config.forced_bos_token_id = None if first == special.eos else first
+    return config
 
 
 def _parts(hf_config: Any) -> list[Any]:
@@ -166,7 +209,7 @@ def shape(hf_config: Any) -> Seq2SeqShape:
             hidden=e.hidden_size, width=e.hidden_size, intermediate=e.intermediate_size, transform=True,
             encoder_layers=e.num_hidden_layers, decoder_layers=d.num_hidden_layers, vocab_size=d.vocab_size,
         )  # fmt: skip
-    if c.model_type in ("t5", "mt5"):
+    if hasattr(c, "d_kv"):  # T5 and its like
         return Seq2SeqShape(
             hidden=c.d_model, width=c.num_heads * c.d_kv, intermediate=c.d_ff, matrices=3 if c.is_gated_act else 2,
             encoder_layers=c.num_layers, decoder_layers=c.num_decoder_layers, vocab_size=c.vocab_size,

@@ -4,6 +4,7 @@ A kind of task (classify.py, tag.py, span_qa.py) says how examples become token 
 """
 
 import functools
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -68,9 +69,12 @@ class Finetune(Task):
                 "Use weights of a BERT."
             )
         self.model_class = models[type(self.hf_config)]
+        build.require_fit(config, self.hf_config, self.model_class, self.prepared.pad_id)
         takes = ("input_ids", "attention_mask", "token_type_ids")
-        self.inputs = takes if "token_type_ids" in self.tokenizer.model_input_names else takes[:2]
+        typed = {*self.tokenizer.model_input_names} & {*inspect.signature(self.model_class.forward).parameters}
+        self.inputs = takes if "token_type_ids" in typed else takes[:2]
         run.write_model(self.hf_config, self.model_class.__name__, self.prepared.tokenizer)
+        self.hf_config.use_cache = False  # of keys and values, which only generating needs
         run.write_json("audit.json", self.prepared.audit)
         fixed = config.data.padding == "max_length" or config.pipeline.stages > 1  # a pipeline needs one shape
         self.width = config.data.max_length if fixed else None

@@ -47,12 +47,8 @@ class Pretrain(Task):
             )
         sizes = self.vocab_size, self.prepared.pad_id
         self.hf_config = build.encoder_config(config, *sizes, exact=True, kind=BertConfig)
-        if self.hf_config.num_attention_heads % config.tensor_size:
-            raise ConfigError(
-                f"deepspeed.tensor_parallel.autotp_size={config.tensor_size}: does not divide the "
-                f"{self.hf_config.num_attention_heads} heads of model.weights={config.model.weights}. Lower it."
-            )
         self.model_class = MODELS[config.task.objective]
+        build.require_fit(config, self.hf_config, self.model_class, self.prepared.pad_id)
         run.write_model(self.hf_config, build.class_name(self.model_class), self.prepared.tokenizer)
         run.write_json("audit.json", self.prepared.audit)
         self.tell(self.prepared)

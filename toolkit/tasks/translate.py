@@ -1,6 +1,8 @@
 """Translation by an encoder-decoder: cross-entropy with label smoothing, beam search, BLEU."""
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,14 +63,26 @@ class Translate(Task):
         }
         self.held_out = {name: split for name, split in self.splits.items() if name.startswith("eval")}
         self.best = f"{_prefix(next(iter(self.held_out)))}{config.task.best or 'bleu'}" if self.held_out else None
+        self.generation = seq2seq.generation(config.model.weights, self.hf_config, self.tokenizer, self.special)
         run.write_model(self.hf_config, class_name(self.model_class), self.prepared.tokenizer)
+        run.write_text("model/generation_config.json", self._search(config.task.beams).to_json_string())
         run.write_json("audit.json", self.prepared.audit)
         self.tell(self.prepared)
+        self._tell_of_languages(getattr(self.tokenizer, "supported_language_codes", ()))
         seq2seq.without_cache(self.hf_config)
         batch, train, grouped = config.batch, self.splits["train"], config.data.group_by_length
         size, tokens = batch.global_size, batch.tokens
         self.learns(train, Grouped(train.lengths, config.seed, size=size, tokens=tokens, grouped=grouped))
         self.flops = seq2seq.shape(self.hf_config)
+
+    def _tell_of_languages(self, marks: Sequence[str]) -> None:
+        """Of a Marian into several languages, which the source is to begin with."""
+        prefix, weights = self.config.task.prefix, self.config.model.weights
+        if len(marks) > 1 and not prefix.startswith(tuple(marks)):
+            self.run.warn(
+                f"task.prefix={prefix!r}: model.weights={weights} translates into {len(marks)} languages, and nothing "
+                f"tells it which. Begin task.prefix with one of {', '.join(marks[:5])} …"
+            )
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
@@ -149,7 +163,7 @@ class Translate(Task):
         """
         engine.ds.eval()
         model, synced, size = engine.ds.module, engine.ds.zero_optimization_stage() == 3, self.config.batch.micro_size
-        search = self._search(model, beams)
+        model.generation_config = search = self._search(beams)  # what is unset is not to come from another one
         lengths = np.array([len(split.source(i)) for i in range(len(split))[:limit]])
         unpadded = replace(split, width=0)
         found: dict[int, list[int]] = {}
@@ -166,9 +180,9 @@ class Translate(Task):
         texts = [text.strip() for text in self.tokenizer.batch_decode(ordered, skip_special_tokens=True)]
         return texts, metrics.bleu(texts, [target for _, target in split.texts[:limit]])
 
-    def _search(self, model: Any, beams: int) -> GenerationConfig:
-        """The model's own configuration (BART forces its first token), with this run's search."""
-        task, config = self.config.task, GenerationConfig(**model.generation_config.to_dict())
+    def _search(self, beams: int) -> GenerationConfig:
+        """The model's own configuration with this run's search."""
+        task, config = self.config.task, copy.deepcopy(self.generation)
         config.update(
             max_length=None,
             max_new_tokens=task.max_target,
@@ -177,9 +191,6 @@ class Translate(Task):
             early_stopping=False,
             do_sample=False,
             use_cache=True,
-            pad_token_id=self.special.pad,
-            eos_token_id=self.special.eos,
-            decoder_start_token_id=self.special.start,
         )
         return config
 
