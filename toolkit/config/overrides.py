@@ -2,6 +2,7 @@
 
 split(["seed=1", "--config-name", "config", "-m"])   # .overrides ["seed=1"], .flags the others, .multirun True
 values(["zero='stage3'", "+seed=1", "~loss"])        # {"zero": "stage3", "seed": 1, "loss": None}
+keys(["train.steps=5", "zero=stage3"])               # {"train.steps"}
 permissive(["train.steps=5", "zero=stage3"])         # ["++train.steps=5", "zero=stage3"]
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config.schema import conf_dir
+from toolkit.config.schema import conf_dir, dotted
 from toolkit.errors import ConfigError, nearest
 
 
@@ -55,6 +56,17 @@ def parse(override: str) -> Any:
 def values(overrides: Iterable[str]) -> dict[str, Any]:
     """What each key, or option of a group, was set to last; None where that is null or it was deleted."""
     return {one.key_or_group: one.value() for one in map(parse, overrides)}
+
+
+def keys(overrides: Iterable[str]) -> frozenset[str]:
+    """The keys that are set one by one, ``a={b: 1}`` as ``a.b``; not the options of groups."""
+    found = [one for one in map(parse, overrides) if not one.is_hydra_override() and not one.is_delete()]
+    return frozenset(
+        key
+        for one in found
+        if "." in one.key_or_group or not (conf_dir() / one.key_or_group).is_dir()
+        for key in dotted({one.key_or_group: one.value()})
+    )
 
 
 def setting(key: str, value: str) -> str:

@@ -23,7 +23,7 @@ from toolkit.config.schema import RunConfig, cache_dir, dotted
 from toolkit.config.units import MIB
 from toolkit.deepspeed.facts import AUTO, BATCH_KEYS, Facts, Unknown
 from toolkit.deepspeed.rules import FILLED, IN_A_FILE, RULES, Rule
-from toolkit.deepspeed.run_rules import RUN_RULES
+from toolkit.deepspeed.run_rules import RUN_RULES, UNREAD
 from toolkit.errors import ConfigError, nearest
 
 ADAM_KEYS = {"adam_w_mode": "bool", "torch_adam": "bool", "fp32_optimizer_states": "bool"}
@@ -67,9 +67,18 @@ def complete(
     ``world`` counts all ranks. Raises ConfigError for whatever is wrong in the run's config.
     """
     completed = examine(config, world=world, device=device, vocab_size=vocab_size, run_dir=run_dir)
-    if completed.problems:
-        raise ConfigError("\n".join(dict.fromkeys(problem.text for problem in completed.problems)))
+    _refuse(completed.problems)
     return completed.ds
+
+
+def refuse_unread(config: RunConfig) -> None:
+    """Raise ConfigError for keys that nothing reads: the part of ``complete`` for what starts no engine."""
+    _refuse(_broken(UNREAD, Facts({}, None, "cpu", config=config), ""))
+
+
+def _refuse(problems: list[Problem]) -> None:
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problem.text for problem in problems)))
 
 
 def examine(

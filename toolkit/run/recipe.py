@@ -27,6 +27,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from toolkit.config import overrides
 from toolkit.config.compose import register_schema
+from toolkit.config.kinds import KINDS
 from toolkit.config.schema import RunConfig, conf_dir, load
 from toolkit.errors import ConfigError, Stopped, ToolkitError, leave, memory_told
 from toolkit.job import ranks
@@ -149,7 +150,7 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
         sweep.job(recipe.script)
         return
     try:
-        config = load(cfg, recipe.config)
+        config = load(cfg, recipe.config, overrides.keys(HydraConfig.get().overrides.task))
         recipe.refuse_task(config, sys.argv[0])
         _run(recipe, config, debug)
     except ToolkitError as error:
@@ -167,7 +168,9 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
     ranks.complete_environment()
     device = ranks.device()
     ds = ds_config.complete(config, world=ranks.world(), device=device) if recipe.engine else {}
-    if recipe.engine and config.data.workers:
+    if not recipe.engine and recipe.kinds:
+        ds_config.refuse_unread(config)
+    if recipe.engine and config.data.workers and not KINDS[config.task.kind].ignores("data.workers"):
         workers.begin()
     with Terminal(quiet=not debug) as terminal:
         ops.ensure(ds_config.required_ops(ds, device=device, world=ranks.world()), terminal.console)
