@@ -121,8 +121,9 @@ def test_what_is_declared_of_a_kind_is_so(kind: Kind) -> None:
 
 # Keys that every kind reads, or that another rule asks for (ASKED in run_rules.py)
 ALL = {
-    "data.format", "data.holdout", "data.on_error", "data.cache_dir", "data.columns", "model.from_scratch", "task.name", "task.kind",
-    "model.type", "model.weights", "model.new_head", "model.vocab_size", "tokenizer.model", "task.metrics", "task.loss",
+    "data.format", "data.holdout", "data.on_error", "data.cache_dir", "data.columns", "task.name", "task.kind",
+    "model.from_scratch", "model.type", "model.weights", "model.new_head", "model.vocab_size", "tokenizer.model",
+    "task.metrics", "task.loss",
     *(f"train.{key}" for key in Train.model_fields if key != "patience"),
 }  # fmt: skip
 # Where a kind's data is read, besides its own file and what it shares with all: the names of the keys are there

@@ -358,8 +358,7 @@ class RunConfig(Strict):
 
     @cached_property
     def typed(self) -> frozenset[str]:
-        """The keys that a command line has set, not a preset or a saved file; :func:`load` knows them. No field: neither
-        saved nor compared."""
+        """Keys that a command line has set, no preset or saved file; of :func:`load`, neither saved nor compared."""
         return frozenset()
 
     @property

@@ -81,7 +81,7 @@ PLACES = ("data.path", "data.train", "data.eval", "data.test")
 
 
 def _ignored(f: Facts) -> str:
-    """What other kinds of task read, for a message: of presets only where data comes from, they may set what they like."""
+    """What is set and only other kinds of task read, for a message; of what presets set, only where data comes from."""
     found = [key for key in f.changed if f.kind.ignores(key) and (key in f.run.typed or key.startswith(PLACES))]
     if not found:
         return ""
@@ -105,11 +105,8 @@ def _unread_path(f: Facts) -> str:
         own = {"python_docs": "the text that comes with Python", "synthetic": "drawn"}.get(str(data.format))
         way = "data=text, jsonl, parquet or hub" if "data.column" in reads else "data=table"
         return f"data.format={data.format} is {own}. Use {way}" if own else ""
-    given = [
-        data.train,
-        *(p for few in (data.eval, data.test) for p in (few.values() if isinstance(few, dict) else [few])),
-    ]
-    inside = any(str(place).startswith(str(data.path)) for place in given)
+    given = [place for key, place in f.changed.items() if key.startswith(PLACES[1:])]
+    inside = any(str(place).startswith(f"{str(data.path).rstrip('/')}/") for place in given)
     return "" if inside or not data.train else f"data.train={data.train} is what is read. Use data.train, or drop it"
 
 

@@ -30,6 +30,7 @@ from toolkit.config.compose import register_schema
 from toolkit.config.kinds import KINDS
 from toolkit.config.schema import RunConfig, conf_dir, load
 from toolkit.errors import ConfigError, Stopped, ToolkitError, leave, memory_told
+from toolkit.errors import typed as remember
 from toolkit.job import ranks
 
 # The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
@@ -69,7 +70,9 @@ class Recipe:
         if "--debug" in sys.argv:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # for the jobs of a sweep, too
         # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
-        typed = overrides.split(a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a))
+        words = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
+        remember([sys.argv[0], *words], alone="RANK" not in os.environ)
+        typed = overrides.split(words)
         try:
             sys.argv[1:] = [*_given(self, typed), *typed.flags]  # Hydra takes overrides before flags, or after them
         except ConfigError as error:
@@ -93,12 +96,21 @@ class Recipe:
         preset = len(self.kinds) == 1 and not (found.get("task") or found.get("experiment"))
         return [*typed, *([f"task={self.kinds[0]}"] if preset else []), *(self.more(found) if self.more else [])]
 
-    def refuse_task(self, config: RunConfig, name: str) -> None:
-        """Raise ConfigError for a task that the recipe ``name`` is not for."""
-        if self.kinds and config.task.kind not in self.kinds:
+    def refuse(self, config: RunConfig, name: str) -> None:
+        """Raise ConfigError for a task that the recipe ``name`` is not for, or would begin from nothing unasked."""
+        if not self.kinds:
+            return
+        if config.task.kind not in self.kinds:
             texts = {f.stem: f.read_text() for f in sorted((conf_dir() / "task").glob("*.yaml"))}
             known = [task for task, text in texts.items() if any(re.search(rf"kind: {k}\b", text) for k in self.kinds)]
             raise ConfigError(f"task={config.task.name}: {name} is not for it. It takes task={', '.join(known)}.")
+        begun = config.model.weights or config.model.from_scratch
+        if not begun and "weights" in KINDS[config.task.kind].needs:
+            raise ConfigError(
+                f"model.weights is not set: task={config.task.name} would train a model of random weights. Set it to a "
+                "hub name (model.weights=google-bert/bert-base-uncased), a Hugging Face folder or a run, or say that "
+                "it is to be from scratch: model.weights=none."
+            )
 
 
 def recipe(*kinds: str, engine: bool = True, more: More | None = None) -> Callable[[Main], Recipe]:
@@ -151,7 +163,7 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
         return
     try:
         config = load(cfg, recipe.config, overrides.keys(HydraConfig.get().overrides.task))
-        recipe.refuse_task(config, sys.argv[0])
+        recipe.refuse(config, sys.argv[0])
         _run(recipe, config, debug)
     except ToolkitError as error:
         if debug:
@@ -180,5 +192,5 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
                 with memory_told(LESS_MEMORY):
                     recipe.main(config)
         except Stopped as stop:
-            terminal.console.print(str(stop))
+            terminal.console.print(str(stop), markup=False, highlight=False)
             sys.exit(stop.code)
