@@ -111,6 +111,22 @@ ROWS = [
     ("odd_bucket", "cpu", f"{ZERO}.allgather_bucket_size=4097", "must be even"),
     ("unmanaged_overlap", "cpu", "zero=stage1 deepspeed.managed_gradient_accumulation=false", "below stage 2"),
     ("bucket_size", "cpu", f"{ZERO}.reduce_bucket_size=0", "it must be 1 at least"),
+    # a stage that was typed, and what a preset has set of another
+    (
+        "stage12_keys",
+        "cpu",
+        f"{ZERO}.stage=3",
+        "zero_optimization.stage=3 alone leaves zero_optimization.allgather_buc",
+    ),
+    ("stage3_keys", "cpu", f"zero=stage3 {ZERO}.stage=1", "of a preset, without effect there. Use zero=stage1."),
+    ("zero_keys_at_stage0", "cpu", f"{ZERO}.stage=0", "Use zero=stage0."),
+    ("zero_keys_at_stage0", "cpu", f"{ZERO}.stage=0 {ZERO}.overlap_comm=true", "Use zero=stage1 (or 2, 3), or drop"),
+    (
+        "unknown_param",
+        "cpu",
+        f"{OPT}.type=SGD",
+        "type=torch.SGD alone leaves params of a preset that it does not take: betas, eps",
+    ),
     # offload
     ("offload_at_stage0", "cpu", "zero=stage0 offload=cpu", "there is no ZeRO to offload"),
     ("param_offload_stage", "cpu", "zero=stage2 offload=cpu_params", "only ZeRO 3 offloads parameters"),

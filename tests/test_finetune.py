@@ -358,7 +358,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = {
         "test": [*given, f"data.test={unlabelled}", "train.steps=2"],
         "two": [*alone, f"data.eval.matched={held}", f"data.eval.mismatched={other}", "train.steps=2"],
-        "none": [*alone, "data.holdout=0", "train.steps=2"],
+        "none": [*alone, "data.holdout=0", "train.steps=2", "train.eval_every=null"],
     }
     assert not launch_many(folder, runs).errors
     return folder

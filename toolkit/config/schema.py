@@ -407,7 +407,8 @@ def load(cfg: Any, model: type[RunConfig] = RunConfig, typed: Iterable[str] = ()
     try:
         plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {error.msg}") from error
+        what = f"{getattr(error, 'full_key', None) or 'config'}: {str(error.msg).splitlines()[0]}"
+        raise ConfigError(f"{what}. Correct it; what is text and no interpolation is typed \\${{…}}.") from error
     try:
         config = model.model_validate(plain)
     except ValidationError as error:
@@ -421,6 +422,10 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, error["loc"][:-1])
         return f"{key}: unknown key.{nearest(str(error['loc'][-1]), known)} Known: {', '.join(known)}."
+    if error["type"] in ("model_type", "dict_type") and isinstance(error["input"], str):
+        known = [] if key == "deepspeed" else _keys_at(model, error["loc"])
+        named = ", ".join(f"{key}.{k}" for k in known) or "DeepSpeed's, one by one (a file of them: toolkit check)"
+        return f"{key}={error['input']}: is no value but a node of keys: {named}."
     return f"{key}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
 
 

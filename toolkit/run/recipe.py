@@ -19,8 +19,10 @@ import os
 import platform
 import re
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -73,16 +75,31 @@ class Recipe:
         words = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
         remember([sys.argv[0], *words], alone="RANK" not in os.environ)
         typed = overrides.split(words)
+        if typed.help:
+            print(self.help() * (ranks.rank() == 0))
+            return
+        debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
         try:
-            sys.argv[1:] = [*_given(self, typed), *typed.flags]  # Hydra takes overrides before flags, or after them
+            # Hydra takes overrides before flags, or after them; for its own help and completion as they are typed
+            sys.argv[1:] = words if typed.asks else [*_given(self, typed), *_flags(typed)]
         except ConfigError as error:
             refuse(error)
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-        start = decorate(functools.partial(_job, self, os.environ.get("HYDRA_FULL_ERROR") == "1"))
-        if typed.multirun:
-            _sweep(start)
-        else:
-            start()
+        start = decorate(functools.partial(_job, self, debug))
+        with nullcontext() if debug else _refusing(typed.shows):
+            _sweep(start) if typed.multirun else start()
+
+    def help(self) -> str:
+        """What the recipe is, with examples, and what is typed after it."""
+        folders = sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name != "reproduce")
+        options = {p.name: [f"{o.name}/…" if o.is_dir() else o.stem for o in sorted(p.iterdir())] for p in folders}
+        listed = (f"{name}={', '.join(found)}" for name, found in options.items())
+        wrapped = (textwrap.fill(line, 118, initial_indent="  ", subsequent_indent="      ") for line in listed)
+        return "\n".join([
+            str(self.main.__globals__["__doc__"]).strip(), "", "Options of groups, of which each sets several keys:",
+            *wrapped, "", "Single keys are set as train.steps=1000; --cfg job prints all of them as composed, "
+            "--hydra-help Hydra's own flags.",
+        ])  # fmt: skip
 
     @property
     def config(self) -> type[RunConfig]:
@@ -126,9 +143,48 @@ def _given(recipe: Recipe, typed: overrides.Typed) -> Iterable[str]:
     if typed.config and typed.multirun:
         raise ConfigError(f"{typed.config} with --multirun: a sweep's jobs start from overrides. Drop one of the two.")
     primary = typed.config in (None, "--config-dir")
+    if not typed.multirun and not any(o.startswith("hydra.mode=") for o in typed.overrides):
+        overrides.refuse_sweep(typed.overrides)
     given = overrides.permissive(recipe.completed(typed.overrides) if primary else typed.overrides)
     slurm = overrides.values(typed.overrides).get("hydra/launcher") == "submitit_slurm"
     return *(SWEEP if typed.multirun else ()), *([SLURM_SWEEP] if slurm else ()), *given, *HYDRA.split()
+
+
+def _flags(typed: overrides.Typed) -> list[str]:
+    """Hydra's flags, the folder of --config-path from where the command was typed, as other paths are. Raises
+    ConfigError."""
+    path = typed.path
+    if path is None or path.startswith("pkg://"):
+        return typed.flags
+    if not Path(path).is_dir():
+        raise ConfigError(f"--config-path {path}: no such folder (working directory {Path.cwd()}). Name one that is.")
+    whole = str(Path(path).absolute())
+    return [f"{w.removesuffix(path)}{whole}" if w == path or w.endswith(f"={path}") else w for w in typed.flags]
+
+
+@contextmanager
+def _refusing(shows: bool) -> Iterator[None]:
+    """What Hydra refuses is one line and a refusal's code, where it would print a paragraph and leave with a bug's."""
+    from hydra._internal import utils
+    from hydra.errors import CompactHydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    def told(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except (CompactHydraException, OmegaConfBaseException) as error:
+            refuse(ConfigError(" ".join(str(error).partition("Config search path")[0].split())))
+
+    report = utils.run_and_report
+    utils.run_and_report = lambda function: report(lambda: told(function))
+    try:
+        yield
+    except (CompactHydraException, ValueError) as error:  # of flags that do not go together
+        refuse(ConfigError(" ".join(str(error).split())))
+    except SystemExit as end:
+        sys.exit(ConfigError.code if shows and end.code == 1 else end.code)
+    finally:
+        utils.run_and_report = report
 
 
 def _sweep(start: Callable[[], None]) -> None:
@@ -155,6 +211,7 @@ def refuse(error: ToolkitError) -> NoReturn:
 def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from toolkit.run import sweep
@@ -162,7 +219,10 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
         sweep.job(recipe.script)
         return
     try:
-        config = load(cfg, recipe.config, overrides.keys(HydraConfig.get().overrides.task))
+        given: Any = OmegaConf.to_container(
+            HydraConfig.get().overrides.task, resolve=False
+        )  # ${…} is of the configuration
+        config = load(cfg, recipe.config, overrides.keys(given))
         recipe.refuse(config, sys.argv[0])
         _run(recipe, config, debug)
     except ToolkitError as error:
