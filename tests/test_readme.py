@@ -69,7 +69,10 @@ def run(folder: Path, command: str) -> None:
         return
     command = command.replace("google-bert/bert-base-uncased", "runs/first")  # what tests can reach
     small = SMALL if "recipes/" in command or command.startswith("toolkit prepare") else []
-    small = read_by([w for w in shlex.split(command) if re.match(r"[\w.]+=", w)], small)
+    words = [word for word in shlex.split(command) if re.match(r"[\w.]+=", word)]
+    if script := next((word for word in command.split() if word.startswith("recipes/")), None):
+        words = load_recipe(ROOT / script).completed(words)  # with the kind of task that it is for
+    small = read_by(words, small)
     small = [] if "--config-path" in command else small
     small = [*small, *(["data.rows=2000"] if "data=synthetic" in command else [])]
     small = [*small, *(o for name, own in OWN.items() if f"/{name}.py" in command for o in own)]
