@@ -70,14 +70,12 @@ FORMATS: dict[str, tuple[str | None, ...]] = {
     (*_HEADED, "jsonl", "json", "parquet", "hub")), **dict.fromkeys(("data.rows", "data.features", "data.noise"),
     ("synthetic",)),
 }  # fmt: skip
+PLACES = ("data.path", "data.train", "data.eval", "data.test")
 # What weights bring with them
 OF_WEIGHTS = (
     "hidden_size", "num_hidden_layers", "decoder_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "max_position_embeddings", "initializer_range", "layer_norm_eps",
 )  # fmt: skip
-
-
-PLACES = ("data.path", "data.train", "data.eval", "data.test")
 
 
 def _ignored(f: Facts) -> str:
@@ -120,11 +118,6 @@ def _held_out(f: Facts) -> bool:
     return bool(f.run.data.holdout or (f.run.data.eval and not f.kind.ignores("data.eval")))
 
 
-def _own_tokenizer(f: Facts) -> bool:
-    """Whether one is trained; of weights that are pretrained further it is to be named."""
-    return f.run.tokenizer.path is None and (f.run.model.weights is None or "masks" in f.kind.can)
-
-
 # Keys that nothing reads in this combination. It takes neither ranks nor DeepSpeed to say so.
 UNREAD: dict[str, Rule] = {
     "unread": (_ignored, "{got}. Drop it."),
@@ -139,7 +132,8 @@ UNREAD: dict[str, Rule] = {
     "eval_of_nothing": (lambda f: "loss" not in f.kind.can and not _held_out(f)
         and _typed(f, *(f"train.{k}" for k in ("eval_every", "eval_samples") if getattr(f.run.train, k))),
         "{got} without effect: nothing is held out. Set data.holdout, or drop it."),
-    "unread_tokenizer": (lambda f: not _own_tokenizer(f)
+    # weights that are pretrained further do not bring their own
+    "unread_tokenizer": (lambda f: (f.run.tokenizer.path or (f.run.model.weights and "masks" not in f.kind.can))
         and _typed(f, "tokenizer.model", "tokenizer.vocab_size", "tokenizer.min_frequency"),
         "{got} without effect: the tokenizer is that of tokenizer.path or model.weights, none is trained. Drop it."),
     "unread_shape": (lambda f: f.run.model.weights is not None and _typed(f, *(f"model.{k}" for k in OF_WEIGHTS)),

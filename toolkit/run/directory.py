@@ -43,20 +43,20 @@ def settled(config: RunConfig) -> Path:
 
 def unfinished(config: RunConfig) -> str:
     """A line on the newest run of this very configuration that ended before its last evaluation; empty if none did."""
-    text, found = _without_name(as_yaml(config.model_dump(mode="json"))), []
+
+    def settings(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("name:")]
+
+    mine, found = settings(as_yaml(config.model_dump(mode="json"))), []
     for path in Path(config.output_dir).glob("*/config.yaml"):
-        records = read_metrics(path.with_name("metrics.jsonl"))
-        ended = not records or any(key.startswith("eval_") for key in records[-1])
-        if not ended and _without_name(path.read_text()) == text and not _running(path.with_name("env.json")):
-            found.append((path.stat().st_mtime, path.parent, records[-1].get("step", 0)))
+        if settings(path.read_text()) == mine and not _running(path.with_name("env.json")):
+            last = next(reversed(read_metrics(path.with_name("metrics.jsonl"))), {"eval_": "none to go on with"})
+            if not any(key.startswith("eval_") for key in last):
+                found.append((path.stat().st_mtime, path.parent, last["step"]))
     if not found:
         return ""
     _, run, step = max(found)
     return f"{run} has the same configuration and ended at step {step}: name={run.name} would go on with it."
-
-
-def _without_name(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.startswith("name:")]
 
 
 def _running(env: Path) -> bool:

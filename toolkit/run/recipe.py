@@ -219,9 +219,7 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
         sweep.job(recipe.script)
         return
     try:
-        given: Any = OmegaConf.to_container(
-            HydraConfig.get().overrides.task, resolve=False
-        )  # ${…} is of the configuration
+        given: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         config = load(cfg, recipe.config, overrides.keys(given))
         recipe.refuse(config, sys.argv[0])
         _run(recipe, config, debug)
