@@ -153,6 +153,7 @@ def _permissive(override: str) -> str:
     for option in sweep if isinstance(sweep, list) else [sweep]:
         text = getattr(option, "text", option)  # a quoted one of a sweep
         if isinstance(text, str | int | float | None) and str(text) not in known:
-            way = OWN[key].format(text) if key in OWN and re.search(r"[-/.]", str(text)) else nearest(str(text), known)
+            near, own = nearest(str(text), known), key in OWN and re.search(r"[-/.]", str(text))
+            way = OWN[key].format(text) if own and (key == "model" or not near) else near
             raise ConfigError(f"{override}: no such option.{way} {key} has: {', '.join(known)}.")
     return override
