@@ -5,7 +5,7 @@ python recipes/batch_size.py task=linear data=synthetic data.rows=20000 zero=sta
 deepspeed --num_gpus 8 recipes/batch_size.py model=bert_base batch.micro_size=64 batch_size.target_loss=6 …
 
 A step's samples are accumulated in micro-batches of batch.micro_size, so few ranks stand for any number of them. The
-run directory gets trials.jsonl, batch_size.csv, batch_size.png and .svg. Started again, it goes on where it ended.
+run directory gets trials.jsonl, batch_size.csv, batch_size.png and .svg. Under its name= it goes on where it ended.
 """
 
 from typing import Annotated

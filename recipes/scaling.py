@@ -1,7 +1,7 @@
 """Another recipe at 1, 2, 4 … ranks: speed-up against linear, and the three conditions for it, measured.
 
 python recipes/scaling.py scaling.ranks=[1,2,4] scaling.mode=strong experiment=smoke zero=stage2 batch.micro_size=4
-python recipes/scaling.py scaling.recipe=finetune scaling.mode=both task=sst2 model=bert_mini
+python recipes/scaling.py scaling.recipe=finetune scaling.mode=both task=sst2 model=bert_mini model.weights=none
 python recipes/scaling.py scaling.ranks=[1,2,4] model=bert_large \
     scaling.launcher="'deepspeed --hostfile hosts --num_nodes %n --num_gpus 1'"       # a rank on each host
 
@@ -37,13 +37,16 @@ def main(config: Config) -> None:
     from rich.progress import Progress
     from studies import scaling
 
+    from toolkit.cluster.launchers.job import load_recipe
     from toolkit.run.directory import Run
 
     chosen = config.scaling
     path = scaling.find_recipe(chosen.recipe, Path(__file__).parent)
     run = Run.open(config)
     modes = ("strong", "weak") if chosen.mode == "both" else (chosen.mode,)
-    children = scaling.plan(scaling.of_recipe(config, path), modes, chosen.ranks, run.dir)
+    own = scaling.of_recipe(config, path)
+    load_recipe(path).refuse(own, str(path))
+    children = scaling.plan(own, modes, chosen.ranks, run.dir)
     environment = scaling.prepare(children, Scaling().launcher == chosen.launcher, run.console)
     with Progress(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
         for child in bar.track(children):

@@ -34,7 +34,8 @@ class Config(RunConfig):
     spatial_conv: SpatialConv = SpatialConv()
 
 
-register(Kind("denoise", task="studies.denoise:Denoise"))  # it can do nothing that other kinds can
+# It can do nothing that other kinds can
+register(Kind("denoise", task="studies.denoise:Denoise", reads=frozenset({"data.path"})))
 
 
 @recipe("denoise")

@@ -94,4 +94,4 @@ def table(folder: Path, kind: str, train: int = 203, held: int = 37) -> tuple[st
     )]  # fmt: skip
     metrics = {"regress": "spearman,pearson,mse"}.get(kind)
     more = [f"task.metrics=[{metrics}]"] if metrics else []
-    return (f"task={kind}", f"data.train={paths[0]}", f"data.eval={paths[1]}", *TRAINING, *more)
+    return (f"task={kind}", "model.weights=none", f"data.train={paths[0]}", f"data.eval={paths[1]}", *TRAINING, *more)

@@ -27,6 +27,10 @@ import psutil
 import pytest
 import rank_server
 
+from toolkit.config.compose import compose
+from toolkit.config.kinds import KINDS, Kind
+from toolkit.config.overrides import values
+from toolkit.deepspeed.run_rules import OF_WEIGHTS
 from toolkit.job.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -364,7 +368,23 @@ def _defaults(overrides: Sequence[str], bare: bool) -> list[str]:
     given = {o.split("=")[0] for o in overrides}
     none = tuple(o.removesuffix("=none") + "." for o in overrides if o.endswith("=none"))  # no keys for these groups
     defaults = [*(() if bare else TINY), "name=x", f"data.cache_dir={data_cache()}"]
-    return [o for o in defaults if o.split("=")[0] not in given and not o.startswith(none)]
+    return read_by(overrides, [o for o in defaults if o.split("=")[0] not in given and not o.startswith(none)])
+
+
+def read_by(overrides: Sequence[str], defaults: Sequence[str]) -> list[str]:
+    """Those of ``defaults`` that have an effect beside ``overrides``: what the kind of task reads, and weights lack."""
+    given = values(o for o in overrides if o.startswith(("task", "experiment=", "model.weights=", "tokenizer.path=")))
+    kind = KINDS.get(str(given.get("task.kind")), _kind(*(f"{k}={v}" for k, v in given.items() if "." not in k)))
+    weights = given.get("model.weights") not in (None, "none")
+    own = {f"model.{key}" for key in OF_WEIGHTS if weights}
+    if given.get("tokenizer.path") or (weights and "masks" not in kind.can):
+        own.add("tokenizer.vocab_size")
+    return [o for o in defaults if (key := o.split("=")[0]) not in own and not kind.ignores(key)]
+
+
+@cache
+def _kind(*options: str) -> Kind:
+    return KINDS[compose([*options]).task.kind]
 
 
 @cache

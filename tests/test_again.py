@@ -15,16 +15,21 @@ from toolkit.config.kinds import KINDS
 from toolkit.config.schema import load
 from toolkit.train.several import each
 
+FRESH = "model.weights=none"
 # What is typed: a recipe of each kind of task, and each recipe that makes further runs, with how many it makes
 STARTS: dict[str, tuple[str, list[str], int]] = {
     "pretrain": ("pretrain", ["experiment=demo", "zero=stage3", "offload=cpu"], 0),
-    "classify": ("finetune", ["task=classify", "data.train=a.csv", "data.labels=[no,yes]"], 1),
-    "classify, seeds": ("finetune", ["task=sst2", "seeds=[1,2,3]"], 3),
-    "regress": ("finetune", ["task=regress", "data.train=a.csv"], 1),
-    "tag": ("finetune", ["task=conll2003"], 1),
-    "span_qa": ("finetune", ["task=squad_v2", "seeds=[4]"], 1),
-    "choose": ("finetune", ["task=swag"], 1),
-    "glue": ("finetune", ["task=glue", "data=files/glue", "data.path=/data/glue", "seeds=[1,2]"], 18),
+    "classify": ("finetune", ["task=classify", "data.train=a.csv", "data.labels=[no,yes]", FRESH], 1),
+    "classify, seeds": ("finetune", ["task=sst2", "seeds=[1,2,3]", FRESH], 3),
+    "regress": ("finetune", ["task=regress", "data.train=a.csv", FRESH], 1),
+    "tag": ("finetune", ["task=conll2003", FRESH], 1),
+    "span_qa": ("finetune", ["task=squad_v2", "seeds=[4]", FRESH], 1),
+    "choose": ("finetune", ["task=swag", FRESH], 1),
+    "glue": (
+        "finetune",
+        ["task=glue", "data=files/glue", "data.path=/data/glue", "seeds=[1,2]", FRESH],
+        18,
+    ),
     "translate": ("translate", ["experiment=multi30k", "data.path=/data/m", "seeds=[1,2]"], 2),
     "linear": ("linear_regression", ["loss=huber"], 0),
     "denoise": ("spatial_conv", ["spatial_conv.noise=0.2"], 0),
@@ -36,7 +41,11 @@ STARTS: dict[str, tuple[str, list[str], int]] = {
     "memory of one": ("memory", ["zero=stage1", "activation=recompute"], 1),
     "memory of an activation": ("memory", ["activation=offload_cpu"], 7),
     "scaling": ("scaling", ["scaling.ranks=[1,2,4]", "experiment=smoke", "zero=stage1"], 6),
-    "scaling of another task": ("scaling", ["scaling.recipe=finetune", "task=sst2", "scaling.mode=weak"], 2),
+    "scaling of another task": (
+        "scaling",
+        ["scaling.recipe=finetune", "task=sst2", "scaling.mode=weak", FRESH],
+        2,
+    ),
     "scaling of its preset": ("scaling", ["scaling.recipe=linear_regression", "zero=stage1"], 4),
     "mcmc": ("mcmc", [], 0),
     "reductions": ("reductions", [], 0),

@@ -118,6 +118,8 @@ def test_ctrl_c_to_plain_python_saves_and_exits_75(tmp_path: Path) -> None:
     result = stop(tmp_path, "python", 1, to_everyone(signal.SIGINT))
     assert result.code == 75 and "Traceback" not in result.stderr + result.stdout
     assert f"Stopped by a signal after step {last_step(result.dir)}; saved in {result.dir}" in result.stdout
+    typed = result.stdout.split("Go on with: python ")[1].splitlines()[0]
+    assert typed.split()[0].endswith("recipes/pretrain.py") and " name=x " in typed and " ++" not in typed
     assert checkpoint.newest(result.dir).name == f"step-{last_step(result.dir)}"
 
 

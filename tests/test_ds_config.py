@@ -11,7 +11,7 @@ import pytest
 from composing import compose
 
 from toolkit.config.compose import changed
-from toolkit.config.schema import RunConfig, load
+from toolkit.config.schema import RunConfig, conf_dir, load
 from toolkit.deepspeed import rules, run_rules
 from toolkit.deepspeed.ds_config import complete, examine, problems, required_ops
 from toolkit.deepspeed.facts import Facts
@@ -111,6 +111,22 @@ ROWS = [
     ("odd_bucket", "cpu", f"{ZERO}.allgather_bucket_size=4097", "must be even"),
     ("unmanaged_overlap", "cpu", "zero=stage1 deepspeed.managed_gradient_accumulation=false", "below stage 2"),
     ("bucket_size", "cpu", f"{ZERO}.reduce_bucket_size=0", "it must be 1 at least"),
+    # a stage that was typed, and what a preset has set of another
+    (
+        "stage12_keys",
+        "cpu",
+        f"{ZERO}.stage=3",
+        "zero_optimization.stage=3 alone leaves zero_optimization.allgather_buc",
+    ),
+    ("stage3_keys", "cpu", f"zero=stage3 {ZERO}.stage=1", "of a preset, without effect there. Use zero=stage1."),
+    ("zero_keys_at_stage0", "cpu", f"{ZERO}.stage=0", "Use zero=stage0."),
+    ("zero_keys_at_stage0", "cpu", f"{ZERO}.stage=0 {ZERO}.overlap_comm=true", "Use zero=stage1 (or 2, 3), or drop"),
+    (
+        "unknown_param",
+        "cpu",
+        f"{OPT}.type=SGD",
+        "type=torch.SGD alone leaves params of a preset that it does not take: betas, eps",
+    ),
     # offload
     ("offload_at_stage0", "cpu", "zero=stage0 offload=cpu", "there is no ZeRO to offload"),
     ("param_offload_stage", "cpu", "zero=stage2 offload=cpu_params", "only ZeRO 3 offloads parameters"),
@@ -195,10 +211,80 @@ ROWS = [
     ("decoder", "cpu", "model=transformer_base", "model.type=marian with task.kind=pretrain"),
     ("tokens", "cpu", "batch.tokens=4096", "batch.tokens=4096 with task.kind=pretrain"),
     ("subwords", "cpu", "tokenizer.model=bpe", "tokenizer.model=bpe with task.kind=pretrain"),
-    ("several", "cpu", "task=classify task.threshold=0.3", "task.threshold=0.3 with task.kind=classify"),
     ("no_decoder", "cpu", "task=translate", "needs an encoder and a decoder. Use model=transformer_tiny"),
     ("no_metric", "cpu", "task.kind=classify", "task.metrics is empty with task.kind=classify"),
     ("head_of_nothing", "cpu", "model.new_head=true", "model.new_head=true without effect"),
+    # what nothing reads
+    (
+        "unread",
+        "cpu",
+        "data.train=a.csv",
+        "data.train=a.csv without effect with task.kind=pretrain: its data is data.pa",
+    ),
+    ("unread", "cpu", "data=files/sst2 data.path=/d", "data.train=/d/SST-2/train.tsv.gz, data.eval=/d/SST-2/dev.tsv"),
+    ("unread", "cpu", "task=linear data.train=a.csv", "with task.kind=linear: its data is data.path. Drop it."),
+    ("unread", "cpu", "data.eval={b:b.csv}", "data.eval.b=b.csv without effect"),
+    (
+        "unread",
+        "cpu",
+        "train.patience=3",
+        "train.patience=3 without effect with task.kind=pretrain: it is for classify",
+    ),
+    ("unread", "cpu", "task=classify data.mask_rate=0.3", "data.mask_rate=0.3 without effect with task.kind=classify"),
+    ("unread", "cpu", "task=classify task.threshold=0.3", "it is for multi_label. Drop it."),
+    ("unread", "cpu", "task=classify data.columns.tags=x", "it is for tag. Drop it."),
+    ("unread", "cpu", "task=linear model.dropout=0", "model.dropout=0.0 without effect with task.kind=linear"),
+    ("unread", "cpu", "task=linear tokenizer.lowercase=false", "it is for pretrain, classify, regress, tag, span_qa"),
+    (
+        "unread_path",
+        "cpu",
+        "data.path=a.txt",
+        "data.format=python_docs is the text that comes with Python. Use data=text",
+    ),
+    ("unread_path", "cpu", "task=linear data=synthetic data.path=a.csv", "data.format=synthetic is drawn. Use data=ta"),
+    ("unread_path", "cpu", "task=classify data.train=a.csv data.path=b.csv", "data.train=a.csv is what is read"),
+    ("other_format", "cpu", "data.column=body", "data.column without effect with data.format=python_docs"),
+    (
+        "other_format",
+        "cpu",
+        "data=jsonl data.path=a data.documents=file",
+        "data.documents without effect with data.format",
+    ),
+    ("other_format", "cpu", "task=linear data.rows=9", "data.rows without effect with data.format=None"),
+    (
+        "other_format",
+        "cpu",
+        "task=linear data=synthetic data.drop=[a]",
+        "data.drop without effect with data.format=syn",
+    ),
+    ("other_format", "cpu", "task=tag data.format=conll data.header=false", "data.header without effect"),
+    (
+        "unread_holdout",
+        "cpu",
+        "task=classify data.eval=a.csv data.holdout=0.2",
+        "data.holdout without effect: data.eval",
+    ),
+    ("patience_of_nothing", "cpu", "task=translate train.patience=2", "Set train.eval_every, and hold something out"),
+    ("patience_of_nothing", "cpu", "task=classify train.patience=2 data.holdout=0", "patience=2 without effect"),
+    ("eval_of_nothing", "cpu", "data.holdout=0 train.eval_every=9", "train.eval_every without effect: nothing is held"),
+    ("unread_tokenizer", "cpu", "tokenizer.path=x tokenizer.vocab_size=9", "tokenizer.vocab_size without effect"),
+    (
+        "unread_tokenizer",
+        "cpu",
+        "task=sst2 model.weights=x tokenizer.min_frequency=1",
+        "or model.weights, none is trained",
+    ),
+    ("unread_shape", "cpu", "model.weights=x model.hidden_size=64", "model.weights=x has a shape of its own"),
+    ("init_of_nothing", "cpu", "task=translate model=transformer_tiny model.init=none", "Set model.weights to a BERT"),
+    ("huber_delta", "cpu", "task=linear task.huber_delta=2", "Use loss=huber, or drop it."),
+    ("length_penalty", "cpu", "task=translate task.beams=1 task.length_penalty=1", "one beam compares no lengths"),
+    ("decay_steps", "cpu", "schedule=constant schedule.decay_steps=9", "only linear and cosine reach 0"),
+    (
+        "unread_warmup",
+        "cpu",
+        "schedule=none schedule.warmup=9",
+        "schedule.warmup without effect with schedule.name=none",
+    ),
     # the run
     ("heads", "cpu", "model.num_attention_heads=7", "does not divide by model.num_attention_heads=7"),
     ("tensor_heads", "cpu", "parallel=tensor model.num_attention_heads=3", "every rank takes as many heads"),
@@ -282,6 +368,20 @@ def test_all_problems_are_told_at_once() -> None:
         "deepspeed.fp16.enabled=True",
         "schedule.warmup=5000",
     ]
+
+
+def test_no_preset_sets_what_its_task_does_not_read() -> None:
+    presets = {group: [*(conf_dir() / group).rglob("*.yaml")] for group in ("task", "data", "experiment")}
+    own = {f.stem: f.stem for f in presets["task"]} | {"table": "linear", "synthetic": "linear", "codah": "choose"}
+    wrong = []
+    for group, file in ((group, file) for group, files in presets.items() for file in files):
+        option = f"{group}={file.relative_to(conf_dir() / group).with_suffix('')}"
+        more = [f"task={own.get(file.stem)}"] * (group == "data" and file.stem in own)
+        more += ["data.path=/data"] * option.startswith("data=files") + ["model.weights=x"] * (group == "experiment")
+        if file.stem != "denoise":  # of a recipe's own kind
+            facts = Facts({}, 2, "cpu", config=compose(option, *more))
+            wrong += [(option, rule) for rule, (when, _) in run_rules.UNREAD.items() if when(facts)]
+    assert not wrong
 
 
 GROUPS = {

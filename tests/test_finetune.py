@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from labelled_data import KINDS, rows, table, write
-from launching import TINY, Result, data_cache, launch, launch_many, read
+from launching import TINY, Result, data_cache, launch, launch_many, read, read_by
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import (
@@ -258,7 +258,8 @@ def test_from_pretraining_over_the_export_to_a_task(tmp_path: Path) -> None:
     """Pretrain, fine-tune from the run, which is exported on the way; and the weights are those."""
     launch(tmp_path, "name=bert", "train.steps=4", "data.max_length=64")
     given = [*table(tmp_path, "classify"), "train.steps=2", "deepspeed.optimizer.params.lr=0", "zero=stage3"]
-    result = launch(tmp_path, "name=tuned", f"model.weights={tmp_path / 'bert'}", *given, recipe="finetune")
+    given = fit(*given, "name=tuned", f"model.weights={tmp_path / 'bert'}")
+    result = launch(tmp_path, *given, recipe="finetune")
     tuned, started = (load_file(export(tmp_path / n) / "model.safetensors") for n in ("tuned", "bert"))
     body = [name for name in tuned if name.startswith("bert.")]
     assert body and all(torch.equal(tuned[n], started[n]) for n in body), "lr=0: nothing moves"
@@ -298,6 +299,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 }
 
 
+def fit(*overrides: str) -> list[str]:
+    """Without those on the shape of a model that brings its own."""
+    return read_by(overrides, overrides)
+
+
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
     folder = tmp_path_factory.mktemp("refused")
@@ -310,12 +316,13 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
         BertForSequenceClassification(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         places[name] = folder / name
-    runs = {n: [*table(folder, "classify"), *(o.format(**places) for o in more)] for n, (more, _) in REFUSED.items()}
-    own = [*table(folder, "classify"), f"model.weights={places['other']}", "model.new_head=true", "train.steps=2"]
+    runs = {n: fit(*table(folder, "classify"), *(o.format(**places) for o in more)) for n, (more, _) in REFUSED.items()}
+    new = fit(*table(folder, "classify"), f"model.weights={places['other']}", "model.new_head=true")
+    own = [*new, "train.steps=2"]
     runs["weights"] = [*own, "zero=stage1"]
     runs["weights in stages"] = [*own, "zero=stage1", "pipeline=two"]
-    runs["unnamed"] = [*table(folder, "classify"), f"model.weights={places['unnamed']}", "train.steps=2"]
-    runs["new head"] = [*table(folder, "classify"), f"model.weights={places['other']}", "model.new_head=true"]
+    runs["unnamed"] = fit(*table(folder, "classify"), f"model.weights={places['unnamed']}", "train.steps=2")
+    runs["new head"] = new
     many = launch_many(folder, runs)
     (folder / "told.txt").write_text(many.stdout)
     return folder, many.errors
@@ -358,8 +365,14 @@ def test_glue_is_all_nine_tasks_and_the_papers_table(tmp_path: Path) -> None:
             path.write_bytes(gzip.compress(text.encode()))
         else:
             path.write_text(text)
-    small = ["train.steps=2", "train.eval_every=null", "train.save_every=null", "data.max_length=32"]
-    given = ["task=glue", "data=files/glue", f"data.path={tmp_path / 'glue'}", *small]
+    small = [
+        "train.steps=2",
+        "train.eval_every=null",
+        "train.save_every=null",
+        "data.max_length=32",
+        "model.weights=none",
+    ]
+    given = ["task=glue", "data=files/glue", f"data.path={tmp_path / 'glue'}", "model.weights=none", *small]
     result = launch(tmp_path, *given, recipe="finetune", timeout=400)
     scores = json.loads((tmp_path / "x" / "scores.json").read_text())
     assert {s["task"] for s in scores} == {"sst2", "cola", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
@@ -420,7 +433,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = {
         "test": [*given, f"data.test={unlabelled}", "train.steps=2"],
         "two": [*alone, f"data.eval.matched={held}", f"data.eval.mismatched={other}", "train.steps=2"],
-        "none": [*alone, "data.holdout=0", "train.steps=2"],
+        "none": [*alone, "data.holdout=0", "train.steps=2", "train.eval_every=null"],
     }
     assert not launch_many(folder, runs).errors
     return folder

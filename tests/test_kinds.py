@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 from composing import compose
+from transformers import BertConfig
 
-from toolkit.config import kinds
+from toolkit.config import kinds, schema
 from toolkit.config.kinds import KINDS, Kind
-from toolkit.config.schema import conf_dir
+from toolkit.config.schema import Columns, Data, Model, Tokenizer, Train, conf_dir
 from toolkit.errors import ConfigError
 from toolkit.tasks import task_class
 from toolkit.tasks.task import Task
@@ -115,3 +117,44 @@ def test_what_is_declared_of_a_kind_is_so(kind: Kind) -> None:
     nodes = [preset.get("task", preset) for preset in presets]
     mine = [node for node in nodes if node["kind"] == kind.name]
     assert mine and all(set(node.get("metrics", ())) <= set(kind.metrics) for node in mine)
+
+
+# Keys that every kind reads, or that another rule asks for (ASKED in run_rules.py)
+ALL = {
+    "data.format", "data.holdout", "data.on_error", "data.cache_dir", "data.columns", "task.name", "task.kind",
+    "model.from_scratch", "model.type", "model.weights", "model.new_head", "model.vocab_size", "tokenizer.model",
+    "task.metrics", "task.loss",
+    *(f"train.{key}" for key in Train.model_fields if key != "patience"),
+}  # fmt: skip
+# Where a kind's data is read, besides its own file and what it shares with all: the names of the keys are there
+TEXT = "data/tokenizer data/prepared models/build"
+LABELLED = f"{TEXT} data/labelled data/tables data/examples tasks/finetune tasks/metrics train/loop"
+SOURCES = {
+    "pretrain": f"{TEXT} data/text data/corpus data/masked data/sources data/order tasks/task",
+    "translate": f"{TEXT} data/parallel data/tables models/seq2seq tasks/task train/loop",
+    "linear": "data/regression data/tables tasks/task",
+    "span_qa": f"{LABELLED} data/windows tasks/task",
+    "multi_label": f"{LABELLED} tasks/task tasks/classify",
+} | dict.fromkeys(("classify", "regress", "tag", "choose"), f"{LABELLED} tasks/task")
+
+
+def test_of_every_key_it_is_known_which_kinds_read_it() -> None:
+    nodes = {"data": Data, "data.columns": Columns, "task": schema.Task, "tokenizer": Tokenizer, "model": Model}
+    every = {f"{node}.{key}" for node, model in nodes.items() for key in model.model_fields}
+    every |= {f"train.{key}" for key in Train.model_fields}
+    read = frozenset[str]().union(*(kind.reads or () for kind in KINDS.values()))
+    assert read | ALL == every, "a new key belongs into toolkit/config/kinds.py, or ALL if every kind reads it"
+    assert not read & ALL
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_kind_reads_what_it_says(kind: str) -> None:
+    """The name of each key stands in its sources; what others read of the node ``task`` does not stand in its file."""
+    own, root = KINDS[kind], Path(kinds.__file__).parents[1]
+    file = root / f"{own.task.split(':')[0].removeprefix('toolkit.').replace('.', '/')}.py"
+    texts = [path.read_text() for path in (file, *(root / f"{name}.py" for name in SOURCES[kind].split()))]
+    texts.append(" ".join(BertConfig().to_dict()))  # models/build.py copies what has its name there
+    missing = {key for key in own.reads or () if not any(re.search(rf"\b{key.split('.')[-1]}\b", t) for t in texts)}
+    assert not missing
+    others = {key for k in KINDS.values() for key in k.reads or () if key.startswith("task.") and own.ignores(key)}
+    assert not [key for key in others if re.search(rf"\b{re.escape(key)}\b(?!=)", file.read_text())]

@@ -76,9 +76,6 @@ def test_a_table_has_these_features_and_this_target(
         ("1,,3\n2,3,5\n4,4,9\n", {}, "t.csv:1: holds numbers, but also ''"),
         ("1,,3\n2,3,5\n4,4,9\n", {"header": False}, "t.csv:1: column '1' is empty"),
         (HEADED, {"target": "--1"}, "data.target=--1: no such column"),
-        (HEADED, {"train": "t.csv"}, "data.train=t.csv without effect"),
-        (HEADED, {"rows": 7}, "data.rows=7 without effect"),
-        (HEADED, {"format": "synthetic"}, "t.csv without effect: a linear regression reads synthetic rows"),
     ],
 )  # fmt: skip
 def test_what_is_no_table_of_numbers_is_refused_with_row_and_column(

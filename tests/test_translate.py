@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import launch, launch_many, read
+from launching import launch, launch_many, read, read_by
 from studies.bert_init import markdown, rows
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,11 +34,12 @@ def reversals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def common(folder: Path, *more: str) -> list[str]:
     by_sentence = [] if any(o.startswith("batch.tokens=") for o in more) else ["batch.tokens=null"]
-    return [
+    given = [
         "experiment=multi30k", "tokenizer.vocab_size=60", "task.source=a", "task.target=b", "task.max_target=12",
         f"data.train={folder / 'train'}", f"data.eval={folder / 'val'}", f"data.test={folder / 'test'}",
         "train.eval_every=4", "model.dropout=0", *by_sentence, *more,
     ]  # fmt: skip
+    return read_by(given, given)
 
 
 LAYOUTS = {

@@ -8,6 +8,7 @@ Everything else that is raised is a bug of ours and keeps its traceback. A proce
 
 import difflib
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,9 +47,27 @@ class OutOfMemory(ToolkitError):
 
 
 class Stopped(Exception):
-    """Training was asked to stop, and has saved: started again, it goes on."""
+    """Training was asked to stop, and has saved: the command that it names goes on."""
 
     code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+command: list[str] = []  # as it was typed, without the launcher; with the run's name, once that is settled
+_alone = False
+
+
+def typed(words: Iterable[str], *, alone: bool) -> None:
+    """Remember how this process was started: the recipe and its arguments; ``alone``: without a launcher."""
+    global _alone
+    command[:], _alone = words, alone
+
+
+def go_on() -> str:
+    """How this process's run is taken up again, in a sentence."""
+    if not command:
+        return "Start it again under its name= to go on."
+    line = shlex.join(command)
+    return f"Go on with: python {line}" if _alone else f"Go on with the same launcher and: {line}"
 
 
 @contextmanager

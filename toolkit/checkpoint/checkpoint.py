@@ -21,7 +21,7 @@ import torch
 
 from toolkit.checkpoint import ds_state
 from toolkit.engine.plain import Engine
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, go_on
 from toolkit.job import ranks
 from toolkit.run.directory import Run
 from toolkit.run.files import as_json, replace
@@ -181,7 +181,7 @@ def _agreed(final: Path) -> Iterator[None]:
         if found is not None:
             raise CheckpointError(
                 f"{final}: cannot be saved: {found}. The checkpoints before it are as they were: make room or "
-                "permit writing, and start again to go on."
+                f"permit writing. {go_on()}"
             )
 
 

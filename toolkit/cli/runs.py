@@ -51,9 +51,11 @@ def add_to(commands: Commands) -> None:
 def prepare(overrides: list[str]) -> None:
     from toolkit.config.compose import compose
     from toolkit.data.text import format_audit
+    from toolkit.deepspeed.ds_config import refuse_unread
     from toolkit.tasks import task_class
 
     told, config = console(), compose(overrides)
+    refuse_unread(config)
     kind = task_class(config.task.kind)
     prepared = kind.prepare(config, told)
     lines = [format_audit(prepared.audit)] if "entropy" in prepared.audit else prepared.notes

@@ -6,7 +6,7 @@ rebased(config, compose(["zero=stage3"]), compose(["zero=stage1"]))        # the
 
 from typing import Any
 
-from toolkit.config.overrides import permissive
+from toolkit.config.overrides import keys, permissive, refuse_sweep
 from toolkit.config.schema import RunConfig, conf_dir, load, schema
 from toolkit.errors import ConfigError
 
@@ -15,7 +15,7 @@ _schemas: dict[type[RunConfig], Any] = {}  # Hydra's node of each
 
 def compose(overrides: list[str], model: type[RunConfig] = RunConfig) -> RunConfig:
     """The checked configuration of these command-line overrides. Raises ConfigError."""
-    return load(_composed(overrides, model), model)
+    return load(_composed(overrides, model), model, keys(overrides))
 
 
 def options(overrides: list[str]) -> dict[str, str]:
@@ -36,8 +36,8 @@ def changed(tree: Any, before: Any, after: Any) -> Any:
     """``tree`` with what differs between the other two."""
     if not all(isinstance(one, dict) for one in (tree, before, after)):
         return tree if before == after else after
-    keys = [k for k in tree | after if k in (tree if before.get(k) == after.get(k) else after)]
-    return {k: changed(tree.get(k), before.get(k), after.get(k)) for k in keys}
+    kept = [k for k in tree | after if k in (tree if before.get(k) == after.get(k) else after)]
+    return {k: changed(tree.get(k), before.get(k), after.get(k)) for k in kept}
 
 
 def register_schema(model: type[RunConfig] = RunConfig) -> None:
@@ -59,13 +59,15 @@ def _composed(overrides: list[str], model: type[RunConfig], *, return_hydra_conf
     from hydra.errors import HydraException
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
+    given = permissive(overrides)
+    refuse_sweep(overrides)
     register_schema(model)
     around = get_gh_backup()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra_compose("config", permissive(overrides), return_hydra_config=return_hydra_config)
+            return hydra_compose("config", given, return_hydra_config=return_hydra_config)
     except HydraException as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(" ".join(str(error).split())) from error
     finally:
         restore_gh_from_backup(around)

@@ -2,15 +2,24 @@
 
 split(["seed=1", "--config-name", "config", "-m"])   # .overrides ["seed=1"], .flags the others, .multirun True
 values(["zero='stage3'", "+seed=1", "~loss"])        # {"zero": "stage3", "seed": 1, "loss": None}
+keys(["train.steps=5", "zero=stage3"])               # {"train.steps"}
 permissive(["train.steps=5", "zero=stage3"])         # ["++train.steps=5", "zero=stage3"]
 """
 
+import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config.schema import conf_dir
+from toolkit.config.schema import conf_dir, dotted
 from toolkit.errors import ConfigError, nearest
+
+# What a name of a hub or of a file is meant for where it stands for an option
+OWN = {
+    "model": " Pretrained weights are model.weights={0}; without them an option is a size of random ones.",
+    "data": " Text of your own is data=text data.path={0}, rows with labels data.train={0}.",
+}
 
 
 class _Word(str):
@@ -19,12 +28,17 @@ class _Word(str):
 
 @dataclass(frozen=True)
 class Typed:
-    """A command line; ``config`` is the flag by which it starts from another config than the primary one."""
+    """A command line; ``config`` is the flag by which it starts from another config than the primary one, ``path`` the
+    folder that it names. ``asks``: for help, or for what a shell completes; ``shows``: a configuration, no run."""
 
     overrides: list[str]
     flags: list[str]
     multirun: bool
     config: str | None
+    path: str | None = None
+    help: bool = False
+    asks: bool = False
+    shows: bool = False
 
 
 def split(arguments: Iterable[str]) -> Typed:
@@ -35,7 +49,10 @@ def split(arguments: Iterable[str]) -> Typed:
     found = get_args_parser().parse_intermixed_args(words)
     own = {id(word) for word in found.overrides}
     config = next((f"--config-{n}" for n in ("path", "name", "dir") if getattr(found, f"config_{n}")), None)
-    return Typed([*found.overrides], [w for w in words if id(w) not in own], found.multirun, config)
+    flags = [str(one) for one in words if id(one) not in own]
+    asks = found.help or found.hydra_help or found.shell_completion
+    shows = bool(found.cfg or found.info)
+    return Typed([*found.overrides], flags, found.multirun, config, found.config_path, found.help, asks, shows)
 
 
 def parse(override: str) -> Any:
@@ -49,7 +66,37 @@ def parse(override: str) -> Any:
             raise HydraException("missing key before '='")
         return found
     except HydraException as error:
-        raise ConfigError(f"{override}: no override of Hydra's: {str(error).splitlines()[0]}.") from error
+        why = str(error).splitlines()[0].partition(" expecting")[0]
+        raise ConfigError(f"{override}: no override of Hydra's: {why}. {_quoted(override)}") from error
+
+
+def _quoted(override: str) -> str:
+    """How to type what Hydra's grammar wants in quotes, as a word of a command line."""
+    key, equals, value = override.partition("=")
+    if not equals or not value or not re.fullmatch(r"\+{0,2}[\w.@/-]+", key, re.ASCII):
+        return f"Write key=value, without blanks{f': {key}=…' if re.fullmatch('[a-z_.]+', key) else ''}."
+    inside = re.fullmatch(r"\[([^][{}()]*)]", value)
+    items = [text.strip().strip("'\"") for text in inside[1].split(",")] if inside else []
+    typed = f"{key}=[{','.join(map(quoted, items))}]" if items else setting(key, value)
+    return f"Quote it, for Hydra and for the shell: {word(typed)}"
+
+
+def word(text: str) -> str:
+    """``text`` as a shell reads one word."""
+    return shlex.quote(text) if re.search(r"[\"$`\\!]", text) or shlex.quote(text) == text else f'"{text}"'
+
+
+def refuse_sweep(overrides: Iterable[str]) -> None:
+    """Raise ConfigError for several values where one run is to start: a comma in a text is such a value's, too."""
+    for override in overrides:
+        found = parse(override)
+        if found.is_sweep_override() and not found.is_hydra_override():
+            key, _, value = override.partition("=")
+            ways = word(f"{key}=[{value}]"), word(setting(key, value))
+            raise ConfigError(
+                f"{override}: several values. As a list: {ways[0]}, as a text: {ways[1]}; a run for each of them takes "
+                "--multirun of a recipe."
+            )
 
 
 def values(overrides: Iterable[str]) -> dict[str, Any]:
@@ -57,11 +104,27 @@ def values(overrides: Iterable[str]) -> dict[str, Any]:
     return {one.key_or_group: one.value() for one in map(parse, overrides)}
 
 
+def keys(overrides: Iterable[str]) -> frozenset[str]:
+    """The keys that are set one by one, ``a={b: 1}`` as ``a.b``; not the options of groups."""
+    found = [one for one in map(parse, overrides) if not one.is_hydra_override() and not one.is_delete()]
+    return frozenset(
+        key
+        for one in found
+        if "." in one.key_or_group or not (conf_dir() / one.key_or_group).is_dir()
+        for key in dotted({one.key_or_group: one.value()})
+    )
+
+
 def setting(key: str, value: str) -> str:
     """The override that sets ``key`` to just this text."""
+    return f"{key}={quoted(value)}"
+
+
+def quoted(text: str) -> str:
+    """``text`` as a value of an override that is nothing but this text."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return str(QuotedString(text, Quote.single).with_quotes()).replace("${", "\\${")
 
 
 def permissive(overrides: Iterable[str]) -> list[str]:
@@ -90,5 +153,7 @@ def _permissive(override: str) -> str:
     for option in sweep if isinstance(sweep, list) else [sweep]:
         text = getattr(option, "text", option)  # a quoted one of a sweep
         if isinstance(text, str | int | float | None) and str(text) not in known:
-            raise ConfigError(f"{override}: no such option.{nearest(str(text), known)} {key} has: {', '.join(known)}.")
+            near, own = nearest(str(text), known), key in OWN and re.search(r"[-/.]", str(text))
+            way = OWN[key].format(text) if own and (key == "model" or not near) else near
+            raise ConfigError(f"{override}: no such option.{way} {key} has: {', '.join(known)}.")
     return override

@@ -9,7 +9,8 @@ DeepSpeed's own JSON and is checked by :mod:`toolkit.deepspeed.ds_config`.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,11 +82,22 @@ class Model(Strict):
     dropout: float = Field(0.1, ge=0, lt=1)
     # sdpa becomes eager, with a warning, where the architecture of the weights has none
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    weights: str | None = None  # a hub name, a Hugging Face folder, or a run directory
+    # A hub name, a Hugging Face folder, or a run directory; none: from scratch, which fine-tuning wants to be told
+    weights: str | None = Field(None, min_length=1)
+    from_scratch: bool = False  # what model.weights=none becomes
     # A translator made of two BERTs: which of its halves begin as model.weights, the others are drawn
     init: Literal["none", "encoder", "both"] = "both"
     new_head: bool = False  # leave out the task's head that the weights have, for other labels
     vocab_size: Positive | None = None  # None: the tokenizer's; another number than its is refused
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_weights(cls, value: Any) -> Any:
+        """``none`` is None from here on, and that it was said is kept."""
+        if not isinstance(value, dict) or not (weights := value.get("weights")):
+            return value
+        none = str(weights).lower() == "none"
+        return {**value, "weights": None if none else weights, "from_scratch": none}
 
 
 class Tokenizer(Strict):
@@ -360,6 +372,11 @@ class RunConfig(Strict):
     cluster: Cluster = Cluster()
     deepspeed: dict[str, Any] = {}  # DeepSpeed's JSON, checked by toolkit.deepspeed.ds_config
 
+    @cached_property
+    def typed(self) -> frozenset[str]:
+        """Keys that a command line has set, no preset or saved file; of :func:`load`, neither saved nor compared."""
+        return frozenset()
+
     @property
     def tensor_size(self) -> int:
         """Ranks that share each layer."""
@@ -397,19 +414,23 @@ def cache_dir(kind: str) -> Path:
     return Path(base) / "deepspeed-toolkit" / kind
 
 
-def load(cfg: Any, model: type[RunConfig] = RunConfig) -> RunConfig:
-    """Check a composed config (DictConfig or dict) against ``model``. Raises ConfigError naming every bad key."""
+def load(cfg: Any, model: type[RunConfig] = RunConfig, typed: Iterable[str] = ()) -> RunConfig:
+    """Check a composed config (DictConfig or dict) against ``model``; ``typed`` keys of it are the user's own. Raises
+    ConfigError naming every bad key."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {error.msg}") from error
+        what = f"{getattr(error, 'full_key', None) or 'config'}: {str(error.msg).splitlines()[0]}"
+        raise ConfigError(f"{what}. Correct it; what is text and no interpolation is typed \\${{…}}.") from error
     try:
-        return model.model_validate(plain)
+        config = model.model_validate(plain)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, model) for e in error.errors())) from error
+    config.__dict__["typed"] = frozenset(typed)
+    return config
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
@@ -417,6 +438,10 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, error["loc"][:-1])
         return f"{key}: unknown key.{nearest(str(error['loc'][-1]), known)} Known: {', '.join(known)}."
+    if error["type"] in ("model_type", "dict_type") and isinstance(error["input"], str):
+        known = [] if key == "deepspeed" else _keys_at(model, error["loc"])
+        named = ", ".join(f"{key}.{k}" for k in known) or "DeepSpeed's, one by one (a file of them: toolkit check)"
+        return f"{key}={error['input']}: is no value but a node of keys: {named}."
     return f"{key}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
 
 

@@ -77,7 +77,6 @@ class Synthetic:
 
 def read(data: Data, seed: int) -> Table | Synthetic:
     """The table that ``data`` names. Raises DataError naming file, row and column of what is no number."""
-    _refuse_unused(data)
     if data.format == "synthetic":
         return Synthetic(data.rows, data.features, data.noise, seed)
     if data.path is not None:
@@ -87,20 +86,6 @@ def read(data: Data, seed: int) -> Table | Synthetic:
     found: Any = load_diabetes()
     names = (*found.feature_names, "progression")
     return _chosen(np.column_stack([found.data, found.target]), names, data, "diabetes", 0)
-
-
-def _refuse_unused(data: Data) -> None:
-    """A key that this data has no use for would mean that other rows are read than one thinks."""
-    synthetic = data.format == "synthetic"
-    unused = ("path", "target", "drop") if synthetic else ("rows", "features", "noise")
-    for key in ("train", "eval", "test", *unused):
-        if (value := getattr(data, key)) != Data.model_fields[key].default:
-            way = "use data.path, of which data.holdout is held out" if key in ("train", "eval", "test") else "drop it"
-            raise DataError(
-                f"data.{key}={value} without effect: a linear regression reads "
-                f"{'synthetic rows' if synthetic else 'data.path or, without one, diabetes'}. Instead {way}"
-                f"{', or use data=synthetic' if key in ('rows', 'features', 'noise') else ''}."
-            )
 
 
 def _read(data: Data, places: list[str]) -> Table:

@@ -23,9 +23,10 @@ from toolkit.config.schema import RunConfig, cache_dir, dotted
 from toolkit.config.units import MIB
 from toolkit.deepspeed.facts import AUTO, BATCH_KEYS, Facts, Unknown
 from toolkit.deepspeed.rules import FILLED, IN_A_FILE, RULES, Rule
-from toolkit.deepspeed.run_rules import RUN_RULES
+from toolkit.deepspeed.run_rules import RUN_RULES, UNREAD
 from toolkit.errors import ConfigError, nearest
 
+OF_A_STAGE = ("zero_keys_at_stage0", "stage3_keys", "stage12_keys")  # rules on what another stage reads
 ADAM_KEYS = {"adam_w_mode": "bool", "torch_adam": "bool", "fp32_optimizer_states": "bool"}
 ONE_BIT = {"onebitadam": "AdamW", "zerooneadam": "AdamW", "onebitlamb": "Lamb"}  # removed, and what they were based on
 MUP = ("muadam", "muadamw", "musgd")  # of the package mup
@@ -67,9 +68,18 @@ def complete(
     ``world`` counts all ranks. Raises ConfigError for whatever is wrong in the run's config.
     """
     completed = examine(config, world=world, device=device, vocab_size=vocab_size, run_dir=run_dir)
-    if completed.problems:
-        raise ConfigError("\n".join(dict.fromkeys(problem.text for problem in completed.problems)))
+    _refuse(completed.problems)
     return completed.ds
+
+
+def refuse_unread(config: RunConfig) -> None:
+    """Raise ConfigError for keys that nothing reads: the part of ``complete`` for what starts no engine."""
+    _refuse(_broken(UNREAD, Facts({}, None, "cpu", config=config), ""))
+
+
+def _refuse(problems: list[Problem]) -> None:
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problem.text for problem in problems)))
 
 
 def examine(
@@ -130,8 +140,16 @@ def _broken(rules: Mapping[str, Rule], facts: Facts, prefix: str) -> list[Proble
                 text = say.format(p=prefix, f=facts, c=facts.config, got=got)
                 for preset, key in IN_A_FILE.items() if facts.config is None else ():
                     text = text.replace(preset, key)
-                found.append(Problem(name, text))
+                found.append(Problem(name, (name in OF_A_STAGE and _as_typed(got, facts)) or text))
     return found
+
+
+def _as_typed(keys: str, facts: Facts) -> str:
+    """Of a stage that was typed, and leaves without effect what nobody has typed: a preset's keys."""
+    typed, stage = facts.config.typed if facts.config else frozenset(), "deepspeed.zero_optimization.stage"
+    if stage not in typed or typed & {f"deepspeed.{key}" for key in keys.split(", ")}:
+        return ""
+    return f"{stage}={facts.stage} alone leaves {keys} of a preset, without effect there. Use zero=stage{facts.stage}."
 
 
 def required_ops(ds: Mapping[str, Any], *, device: str, world: int) -> list[str]:
@@ -327,7 +345,16 @@ def _scheduler_shape(f: Facts, prefix: str) -> Iterator[Problem]:
 
 
 def _params(f: Facts, prefix: str, block: str, name: str, accepted: dict[str, str]) -> Iterator[Problem]:
-    for key, value in (f[f"{block}.params"] or {}).items():
+    given, typed = f[f"{block}.params"] or {}, f.config.typed if f.config else frozenset()
+    left = [key for key in given if key not in accepted and f"{prefix}{block}.params.{key}" not in typed]
+    if left and f"{prefix}{block}.type" in typed:
+        given = {key: value for key, value in given.items() if key not in left}
+        text = (
+            f"{prefix}{block}.type={name} alone leaves params of a preset that it does not take: {', '.join(left)}. Use"
+        )
+        dropped = " ".join(f"~{prefix}{block}.params.{key}" for key in left)
+        yield Problem("unknown_param", f"{text} an option of {block}=, or drop them: {dropped}.")
+    for key, value in given.items():
         shown = f"{prefix}{block}.params.{key}"
         if value == "auto" or (block, key) == ("optimizer", "max_grad_norm"):  # of which a rule says more
             continue

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from math import inf
 
-from toolkit.config.kinds import Asked
+from toolkit.config.kinds import KINDS, Asked
 from toolkit.deepspeed.facts import Facts
 from toolkit.deepspeed.rules import Rule, number
 
@@ -38,7 +38,6 @@ def _set(key: str) -> Callable[[Facts], str | bool]:
     return lambda f: key in f.changed and f"{key}={f.changed[key]}"
 
 
-SEVERAL = ("data.columns.labels", "data.label_separator", "task.threshold")
 # What a run can ask for that not every kind of task does: how it asks, and why another kind refuses.
 ASKED: dict[Asked, tuple[Callable[[Facts], str | bool], str]] = {
     "pipeline": (_set("pipeline.stages"), "its model is not cut into stages. Use pipeline=none."),
@@ -60,8 +59,99 @@ ASKED: dict[Asked, tuple[Callable[[Facts], str | bool], str]] = {
     "tokens": (_set("batch.tokens"), "it counts the tokens of sentence pairs. Use batch.global_size alone."),
     "subwords": (_set("tokenizer.model"),
         "a BERT's tokenizer is trained as wordpiece. Drop it, or name one by tokenizer.path."),
-    "several": (lambda f: ", ".join(f"{key}={f.changed[key]}" for key in SEVERAL if key in f.changed),
-        "it is of any number of labels a row, task=multi_label. Drop it."),
+}  # fmt: skip
+
+
+# Which formats of data a key is for; None is that of each file
+_HEADED = ("csv", "tsv", "columns", None)
+FORMATS: dict[str, tuple[str | None, ...]] = {
+    "data.column": ("jsonl", "parquet", "hub"), "data.documents": ("text",), "data.split": ("hub", None),
+    "data.streaming": ("hub", None), "data.header": _HEADED, **dict.fromkeys(("data.target", "data.drop"),
+    (*_HEADED, "jsonl", "json", "parquet", "hub")), **dict.fromkeys(("data.rows", "data.features", "data.noise"),
+    ("synthetic",)),
+}  # fmt: skip
+PLACES = ("data.path", "data.train", "data.eval", "data.test")
+# What weights bring with them
+OF_WEIGHTS = (
+    "hidden_size", "num_hidden_layers", "decoder_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "max_position_embeddings", "initializer_range", "layer_norm_eps",
+)  # fmt: skip
+
+
+def _ignored(f: Facts) -> str:
+    """What is set and only other kinds of task read, for a message; of what presets set, only where data comes from."""
+    found = [key for key in f.changed if f.kind.ignores(key) and (key in f.run.typed or key.startswith(PLACES))]
+    if not found:
+        return ""
+    own = next((key for key in PLACES if key not in found and not f.kind.ignores(key)), "")
+    readers = ", ".join(name for name, kind in KINDS.items() if not kind.ignores(found[0]))
+    why = f"its data is {own}" if own and found[0].startswith(PLACES) else f"it is for {readers}"
+    return f"{', '.join(f'{key}={f.changed[key]}' for key in found)} without effect with task.kind={f.kind.name}: {why}"
+
+
+def _typed(f: Facts, *keys: str) -> str:
+    """Those of ``keys`` that the command line set, and this kind of task reads: presets may set what has no effect."""
+    return ", ".join(key for key in keys if key in f.run.typed and not f.kind.ignores(key))
+
+
+def _unread_path(f: Facts) -> str:
+    """Why nobody reads data.path."""
+    data, reads = f.run.data, f.kind.reads or frozenset()
+    if data.path is None or "data.path" not in reads:
+        return ""
+    if "data.train" not in reads:
+        own = {"python_docs": "the text that comes with Python", "synthetic": "drawn"}.get(str(data.format))
+        way = "data=text, jsonl, parquet or hub" if "data.column" in reads else "data=table"
+        return f"data.format={data.format} is {own}. Use {way}" if own else ""
+    given = [place for key, place in f.changed.items() if key.startswith(PLACES[1:])]
+    inside = any(str(place).startswith(f"{str(data.path).rstrip('/')}/") for place in given)
+    return "" if inside or not data.train else f"data.train={data.train} is what is read. Use data.train, or drop it"
+
+
+def _of_another_format(f: Facts) -> str:
+    presets = ("data.header", "data.streaming")  # set these for files that the user may replace
+    keys = (key for key in f.changed if key in FORMATS and (key not in presets or key in f.run.typed))
+    return ", ".join(k for k in keys if not f.kind.ignores(k) and f.run.data.format not in FORMATS[k])
+
+
+def _held_out(f: Facts) -> bool:
+    return bool(f.run.data.holdout or (f.run.data.eval and not f.kind.ignores("data.eval")))
+
+
+# Keys that nothing reads in this combination. It takes neither ranks nor DeepSpeed to say so.
+UNREAD: dict[str, Rule] = {
+    "unread": (_ignored, "{got}. Drop it."),
+    "unread_path": (_unread_path, "data.path={c.data.path} without effect: {got}."),
+    "other_format": (_of_another_format, "{got} without effect with data.format={c.data.format}. Drop it."),
+    "unread_holdout": (lambda f: f.run.data.eval and f.run.data.holdout and not f.kind.ignores("data.eval")
+        and _typed(f, "data.holdout"), "{got} without effect: data.eval is held out. Drop one of the two."),
+    "patience_of_nothing": (lambda f: f.run.train.patience and not f.kind.ignores("train.patience")
+        and (f.run.train.eval_every is None or not _held_out(f)),
+        "train.patience={c.train.patience} without effect: it counts evaluations, and there is one at most, at the "
+        "end. Set train.eval_every, and hold something out (data.holdout or data.eval)."),
+    "eval_of_nothing": (lambda f: "loss" not in f.kind.can and not _held_out(f)
+        and _typed(f, *(f"train.{k}" for k in ("eval_every", "eval_samples") if getattr(f.run.train, k))),
+        "{got} without effect: nothing is held out. Set data.holdout, or drop it."),
+    # weights that are pretrained further do not bring their own
+    "unread_tokenizer": (lambda f: (f.run.tokenizer.path or (f.run.model.weights and "masks" not in f.kind.can))
+        and _typed(f, "tokenizer.model", "tokenizer.vocab_size", "tokenizer.min_frequency", "tokenizer.coverage"),
+        "{got} without effect: the tokenizer is that of tokenizer.path or model.weights, none is trained. Drop it."),
+    "unread_shape": (lambda f: f.run.model.weights is not None and _typed(f, *(f"model.{k}" for k in OF_WEIGHTS)),
+        "{got} without effect: model.weights={c.model.weights} has a shape of its own. Drop it, or model.weights."),
+    "init_of_nothing": (lambda f: f.run.model.weights is None and "model.init" in f.changed
+        and not f.kind.ignores("model.init"),
+        "model.init={c.model.init} without effect: there are no weights to begin with. Set model.weights to a BERT."),
+    "huber_delta": (lambda f: "loss" in f.kind.can and f.run.task.loss != "huber" and "task.huber_delta" in f.changed,
+        "task.huber_delta={c.task.huber_delta} without effect with loss={c.task.loss}. Use loss=huber, or drop it."),
+    "length_penalty": (lambda f: max(f.run.task.beams, f.run.task.eval_beams) == 1 and _typed(f, "task.length_penalty"),
+        "{got} without effect: a search with one beam compares no lengths. Raise task.beams, or drop it."),
+    "decay_steps": (lambda f: f.run.schedule.name not in ("linear", "cosine") and f.run.schedule.decay_steps,
+        "schedule.decay_steps={c.schedule.decay_steps} without effect with schedule.name={c.schedule.name}: only "
+        "linear and cosine reach 0. Drop it."),
+    "unread_warmup": (lambda f: f.run.schedule.name == "none" and f.run.schedule.warmup
+        and _typed(f, "schedule.warmup"),
+        "{got} without effect with schedule.name=none. Use schedule=linear, cosine, inverse_sqrt or constant, or drop "
+        "it."),
 }  # fmt: skip
 
 
@@ -82,6 +172,8 @@ RUN_RULES: dict[str, Rule] = {
         "(task={c.task.kind}), or name one."),
     "head_of_nothing": (lambda f: f.run.model.new_head and f.run.model.weights is None,
         "model.new_head=true without effect: it is for model.weights of another fine-tuning task. Drop it."),
+    # ---- what nothing reads
+    **UNREAD,
     # ---- the model and its data
     "heads": (lambda f: f.run.model.hidden_size % f.run.model.num_attention_heads,
         "model.hidden_size={c.model.hidden_size} does not divide by "
@@ -91,8 +183,8 @@ RUN_RULES: dict[str, Rule] = {
         "model.num_attention_heads={c.model.num_attention_heads} does not divide by "
         "deepspeed.tensor_parallel.autotp_size={c.tensor_size}: every rank takes as many heads. Change one of them, or "
         "use parallel=none."),
-    "max_length": (lambda f: f.run.data.max_length > f.run.model.max_position_embeddings
-        and f.run.model.weights is None,  # which have positions and heads of their own
+    "max_length": (lambda f: f.run.model.weights is None  # which have their own
+        and not f.kind.ignores("data.max_length") and f.run.data.max_length > f.run.model.max_position_embeddings,
         "data.max_length={c.data.max_length} is above model.max_position_embeddings={c.model.max_position_embeddings}: "
         "the model has no such position. Lower the one or raise the other."),
     "max_predictions": (lambda f: "masks" in f.kind.can and f.run.data.max_predictions > f.run.data.max_length,

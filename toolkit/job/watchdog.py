@@ -25,14 +25,14 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from toolkit.errors import BUG, LOST, Stopped, ToolkitError
+from toolkit.errors import BUG, LOST, Stopped, ToolkitError, go_on
 from toolkit.job import ranks
 
 # What a rank raises when a peer has gone: not the cause.
 PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 GONE = (
     "{who}: last heard of {seconds:.0f} s ago{step}. The process was killed (out of memory?), or its host or link is "
-    "down{log}. Start again to go on from the last checkpoint."
+    "down{log}. {go_on}"
 )
 LAST_LINES = 12  # of a traceback, for the launcher's terminal
 
@@ -135,7 +135,7 @@ class Watchdog:
             told += f" and {len(silent) - 8} more" if len(silent) > 8 else ""
             beat, since = self.beats[silent[0]]
             step, log = f", after step {beat.split()[1]}", "; its log.rankN.txt may tell more"
-            self._post(Verdict(LOST, GONE.format(who=told, seconds=now - since, step=step, log=log)))
+            self._post(Verdict(LOST, GONE.format(who=told, seconds=now - since, step=step, log=log, go_on=go_on())))
 
     def _watch(self) -> None:
         while not self.ended.wait(min(0.5, self.interval)):
@@ -158,7 +158,7 @@ class Watchdog:
         """Nobody else will say it."""
         who = f"{self.name} does not reach the store at" if ranks.rank() == 0 else f"rank 0 on {self.hosts[0]},"
         who += f" {os.environ['MASTER_ADDR']}"
-        verdict = Verdict(LOST, GONE.format(who=who, seconds=silence, step="", log=""))
+        verdict = Verdict(LOST, GONE.format(who=who, seconds=silence, step="", log="", go_on=go_on()))
         if ranks.rank() != 0:
             self.say(f"{self.name}: {verdict.text}")
         return verdict

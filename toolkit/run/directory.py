@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from toolkit.config.schema import RunConfig
-from toolkit.errors import CheckpointError, ConfigError
+from toolkit.errors import CheckpointError, ConfigError, command
 from toolkit.job import fingerprint, ranks
 from toolkit.run.files import as_csv, as_json, as_yaml, read_metrics, replace
 from toolkit.run.terminal import Terminal
@@ -41,6 +41,32 @@ def settled(config: RunConfig) -> Path:
     raise ConfigError(f"output_dir={folder}: a hundred runs named {stamp}. Give this one a name=….")
 
 
+def unfinished(config: RunConfig) -> str:
+    """A line on the newest run of this very configuration that ended before its last evaluation; empty if none did."""
+
+    def settings(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("name:")]
+
+    mine, found = settings(as_yaml(config.model_dump(mode="json"))), []
+    for path in Path(config.output_dir).glob("*/config.yaml"):
+        if settings(path.read_text()) == mine and not _running(path.with_name("env.json")):
+            last = next(reversed(read_metrics(path.with_name("metrics.jsonl"))), {"eval_": "none to go on with"})
+            if not any(key.startswith("eval_") for key in last):
+                found.append((path.stat().st_mtime, path.parent, last["step"]))
+    if not found:
+        return ""
+    _, run, step = max(found)
+    return f"{run} has the same configuration and ended at step {step}: name={run.name} would go on with it."
+
+
+def _running(env: Path) -> bool:
+    """Whether the process that wrote ``env`` is there; that of another host is taken to be."""
+    import psutil
+
+    found = json.loads(env.read_text()) if env.exists() else {}
+    return found.get("host") != platform.node() or psutil.pid_exists(found.get("process", 0))
+
+
 class Run:
     """One run directory. Every rank holds one; only rank 0 writes, and only rank 0 speaks."""
 
@@ -54,7 +80,10 @@ class Run:
     @classmethod
     def open(cls, config: RunConfig) -> "Run":
         """Make or reopen the run directory; its name is settled on rank 0."""
+        hint = unfinished(config) if ranks.rank() == 0 and config.name is None else ""
         directory = ranks.from_rank0(settled(config) if ranks.rank() == 0 else None)
+        if config.name is None and command:
+            command.append(f"name={directory.name}")
         config = config.model_copy(update={"name": directory.name})
         if config.resume == "never" and (directory / "metrics.jsonl").exists():
             raise ConfigError(
@@ -65,6 +94,8 @@ class Run:
         terminal = Terminal.current or Terminal(quiet=False)
         terminal.log_to(directory / f"log.rank{ranks.rank()}.txt")
         run = cls(directory, config, terminal.console)
+        if hint:
+            run.console.print(hint, markup=False, highlight=False)
         run.write_yaml("config.yaml", config.model_dump(mode="json"))
         run.write_json("env.json", environment())
         return run
@@ -124,10 +155,11 @@ def environment() -> dict[str, Any]:
 
     commit, status = fingerprint.git("rev-parse", "HEAD"), fingerprint.git("status", "--porcelain")
     return {
-        "command": sys.argv,
+        "command": command or sys.argv,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or _cpu(),
         "git": None if commit is None or status is None else {"commit": commit, "modified": bool(status)},
         "host": platform.node(),
+        "process": os.getpid(),
         "python": platform.python_version(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": fingerprint.versions(),

@@ -19,16 +19,20 @@ import os
 import platform
 import re
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from toolkit.config import overrides
 from toolkit.config.compose import register_schema
+from toolkit.config.kinds import KINDS
 from toolkit.config.schema import RunConfig, conf_dir, load
 from toolkit.errors import ConfigError, Stopped, ToolkitError, leave, memory_told
+from toolkit.errors import typed as remember
 from toolkit.job import ranks
 
 # The run directory is the toolkit's own, made once on rank 0: Hydra writes no files and no log.
@@ -68,17 +72,34 @@ class Recipe:
         if "--debug" in sys.argv:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # for the jobs of a sweep, too
         # The deepspeed launcher appends --local_rank=N, which Hydra would reject; LOCAL_RANK says it too.
-        typed = overrides.split(a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a))
+        words = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
+        remember([sys.argv[0], *words], alone="RANK" not in os.environ)
+        typed = overrides.split(words)
+        if typed.help:
+            print(self.help() * (ranks.rank() == 0))
+            return
+        debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
         try:
-            sys.argv[1:] = [*_given(self, typed), *typed.flags]  # Hydra takes overrides before flags, or after them
+            # Hydra takes overrides before flags, or after them; for its own help and completion as they are typed
+            sys.argv[1:] = words if typed.asks else [*_given(self, typed), *_flags(typed)]
         except ConfigError as error:
             refuse(error)
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-        start = decorate(functools.partial(_job, self, os.environ.get("HYDRA_FULL_ERROR") == "1"))
-        if typed.multirun:
-            _sweep(start)
-        else:
-            start()
+        start = decorate(functools.partial(_job, self, debug))
+        with nullcontext() if debug else _refusing(typed.shows):
+            _sweep(start) if typed.multirun else start()
+
+    def help(self) -> str:
+        """What the recipe is, with examples, and what is typed after it."""
+        folders = sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name != "reproduce")
+        options = {p.name: [f"{o.name}/…" if o.is_dir() else o.stem for o in sorted(p.iterdir())] for p in folders}
+        listed = (f"{name}={', '.join(found)}" for name, found in options.items())
+        wrapped = (textwrap.fill(line, 118, initial_indent="  ", subsequent_indent="      ") for line in listed)
+        return "\n".join([
+            str(self.main.__globals__["__doc__"]).strip(), "", "Options of groups, of which each sets several keys:",
+            *wrapped, "", "Single keys are set as train.steps=1000; --cfg job prints all of them as composed, "
+            "--hydra-help Hydra's own flags.",
+        ])  # fmt: skip
 
     @property
     def config(self) -> type[RunConfig]:
@@ -92,12 +113,21 @@ class Recipe:
         preset = len(self.kinds) == 1 and not (found.get("task") or found.get("experiment"))
         return [*typed, *([f"task={self.kinds[0]}"] if preset else []), *(self.more(found) if self.more else [])]
 
-    def refuse_task(self, config: RunConfig, name: str) -> None:
-        """Raise ConfigError for a task that the recipe ``name`` is not for."""
-        if self.kinds and config.task.kind not in self.kinds:
+    def refuse(self, config: RunConfig, name: str) -> None:
+        """Raise ConfigError for a task that the recipe ``name`` is not for, or would begin from nothing unasked."""
+        if not self.kinds:
+            return
+        if config.task.kind not in self.kinds:
             texts = {f.stem: f.read_text() for f in sorted((conf_dir() / "task").glob("*.yaml"))}
             known = [task for task, text in texts.items() if any(re.search(rf"kind: {k}\b", text) for k in self.kinds)]
             raise ConfigError(f"task={config.task.name}: {name} is not for it. It takes task={', '.join(known)}.")
+        begun = config.model.weights or config.model.from_scratch
+        if not begun and "weights" in KINDS[config.task.kind].needs:
+            raise ConfigError(
+                f"model.weights is not set: task={config.task.name} would train a model of random weights. Set it to a "
+                "hub name (model.weights=google-bert/bert-base-uncased), a Hugging Face folder or a run, or say that "
+                "it is to be from scratch: model.weights=none."
+            )
 
 
 def recipe(*kinds: str, engine: bool = True, more: More | None = None) -> Callable[[Main], Recipe]:
@@ -113,9 +143,48 @@ def _given(recipe: Recipe, typed: overrides.Typed) -> Iterable[str]:
     if typed.config and typed.multirun:
         raise ConfigError(f"{typed.config} with --multirun: a sweep's jobs start from overrides. Drop one of the two.")
     primary = typed.config in (None, "--config-dir")
+    if not typed.multirun and not any(o.startswith("hydra.mode=") for o in typed.overrides):
+        overrides.refuse_sweep(typed.overrides)
     given = overrides.permissive(recipe.completed(typed.overrides) if primary else typed.overrides)
     slurm = overrides.values(typed.overrides).get("hydra/launcher") == "submitit_slurm"
     return *(SWEEP if typed.multirun else ()), *([SLURM_SWEEP] if slurm else ()), *given, *HYDRA.split()
+
+
+def _flags(typed: overrides.Typed) -> list[str]:
+    """Hydra's flags, the folder of --config-path from where the command was typed, as other paths are. Raises
+    ConfigError."""
+    path = typed.path
+    if path is None or path.startswith("pkg://"):
+        return typed.flags
+    if not Path(path).is_dir():
+        raise ConfigError(f"--config-path {path}: no such folder (working directory {Path.cwd()}). Name one that is.")
+    whole = str(Path(path).absolute())
+    return [f"{w.removesuffix(path)}{whole}" if w == path or w.endswith(f"={path}") else w for w in typed.flags]
+
+
+@contextmanager
+def _refusing(shows: bool) -> Iterator[None]:
+    """What Hydra refuses is one line and a refusal's code, where it would print a paragraph and leave with a bug's."""
+    from hydra._internal import utils
+    from hydra.errors import CompactHydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    def told(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except (CompactHydraException, OmegaConfBaseException) as error:
+            refuse(ConfigError(" ".join(str(error).partition("Config search path")[0].split())))
+
+    report = utils.run_and_report
+    utils.run_and_report = lambda function: report(lambda: told(function))
+    try:
+        yield
+    except (CompactHydraException, ValueError) as error:  # of flags that do not go together
+        refuse(ConfigError(" ".join(str(error).split())))
+    except SystemExit as end:
+        sys.exit(ConfigError.code if shows and end.code == 1 else end.code)
+    finally:
+        utils.run_and_report = report
 
 
 def _sweep(start: Callable[[], None]) -> None:
@@ -142,6 +211,7 @@ def refuse(error: ToolkitError) -> NoReturn:
 def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from toolkit.run import sweep
@@ -149,8 +219,9 @@ def _job(recipe: Recipe, debug: bool, cfg: Any) -> None:
         sweep.job(recipe.script)
         return
     try:
-        config = load(cfg, recipe.config)
-        recipe.refuse_task(config, sys.argv[0])
+        given: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        config = load(cfg, recipe.config, overrides.keys(given))
+        recipe.refuse(config, sys.argv[0])
         _run(recipe, config, debug)
     except ToolkitError as error:
         if debug:
@@ -167,7 +238,9 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
     ranks.complete_environment()
     device = ranks.device()
     ds = ds_config.complete(config, world=ranks.world(), device=device) if recipe.engine else {}
-    if recipe.engine and config.data.workers:
+    if not recipe.engine and recipe.kinds:
+        ds_config.refuse_unread(config)
+    if recipe.engine and config.data.workers and not KINDS[config.task.kind].ignores("data.workers"):
         workers.begin()
     with Terminal(quiet=not debug) as terminal:
         ops.ensure(ds_config.required_ops(ds, device=device, world=ranks.world()), terminal.console)
@@ -177,5 +250,5 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
                 with memory_told(LESS_MEMORY):
                     recipe.main(config)
         except Stopped as stop:
-            terminal.console.print(str(stop))
+            terminal.console.print(str(stop), markup=False, highlight=False)
             sys.exit(stop.code)

@@ -25,6 +25,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
 
 from toolkit.config.overrides import parse, values
 from toolkit.errors import BUG, LOST, OutOfMemory, Stopped, ToolkitError
@@ -70,7 +71,8 @@ def job(script: str) -> None:
     """
     hydra = HydraConfig.get()
     mark = {"number": hydra.job.num, "sweep": hydra.callbacks.sweep.started}
-    overrides = [o.lstrip("+") for o in hydra.overrides.task]
+    task: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${…} is of the configuration
+    overrides = [o.lstrip("+") for o in task]
     key = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:8]  # the same whenever it is started
     name = f"{values(overrides).get('name') or 'sweep'}-{key}"
     record = Path(hydra.sweep.dir) / "jobs" / f"{key}.json"

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from toolkit.checkpoint import checkpoint
 from toolkit.engine.pipe_events import Timeline, bubble_share, formula
 from toolkit.engine.plain import Engine, Step, loss_key
-from toolkit.errors import Stopped, ToolkitError
+from toolkit.errors import Stopped, ToolkitError, go_on
 from toolkit.job import ranks, watchdog
 from toolkit.run.directory import Run
 from toolkit.run.table import table
@@ -66,7 +66,7 @@ def fit(engine: Engine, task: Task, run: Run, plan: own_plan.OwnPlan) -> dict[st
                     refuse_nan(run, step, sum(global_losses(done).values()))  # never saved
                     checkpoint.save(run, engine, checkpoint.State(step, samples), keep=best.step)
             if done.stop and step < total:
-                raise Stopped(f"Stopped by a signal after step {step}; saved in {run.dir}. Start again to go on.")
+                raise Stopped(f"Stopped by a signal after step {step}; saved in {run.dir}. {go_on()}")
     if best.step not in (None, step):
         checkpoint.load_best(run, engine, best.step)
         result = {}
@@ -165,8 +165,8 @@ def refuse_nan(run: Run, step: int, loss: float) -> None:
     """A loss that is not finite spoils the weights: end before they are saved."""
     if not math.isfinite(loss):
         raise ToolkitError(
-            f"step {step}: the loss is {loss}. Lower deepspeed.optimizer.params.lr or lengthen "
-            f"schedule.warmup, and start again: the newest checkpoint of {run.dir} is from before."
+            f"step {step}: the loss is {loss}. Lower deepspeed.optimizer.params.lr or lengthen schedule.warmup: the "
+            f"newest checkpoint of {run.dir} is from before. {go_on()}"
         )
 
 

@@ -123,7 +123,7 @@ def prepare(path: Path, overrides: Sequence[str], out: Path | None = None) -> Jo
     """Compose and check the configuration as the recipe would on its ranks, and settle its name. Raises ConfigError."""
     recipe = load_recipe(path)
     config = compose(recipe.completed(list(overrides)), recipe.config)
-    recipe.refuse_task(config, str(path))
+    recipe.refuse(config, str(path))
     cluster = config.cluster
     hosts = slots("cluster.hostfile", Path(cluster.hostfile)) if cluster.hostfile else {}
     nodes = cluster.nodes or len(hosts) or config.machine.nodes
