@@ -39,22 +39,22 @@ def test_the_command_has_the_name_that_the_run_was_given(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("overrides", "last", "process", "found"),
+    ("overrides", "last", "alive", "found"),
     [
-        (["seed=1"], {"step": 6, "checkpoint": "step-6"}, None, True),
-        (["seed=2"], {"step": 6, "checkpoint": "step-6"}, None, False),  # another configuration
-        (["seed=1"], {"step": 9, "eval_loss": 1.0}, None, False),  # that has ended
-        (["seed=1"], {"step": 6, "loss": 1.0}, os.getpid(), False),  # that runs
+        (["seed=1"], {"step": 6, "checkpoint": "step-6"}, False, True),
+        (["seed=2"], {"step": 6, "checkpoint": "step-6"}, False, False),  # another configuration
+        (["seed=1"], {"step": 9, "eval_loss": 1.0}, False, False),  # that has ended
+        (["seed=1"], {"step": 6, "loss": 1.0}, True, False),  # that runs
     ],
 )
 def test_the_same_configuration_is_found_where_it_ended_early(
-    overrides: list[str], last: dict[str, object], process: int | None, found: bool, tmp_path: Path
+    overrides: list[str], last: dict[str, object], alive: bool, found: bool, tmp_path: Path
 ) -> None:
     run = Run.open(compose([*overrides, "name=before", f"output_dir={tmp_path}"]))
     run.log({"step": 3, "eval_loss": 2.0})
     run.log(last)
     env = json.loads((run.dir / "env.json").read_text())
-    run.write_json("env.json", env | {"process": process or 2**22 + 1})  # above any of Linux's
+    run.write_json("env.json", env | {"process": os.getpid() if alive else 2**22 + 1})  # above any of Linux's
     line = unfinished(compose(["seed=1", f"output_dir={tmp_path}"]))
     told = f"{run.dir} has the same configuration and ended at step 6: name=before would go on with it."
     assert line == (told if found else "")
