@@ -21,6 +21,7 @@ STARTS: dict[str, tuple[str, list[str], int]] = {
     "pretrain": ("pretrain", ["experiment=demo", "zero=stage3", "offload=cpu"], 0),
     "classify": ("finetune", ["task=classify", "data.train=a.csv", "data.labels=[no,yes]", FRESH], 1),
     "classify, seeds": ("finetune", ["task=sst2", "seeds=[1,2,3]", FRESH], 3),
+    "multi_label": ("finetune", ["task=multi_label", "data.train=a.csv", "data.columns.labels=[a,b]", FRESH], 1),
     "regress": ("finetune", ["task=regress", "data.train=a.csv", FRESH], 1),
     "tag": ("finetune", ["task=conll2003", FRESH], 1),
     "span_qa": ("finetune", ["task=squad_v2", "seeds=[4]", FRESH], 1),
