@@ -52,7 +52,7 @@ def unfinished(config: RunConfig) -> str:
         if settings(path.read_text()) == mine and not _running(path.with_name("env.json")):
             last = next(reversed(read_metrics(path.with_name("metrics.jsonl"))), {"eval_": "none to go on with"})
             if not any(key.startswith("eval_") for key in last):
-                found.append((path.stat().st_mtime, path.parent, last["step"]))
+                found.append((path.stat().st_mtime, path.parent, last.get("step", 0)))
     if not found:
         return ""
     _, run, step = max(found)
