@@ -351,3 +351,5 @@ def test_a_file_is_read_where_the_preset_names_the_hub(tmp_path: Path) -> None:
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"text\tlabel\na\tb\n"))
     with pytest.raises(DataError, match=r"x.txt.gz: the suffix '.txt' is unknown. Set data.format=csv, tsv"):
         _table(str(tmp_path / "x.txt.gz"), Problems(), format="hub")
+    with pytest.raises(DataError, match=r"data.train=owner/x.txt.gz: no file matches"):
+        _table("owner/x.txt.gz", Problems(), format="hub")

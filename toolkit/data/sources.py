@@ -222,16 +222,16 @@ def hub_rows(name: str, dataset: Any, key: str = "data.path") -> Iterator[tuple[
         yield f"{name}:row {number}", row
 
 
-def hub_identity(name: str, split: str, streaming: bool) -> list[Any]:
+def hub_identity(name: str, split: str, streaming: bool, key: str = "data.path") -> list[Any]:
     """The name and the revision that would be read: files of a folder, else the hub's commit."""
     owner = name.partition(":")[0]
     if (folder := Path(owner)).is_dir():
         return [name, stamps(path for path in sorted(folder.rglob("*")) if path.is_file())]
     if not streaming:
-        return [name, load(name, split, streaming)._fingerprint]
+        return [name, load(name, split, streaming, key)._fingerprint]
     from huggingface_hub import HfApi
 
-    return [name, str(_asked(lambda: HfApi().dataset_info(owner).sha, "data.path", name))]
+    return [name, str(_asked(lambda: HfApi().dataset_info(owner).sha, key, name))]
 
 
 def _asked(question: Callable[[], Any], key: str, name: str) -> Any:

@@ -56,7 +56,7 @@ def identity(source: str, data: Data, split: str) -> list[Any]:
     """What identifies the rows for a cache without reading them: path, size and time of files, the hub's commit."""
     if _is_hub(source, data):
         name, chosen = _name_and_split(source, HUB_SPLIT[role(split)])
-        return [chosen, *sources.hub_identity(name, chosen, data.streaming)]
+        return [chosen, *sources.hub_identity(name, chosen, data.streaming, f"data.{role(split)}")]
     return sources.stamps(matching(source, f"data.{role(split)}"))
 
 
@@ -91,7 +91,8 @@ def _is_hub(source: str, data: Data) -> bool:
     name = _name_and_split(source, "")[0].partition(":")[0]
     if os.path.isdir(name):  # noqa: PTH112  (never raises)
         return True
-    is_file = glob.has_magic(name) or _suffix(Path(name)) in _READ or os.path.isfile(source)  # noqa: PTH113
+    ends = name.endswith(".gz") or _suffix(Path(name)) in (*_READ, "txt")
+    is_file = ends or glob.has_magic(name) or os.path.isfile(source)  # noqa: PTH113
     named = data.format == "hub" or _OWNER_NAME.fullmatch(name) is not None
     return named and not is_file and not name.startswith(("/", ".", "~"))
 
@@ -120,7 +121,7 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix[1:]
+    return Path(path.name.removesuffix(".gz")).suffix[1:].lower()
 
 
 def _words(path: Path, problems: Problems) -> Cells:
@@ -189,6 +190,12 @@ def _separator(head: list[str]) -> str:
     return ","
 
 
+_ROW = (
+    "Correct it (in CSV a cell with a separator or line end is in quotes, with no backslash before it), or set the "
+    "data.format that the file has"
+)
+
+
 def _table(path: Path, records: Cells, data: Data, problems: Problems) -> Iterator[Row]:
     skipped = problems.skipped
     first = next(records, None)
@@ -217,10 +224,7 @@ def _table(path: Path, records: Cells, data: Data, problems: Problems) -> Iterat
     for line, cells in records if named else itertools.chain([first], records):
         if len(cells) != len(names):
             what = f"has {len(cells)} cells where the {'header' if named else 'first row'} has {len(names)}"
-            way_out = "Correct the row, or set the data.format that the file has"
-            if any(cell.endswith("\\") for cell in cells):
-                way_out = "A cell with a separator or line end is in quotes, with no backslash before it: write it so"
-            problems.found(f"{path}:{line}: {what}", way_out)
+            problems.found(f"{path}:{line}: {what}", _ROW)
         elif named and cells == names:
             problems.found(f"{path}:{line}: is the header again", "Take it out")
         else:

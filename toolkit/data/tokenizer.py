@@ -9,6 +9,7 @@ becomes '▁', so decoding gives the text back; punctuation stands alone.
 """
 
 import hashlib
+import io
 import json
 import re
 import string
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from toolkit.config.schema import Task, Tokenizer
+from toolkit.data import encodings
 from toolkit.data.prepared import fingerprint
 from toolkit.errors import DataError
 
@@ -292,10 +294,10 @@ def _read_vocab(path: Path, lowercase: bool) -> dict[str, int]:
     """One token per line, the id is the line number from 0, as Hugging Face's load_vocab has it: U+2028 ends no line. A
     byte order mark and blank lines at the end, which it takes for entries, are none."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(encodings.opened(path), "utf-8-sig") as file:
             tokens = [line.rstrip("\n") for line in file]
     except UnicodeDecodeError as error:
-        raise DataError(f"tokenizer.path={path}: is not UTF-8 ({error.reason}). Use a BERT vocab.txt.") from error
+        raise DataError(f"tokenizer.path={path}: is not UTF-8. {encodings.way_out(path, 0)}.") from error
     while tokens and not tokens[-1].strip(" \t"):
         tokens.pop()
     vocab = {token: number for number, token in enumerate(tokens)}
