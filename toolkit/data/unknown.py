@@ -14,6 +14,7 @@ from typing import Any
 
 from toolkit.config.schema import Tokenizer
 from toolkit.data import tokenizer as tokenizers
+from toolkit.data.vocabulary import LONGEST_WORD
 from toolkit.errors import DataError
 
 DOUBTFUL = 0.01  # share of the characters, or of the texts, from which on it is said
@@ -125,7 +126,7 @@ def _unknown(config: Tokenizer, name: str, counts: Counts) -> str:
     tokenizer = "the trained vocabulary" if config.path is None else f"tokenizer.path={config.path}"
     cause, way_out = "it does not have them", "Raise tokenizer.vocab_size or tokenizer.coverage."
     if counts["long"] > counts["unknown"] / 2:
-        cause = f"most stand in words of more than {tokenizers.LONGEST_WORD} characters, which WordPiece does not read"
+        cause = f"most stand in words of more than {LONGEST_WORD} characters, which WordPiece does not read"
     if config.path:
         way_out = (
             "Use tokenizer.path (or model.weights, with the tokenizer that it has) of a model for this language and "
