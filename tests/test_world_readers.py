@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from composing import compose
 from world_cases import Case, cases, parts
 
 from toolkit.config.schema import Data, Task
 from toolkit.data import parallel, sources, tables
 from toolkit.data.lines import Problems
+from toolkit.deepspeed.ds_config import refuse_unread
 from toolkit.errors import DataError, ToolkitError
 
 Rows = list[tuple[Any, ...]]
@@ -351,5 +353,6 @@ def test_a_file_is_read_where_the_preset_names_the_hub(tmp_path: Path) -> None:
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"text\tlabel\na\tb\n"))
     with pytest.raises(DataError, match=r"x.txt.gz: the suffix '.txt' is unknown. Set data.format=csv, tsv"):
         _table(str(tmp_path / "x.txt.gz"), Problems(), format="hub")
+    refuse_unread(compose("task=cola", f"data.train={tmp_path / 'x.csv.gz'}", "data.header=false"))
     with pytest.raises(DataError, match=r"data.train=owner/x.txt.gz: no file matches"):
         _table("owner/x.txt.gz", Problems(), format="hub")

@@ -129,23 +129,19 @@ def _words(path: Path, problems: Problems) -> Cells:
     return ((line, cells) for line, text in read_lines(path, problems) if (cells := text.split()))
 
 
+_IN_QUOTES = re.compile('".*"')
+_OWN_DOUBLED = re.compile('"[^"]*""([^"]|"")*"')  # in quotes, and those that it has are doubled
+
+
 def _tabs(path: Path, data: Data, problems: Problems) -> Cells:
     """Not by csv, as a lone quote in GLUE's files is text. Where nobody said so, what looks quoted is a problem."""
     for line, text in read_lines(path, problems):
-        cells = text.split("\t")
-        quoted = (cell for cell in cells if data.format != "tsv" and _is_quoted(cell, line == 1))
-        if cell := next(quoted, None):
+        cells, quoted = text.split("\t"), _IN_QUOTES if line == 1 else _OWN_DOUBLED
+        if data.format != "tsv" and (cell := next(filter(quoted.fullmatch, cells), None)):
             way_out = "Set data.format=csv to read such cells without their quotes, or data.format=tsv with them"
             problems.found(f"{path}:{line}: has the quoted cell {cell!r:.40}", way_out)
         else:
             yield line, cells
-
-
-def _is_quoted(cell: str, header: bool) -> bool:
-    """Whether a cell is in quotes and its own are doubled; in a header, whether it is in quotes."""
-    if not (len(cell) > 1 and cell[0] == cell[-1] == '"'):
-        return False
-    return header or ('""' in cell[1:-1] and '"' not in cell[1:-1].replace('""', ""))
 
 
 def _quoted(path: Path, problems: Problems) -> Cells:

@@ -26,12 +26,10 @@ SAMPLING = {"holdout", "max_length", "max_predictions", "mask_rate", "whole_word
 BLOCK_TOKENS = 2**18
 FEW_PIECES, MANY_PIECES = 0.01, 0.8  # shares of the tokens, beyond which masking whole words is doubtful
 ALONE = 0.3  # the largest share of samples of one sentence that needs no word: 35 % of the pairs are real then
-WHOLE = {  # what makes a document, and how it becomes one of several sentences
+WHOLE = {  # what makes a document, and how it becomes one of several sentences; else it is a row
     "blank_line": "A blank line ends a document (data.documents=blank_line): leave none between its sentences, or set "
     "data.documents=file or a regex of its first line",
     "file": "A file is a document (data.documents=file): put all its sentences into one",
-    "regex": "Each line that matches data.documents begins a document: correct the regex",
-    "row": "A row is a document: put all its sentences into one",
 }
 
 
@@ -131,15 +129,15 @@ def _warnings(whole: Corpus, held: NDArray[np.bool_], alone: float, config: RunC
         harm = "is cut within: no order of sentences is learnt of it"
         if objective == "mlm_nsp":
             harm = f"has no next: {(1 - alone) / 2:.0%} of the pairs are real, where half should be"
-        found = (
+        whole_row = "A row is a document: put all its sentences into one"
+        whole_text = WHOLE.get(data.documents, "Each line that matches data.documents begins one: correct the regex")
+        warnings.append(
             f"task.objective={objective}: {alone:.0%} of the samples are a document of one sentence (by the rules of "
-            f"data.language={data.language}), which {harm}. "
-            f"{WHOLE.get(data.documents if data.format == 'text' else 'row', WHOLE['regex'])}, or set "
-            f"task.objective=mlm.{sources.separators(data)}"
+            f"data.language={data.language}), which {harm}. {whole_text if data.format == 'text' else whole_row}, or "
+            f"set task.objective=mlm.{sources.separators(data)}"
         )
         if objective == "mlm_nsp" and alone == 1:
-            raise DataError(found)
-        warnings.append(found)
+            raise DataError(warnings[-1])
     return warnings
 
 
