@@ -147,16 +147,16 @@ def _tabs(path: Path, data: Data, problems: Problems) -> Cells:
 def _quoted(path: Path, problems: Problems) -> Cells:
     """Of each record that is not blank, with its first line; quoted cells may hold line ends."""
     csv.field_size_limit(sys.maxsize)  # a cell may be a document of more than csv's 131,072 characters
-    found = read_lines(path, problems)
+    found = ((line, text + "\n") for line, text in read_lines(path, problems))
     head = list(itertools.islice(found, HEAD))
-    record: list[tuple[int, str]] = []
+    record: list[int] = []  # its lines
 
     def texts() -> Iterator[str]:
-        for line in itertools.chain(head, found):
+        for line, text in itertools.chain(head, found):
             record.append(line)
-            yield line[1] + "\n"
+            yield text
 
-    reader = csv.reader(texts(), delimiter=_separator([text + "\n" for _, text in head]), strict=True)
+    reader = csv.reader(texts(), delimiter=_separator([text for _, text in head]), strict=True)
     while True:
         record.clear()
         try:
@@ -164,13 +164,11 @@ def _quoted(path: Path, problems: Problems) -> Cells:
         except StopIteration:
             return
         except csv.Error as error:
-            way_out = "Correct the quotes, or set data.format=tsv"
-            if any('\\"' in text for _, text in record):
-                way_out = 'A quote in a quoted cell is "", not \\": write it so'
-            problems.found(f"{path}:{record[0][0]}: no valid CSV ({error})", way_out)
+            way_out = 'Correct the quotes (one in a quoted cell is "", not \\"), or set data.format=tsv'
+            problems.found(f"{path}:{record[0]}: no valid CSV ({error})", way_out)
         else:
             if cells:
-                yield record[0][0], cells
+                yield record[0], cells
 
 
 def _separator(head: list[str]) -> str:
@@ -187,7 +185,7 @@ def _separator(head: list[str]) -> str:
 
 
 _ROW = (
-    "Correct it (in CSV a cell with a separator or line end is in quotes, with no backslash before it), or set the "
+    "Correct the row (in CSV a cell with a separator or line end is in quotes, with no backslash before it), or set the "
     "data.format that the file has"
 )
 
@@ -270,15 +268,6 @@ def _question(article: dict[str, Any], paragraph: dict[str, Any], qa: dict[str, 
     }
 
 
-def _unbroken(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Lines, but none of a sentence of which one is skipped."""
-    lines = every_line(path, problems)
-    for _, group in itertools.groupby(lines, lambda line: line[1] is None or bool(line[1].strip())):
-        sentence = list(group)
-        if all(text is not None for _, text in sentence):
-            yield from ((number, text or "") for number, text in sentence)
-
-
 def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
     """A row a sentence: the lists of its tokens and, unless every line is a token alone, of its tags."""
     columns = {}
@@ -290,10 +279,12 @@ def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
                 f"data.columns.{key}={column}: the columns of CoNLL files have no names. "
                 "Set their numbers: data.columns.tokens=0 data.columns.tags=-1."
             ) from None
-    for word, lines in itertools.groupby(_unbroken(path, problems), _is_word):
-        if not word:
+    for word, group in itertools.groupby(every_line(path, problems), _is_word):
+        lines = list(group)
+        if not word or any(text is None for _, text in lines):  # nothing is read of a sentence with a bad line
             continue
-        sentence = _without_comments([(line, _cells(text)) for line, text in lines], columns["tags"], data.labels or ())
+        cut = [(line, _cells(text or "")) for line, text in lines]
+        sentence = _without_comments(cut, columns["tags"], data.labels or ())
         if not sentence:
             continue
         keys = ("tokens", "tags") if any(len(cells) > 1 for _, cells in sentence) else ("tokens",)
@@ -308,8 +299,9 @@ def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
             yield f"{path}:{sentence[0][0]}", values
 
 
-def _is_word(line: tuple[int, str]) -> bool:
-    return bool(line[1].strip(string.whitespace)) and not line[1].startswith("-DOCSTART-")
+def _is_word(line: tuple[int, str | None]) -> bool:
+    text = line[1]
+    return text is None or (bool(text.strip(string.whitespace)) and not text.startswith("-DOCSTART-"))
 
 
 def _cells(text: str) -> list[str]:

@@ -11,7 +11,6 @@ import io
 import json
 import re
 import string
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def _language(side: str, given: str | None, suffix: str, codes: list[str]) -> st
     for found in ([c for c in codes if asked == form(c)] for form in (_plain, lambda c: _plain(c).split("_")[0])):
         if len(found) == 1:
             return found[0]
-    near = sorted(codes, key=lambda c: (_plain(c)[:2] != asked[:2], -SequenceMatcher(None, asked, _plain(c)).ratio()))
+    near = [c for c in codes if _plain(c)[:2] == asked[:2]] or codes
     key = f"task.{side}_code={given}" if given else f"task.{side}={suffix}"
     several = "several languages" if found else "no language"
     raise DataError(
