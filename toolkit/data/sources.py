@@ -18,14 +18,6 @@ from toolkit.data import python_docs
 from toolkit.data.lines import Problems, json_lines, read_lines
 from toolkit.errors import DataError, nearest
 
-_FILES = "Set data.path to a file, a glob or a list of them"
-_WAYS = {
-    "text": f"{_FILES}: data.path='books/*.txt'.",
-    "jsonl": f"{_FILES}: data.path='shards/*.jsonl.gz'.",
-    "parquet": f"{_FILES}: data.path='shards/*.parquet'.",
-    "hub": "Set data.path to names of hub data sets: data.path=Salesforce/wikitext:wikitext-103-raw-v1.",
-}
-
 
 def documents(data: Data, problems: Problems | None = None) -> Iterator[list[str]]:
     """The paragraphs of every document, in a fixed order. Raises DataError on bad input."""
@@ -45,7 +37,7 @@ def documents(data: Data, problems: Problems | None = None) -> Iterator[list[str
             for where, row in json_lines(file, problems) if jsonl else parquet_rows(file, problems, data.column):
                 yield from _row_document(where, row, data.column, problems)
     else:
-        raise DataError(f"data.format={data.format}: has no documents. Use python_docs, {', '.join(_WAYS)}.")
+        raise DataError(f"data.format={data.format}: has no documents. Use python_docs, text, jsonl, parquet or hub.")
 
 
 def identity(data: Data) -> list[Any]:
@@ -59,8 +51,10 @@ def identity(data: Data) -> list[Any]:
 
 def _paths(data: Data) -> list[str]:
     if not data.path:
-        way_out = _WAYS.get(data.format or "", "")
-        raise DataError(f"data.path is not set, but data.format={data.format} reads from it. {way_out}")
+        raise DataError(
+            f"data.path is not set, but data.format={data.format} reads from it. Set data.path to a file, a glob or a "
+            "list of them, as in data.path='books/*.txt', or to names of hub data sets, as in data.path=owner/name."
+        )
     return [data.path] if isinstance(data.path, str) else list(data.path)
 
 

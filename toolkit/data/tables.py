@@ -185,8 +185,8 @@ def _separator(head: list[str]) -> str:
 
 
 _ROW = (
-    "Correct the row (in CSV a cell with a separator or line end is in quotes, with no backslash before it), or set the "
-    "data.format that the file has"
+    "Correct the row (in CSV a cell with a separator or line end is in quotes, with no backslash before it), or set "
+    "the data.format that the file has"
 )
 
 

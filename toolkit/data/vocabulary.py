@@ -45,8 +45,6 @@ def _wordpiece(config: Tokenizer, texts: Texts) -> Any:
     cut = [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.FixedLength(LONGEST_WORD)]
     trained.pre_tokenizer = pre_tokenizers.Sequence(cut)
     alphabet, _ = _alphabet(texts(), trained, config, "NFC", config.vocab_size - len(SPECIAL))
-    if not alphabet:
-        raise DataError("tokenizer: the corpus holds no word to train on. Check data.path and data.column.")
     trainer = trainers.WordPieceTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
@@ -79,8 +77,6 @@ def _subwords(config: Tokenizer, texts: Texts) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     backend.decoder = decoders.Metaspace()
     alphabet, rare = _alphabet(texts(), backend, config, "NFKC", config.vocab_size - 8)  # PAD, EOS, UNK, '▁'
-    if not alphabet:
-        raise DataError("tokenizer: the texts hold no word to train on. Check data.train.")
     trainer: Any = trainers.BpeTrainer if bpe else trainers.UnigramTrainer
     rest: dict[str, Any] = {"unk_token": UNK}
     if bpe:
@@ -126,9 +122,11 @@ def _alphabet(
     for character, number in raw.items():
         for part in normal[character]:
             counts[part] += number
+    if not counts:
+        raise DataError("tokenizer: the texts hold no word to train on. Check data.path, data.train and data.column.")
     ranked = sorted(counts, key=lambda c: (-counts[c], c))
     cost = np.cumsum([1 + (config.model == "wordpiece" and len(words(f"a{c}", backend)) == 1) for c in ranked])
-    share = np.cumsum([counts[c] for c in ranked]) / max(counts.total(), 1)
+    share = np.cumsum([counts[c] for c in ranked]) / counts.total()
     common, fits = (int(np.searchsorted(cost, entries, "right")) for entries in (room / 4, room))
     enough = max(int(np.searchsorted(share, config.coverage)) + 1, min(COMMON, common))
     chosen = ranked[: max(1, min(enough, fits))]
