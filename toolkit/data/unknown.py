@@ -32,9 +32,10 @@ class Lost:
         self.tokenizer, self.unknown = tokenizer, tokenizer.unk_token_id
         self.backend = tokenizers.encoder(tokenizer) if tokenizer.is_fast else None
         self.longest = getattr(self.backend and self.backend.model, "max_input_chars_per_word", inf)
-        self.names = tokenizers.special_names(tokenizer) if tokenizer.split_special_tokens else []
-        special = {*tokenizers.special_names(tokenizer)}
-        self.uncased = not any(token != token.lower() for token in {*tokenizer.get_vocab()} - special)
+        special = tokenizers.special_names(tokenizer)
+        self.names = special if tokenizer.split_special_tokens else []
+        capitals = (token for token in {*tokenizer.get_vocab()} - {*special} if token != token.lower())
+        self.uncased = _normal(tokenizer, "A") == "A" and next(capitals, None) is None
         self.strips = _normal(tokenizer, "\u0e02\u0e48") == _normal(tokenizer, "\u0e02")  # Thai's tones, say
         self.counts: Counts = dict.fromkeys(COUNTED, 0)
 
@@ -132,7 +133,7 @@ def _unknown(config: Tokenizer, name: str, counts: Counts) -> str:
             "Use tokenizer.path (or model.weights, with the tokenizer that it has) of a model for this language and "
             "writing, or train one (tokenizer.path=null)."
         )
-        if counts["capital"] > counts["unknown"] / 2 and not config.lowercase:
+        if counts["capital"] > counts["unknown"] / 2:
             cause, way_out = "most stand in words with capitals, which it has none of", "Use tokenizer.lowercase=true."
     return f"{name}: {_share(counts, 'unknown'):.1%} of the characters are unknown to {tokenizer}: {cause}. {way_out}"
 
