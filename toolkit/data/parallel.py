@@ -220,17 +220,9 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
         writer.seal()
     (folder / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
     names = (
-        "read",
-        "kept",
-        "empty_source",
-        "empty_target",
-        "empty_both",
-        "too_long",
-        "cut_source",
-        "cut_target",
-        "source_tokens",
-        "target_tokens",
-    )
+        "read", "kept", "empty_source", "empty_target", "empty_both", "too_long", "cut_source", "cut_target",
+        "source_tokens", "target_tokens",
+    )  # fmt: skip
     quantiles = np.quantile(ratios, [0.01, 0.5, 0.99]).tolist() if ratios else []
     ratio = dict(zip(("percentile_1", "median", "percentile_99"), quantiles, strict=False))
     lost = {side: of.counts for side, of in losses.items()}
