@@ -176,8 +176,9 @@ def _read_vocab(path: Path, lowercase: bool) -> dict[str, int]:
     try:
         with io.TextIOWrapper(encodings.opened(path), "utf-8-sig") as file:
             tokens = [line.rstrip("\n") for line in file]
-    except UnicodeDecodeError as error:
-        raise DataError(f"tokenizer.path={path}: is not UTF-8. {encodings.way_out(path, 0)}.") from error
+    except (UnicodeDecodeError, OSError, EOFError) as error:  # also what ends with .gz and is not gzip
+        why = encodings.way_out(path, 0) if isinstance(error, UnicodeDecodeError) else error
+        raise DataError(f"tokenizer.path={path}: cannot be read as UTF-8 text. {why}.") from error
     while tokens and not tokens[-1].strip(" \t"):
         tokens.pop()
     vocab = {token: number for number, token in enumerate(tokens)}
