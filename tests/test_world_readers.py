@@ -345,6 +345,15 @@ def test_a_stream_of_the_hub_that_breaks_off_is_told(monkeypatch: pytest.MonkeyP
             read("owner/name", Problems("skip"))
 
 
+def test_the_key_is_named_of_which_the_hub_has_no_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: Any, **options: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", gone)
+    with pytest.raises(DataError, match=r"data.eval=owner/name: the hub data set cannot be loaded \(no network\)"):
+        tables.identity("owner/name", Data(format="hub", streaming=False), "eval")
+
+
 def test_a_file_is_read_where_the_preset_names_the_hub(tmp_path: Path) -> None:
     rows: Rows = [tuple(row) for row in GOOD]
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(_csv(rows).encode()))
