@@ -164,7 +164,7 @@ def test_a_corpus_without_a_document_is_refused(tmp_path: Path, content: str) ->
     with pytest.raises(DataError, match=r"no document with text \(1 empty, 0 skipped\). Check data.path"):
         prepare(config)
     assert built(config) == []  # nothing half-made stays
-    with pytest.raises(DataError, match=r"the corpus holds no word to train on"):
+    with pytest.raises(DataError, match=r"the texts hold no word to train on"):
         prepare(config.model_copy(update={"tokenizer": RunConfig().tokenizer}))
 
 

@@ -127,7 +127,7 @@ ALL = {
     *(f"train.{key}" for key in Train.model_fields if key != "patience"),
 }  # fmt: skip
 # Where a kind's data is read, besides its own file and what it shares with all: the names of the keys are there
-TEXT = "data/tokenizer data/prepared models/build"
+TEXT = "data/tokenizer data/vocabulary data/prepared models/build"
 LABELLED = f"{TEXT} data/labelled data/tables data/examples tasks/finetune tasks/metrics train/loop"
 SOURCES = {
     "pretrain": f"{TEXT} data/text data/corpus data/masked data/sources data/order tasks/task",

@@ -255,7 +255,7 @@ def test_multi30k_is_read_whole(tmp_path: Path) -> None:
     prepared = parallel.prepare(config(tmp_path, *place, "data.max_length=64", "tokenizer.vocab_size=4000"))
     train, held = (prepared.audit["splits"][name] for name in ("train", "eval"))
     assert (train["read"], train["kept"], held["kept"]) == (29_000, 29_000, 1_014)
-    assert train["source_unknown"] + train["target_unknown"] <= 1
+    assert sum(train["lost"][side]["unknown"] for side in ("source", "target")) <= 1
     assert prepared.audit["vocabulary"] == {"model": "bpe", "size": 4000}
 
 

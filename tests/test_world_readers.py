@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from composing import compose
 from world_cases import Case, cases, parts
 
 from toolkit.config.schema import Data, Task
 from toolkit.data import parallel, sources, tables
 from toolkit.data.lines import Problems
+from toolkit.deepspeed.ds_config import refuse_unread
 from toolkit.errors import DataError, ToolkitError
 
 Rows = list[tuple[Any, ...]]
@@ -343,6 +345,15 @@ def test_a_stream_of_the_hub_that_breaks_off_is_told(monkeypatch: pytest.MonkeyP
             read("owner/name", Problems("skip"))
 
 
+def test_the_key_is_named_of_which_the_hub_has_no_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: Any, **options: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", gone)
+    with pytest.raises(DataError, match=r"data.eval=owner/name: the hub data set cannot be loaded \(no network\)"):
+        tables.identity("owner/name", Data(format="hub", streaming=False), "eval")
+
+
 def test_a_file_is_read_where_the_preset_names_the_hub(tmp_path: Path) -> None:
     rows: Rows = [tuple(row) for row in GOOD]
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(_csv(rows).encode()))
@@ -351,3 +362,6 @@ def test_a_file_is_read_where_the_preset_names_the_hub(tmp_path: Path) -> None:
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"text\tlabel\na\tb\n"))
     with pytest.raises(DataError, match=r"x.txt.gz: the suffix '.txt' is unknown. Set data.format=csv, tsv"):
         _table(str(tmp_path / "x.txt.gz"), Problems(), format="hub")
+    refuse_unread(compose("task=cola", f"data.train={tmp_path / 'x.csv.gz'}", "data.header=false"))
+    with pytest.raises(DataError, match=r"data.train=owner/x.txt.gz: no file matches"):
+        _table("owner/x.txt.gz", Problems(), format="hub")

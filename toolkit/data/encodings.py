@@ -41,7 +41,7 @@ def way_out(path: Path, offset: int) -> str:
     if names == ["UTF-8"]:
         return "Its other lines are UTF-8: correct this one"
     if not names:
-        return "It looks like no text in any usual encoding: convert it, or name another"
+        return "It is in no encoding that could be told: convert it to UTF-8, or name another"
     old, new = (shlex.quote(str(p)) for p in (path, path.with_name(f"utf8-{path.name}")))
     command = f"iconv -f {names[0]} -t utf-8"
     command = f"gzip -dc {old} | {command} | gzip" if path.suffix == ".gz" else f"{command} {old}"

@@ -194,7 +194,7 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
     dtype = np.uint16 if tokenizers.vocab_size(tokenizer) <= 2**16 else np.uint32
     writers = {side: RaggedWriter(folder / side, id=dtype) for side in SIDES}
     counts: Counter[str] = Counter()
-    lost = {side: Lost(tokenizer) for side in SIDES}
+    losses = {side: Lost(tokenizer) for side in SIDES}
     ratios: list[float] = []
     texts: list[tuple[str, str]] = []
     filled = _filled(found, name, counts)
@@ -202,7 +202,7 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
         sources = tokenizer([config.task.prefix + pair.source for pair in some])["input_ids"]
         targets = tokenizer(text_target=[pair.target for pair in some])["input_ids"]
         for side, rows in zip(SIDES, (sources, targets), strict=True):
-            lost[side].add([getattr(pair, side) for pair in some], rows)
+            losses[side].add([getattr(pair, side) for pair in some], rows)
         for pair, *both in zip(some, sources, targets, strict=True):
             long = [side for side, ids in zip(SIDES, both, strict=True) if len(ids) > longest]
             if training and long:
@@ -214,18 +214,19 @@ def _write_split(folder: Path, name: str, found: Iterator[Pair], tokenizer: Any,
                 kept = _cut(ids, longest, special) if side in long else ids
                 writers[side].append(id=kept)
                 counts[f"{side}_tokens"] += len(kept)
-                counts[f"{side}_unknown"] += kept.count(tokenizer.unk_token_id)
             ratios.append(len(both[0]) / len(both[1]))
             texts += [] if training else [(pair.source, pair.target)]
     for writer in writers.values():
         writer.seal()
     (folder / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
-    names = ("read", "kept", "empty_source", "empty_target", "empty_both", "too_long", "cut_source", "cut_target")
-    tokens = (f"{side}_{what}" for side in SIDES for what in ("tokens", "unknown"))
+    names = (
+        "read", "kept", "empty_source", "empty_target", "empty_both", "too_long", "cut_source", "cut_target",
+        "source_tokens", "target_tokens",
+    )  # fmt: skip
     quantiles = np.quantile(ratios, [0.01, 0.5, 0.99]).tolist() if ratios else []
     ratio = dict(zip(("percentile_1", "median", "percentile_99"), quantiles, strict=False))
-    rest = {"source_to_target_length": ratio, "lost": {side: lost[side].counts for side in SIDES}}
-    return {name: counts[name] for name in (*names, *tokens)} | rest
+    lost = {side: of.counts for side, of in losses.items()}
+    return {name: counts[name] for name in names} | {"source_to_target_length": ratio, "lost": lost}
 
 
 def _cut(ids: list[int], length: int, special: set[int]) -> list[int]:

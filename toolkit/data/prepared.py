@@ -33,7 +33,7 @@ from toolkit.errors import DataError
 from toolkit.run.directory import weights_folder
 
 log = logging.getLogger(__name__)
-FORMAT = 3  # raise it when the meaning of any cached file changes
+FORMAT = 4  # raise it when the meaning of any cached file changes
 SPLIT_SEED = 0  # seeds of a run share what is held out, or their scores could not be compared
 
 

@@ -18,14 +18,6 @@ from toolkit.data import python_docs
 from toolkit.data.lines import Problems, json_lines, read_lines
 from toolkit.errors import DataError, nearest
 
-_FILES = "Set data.path to a file, a glob or a list of them"
-_WAYS = {
-    "text": f"{_FILES}: data.path='books/*.txt'.",
-    "jsonl": f"{_FILES}: data.path='shards/*.jsonl.gz'.",
-    "parquet": f"{_FILES}: data.path='shards/*.parquet'.",
-    "hub": "Set data.path to names of hub data sets: data.path=Salesforce/wikitext:wikitext-103-raw-v1.",
-}
-
 
 def documents(data: Data, problems: Problems | None = None) -> Iterator[list[str]]:
     """The paragraphs of every document, in a fixed order. Raises DataError on bad input."""
@@ -45,7 +37,7 @@ def documents(data: Data, problems: Problems | None = None) -> Iterator[list[str
             for where, row in json_lines(file, problems) if jsonl else parquet_rows(file, problems, data.column):
                 yield from _row_document(where, row, data.column, problems)
     else:
-        raise DataError(f"data.format={data.format}: has no documents. Use python_docs, {', '.join(_WAYS)}.")
+        raise DataError(f"data.format={data.format}: has no documents. Use python_docs, text, jsonl, parquet or hub.")
 
 
 def identity(data: Data) -> list[Any]:
@@ -59,8 +51,10 @@ def identity(data: Data) -> list[Any]:
 
 def _paths(data: Data) -> list[str]:
     if not data.path:
-        way_out = _WAYS.get(data.format or "", "")
-        raise DataError(f"data.path is not set, but data.format={data.format} reads from it. {way_out}")
+        raise DataError(
+            f"data.path is not set, but data.format={data.format} reads from it. Set data.path to a file, a glob or a "
+            "list of them, as in data.path='books/*.txt', or to names of hub data sets, as in data.path=owner/name."
+        )
     return [data.path] if isinstance(data.path, str) else list(data.path)
 
 
@@ -222,16 +216,16 @@ def hub_rows(name: str, dataset: Any, key: str = "data.path") -> Iterator[tuple[
         yield f"{name}:row {number}", row
 
 
-def hub_identity(name: str, split: str, streaming: bool) -> list[Any]:
+def hub_identity(name: str, split: str, streaming: bool, key: str = "data.path") -> list[Any]:
     """The name and the revision that would be read: files of a folder, else the hub's commit."""
     owner = name.partition(":")[0]
     if (folder := Path(owner)).is_dir():
         return [name, stamps(path for path in sorted(folder.rglob("*")) if path.is_file())]
     if not streaming:
-        return [name, load(name, split, streaming)._fingerprint]
+        return [name, load(name, split, streaming, key)._fingerprint]
     from huggingface_hub import HfApi
 
-    return [name, str(_asked(lambda: HfApi().dataset_info(owner).sha, "data.path", name))]
+    return [name, str(_asked(lambda: HfApi().dataset_info(owner).sha, key, name))]
 
 
 def _asked(question: Callable[[], Any], key: str, name: str) -> Any:

@@ -56,7 +56,7 @@ def identity(source: str, data: Data, split: str) -> list[Any]:
     """What identifies the rows for a cache without reading them: path, size and time of files, the hub's commit."""
     if _is_hub(source, data):
         name, chosen = _name_and_split(source, HUB_SPLIT[role(split)])
-        return [chosen, *sources.hub_identity(name, chosen, data.streaming)]
+        return [chosen, *sources.hub_identity(name, chosen, data.streaming, f"data.{role(split)}")]
     return sources.stamps(matching(source, f"data.{role(split)}"))
 
 
@@ -91,7 +91,8 @@ def _is_hub(source: str, data: Data) -> bool:
     name = _name_and_split(source, "")[0].partition(":")[0]
     if os.path.isdir(name):  # noqa: PTH112  (never raises)
         return True
-    is_file = glob.has_magic(name) or _suffix(Path(name)) in _READ or os.path.isfile(source)  # noqa: PTH113
+    ends = name.endswith(".gz") or _suffix(Path(name)) in (*_READ, "txt")
+    is_file = ends or glob.has_magic(name) or os.path.isfile(source)  # noqa: PTH113
     named = data.format == "hub" or _OWNER_NAME.fullmatch(name) is not None
     return named and not is_file and not name.startswith(("/", ".", "~"))
 
@@ -120,7 +121,7 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix[1:]
+    return Path(path.name.removesuffix(".gz")).suffix[1:].lower()
 
 
 def _words(path: Path, problems: Problems) -> Cells:
@@ -128,38 +129,34 @@ def _words(path: Path, problems: Problems) -> Cells:
     return ((line, cells) for line, text in read_lines(path, problems) if (cells := text.split()))
 
 
+_IN_QUOTES = re.compile('".*"')
+_OWN_DOUBLED = re.compile('"[^"]*""([^"]|"")*"')  # in quotes, and those that it has are doubled
+
+
 def _tabs(path: Path, data: Data, problems: Problems) -> Cells:
     """Not by csv, as a lone quote in GLUE's files is text. Where nobody said so, what looks quoted is a problem."""
     for line, text in read_lines(path, problems):
-        cells = text.split("\t")
-        quoted = (cell for cell in cells if data.format != "tsv" and _is_quoted(cell, line == 1))
-        if cell := next(quoted, None):
+        cells, quoted = text.split("\t"), _IN_QUOTES if line == 1 else _OWN_DOUBLED
+        if data.format != "tsv" and (cell := next(filter(quoted.fullmatch, cells), None)):
             way_out = "Set data.format=csv to read such cells without their quotes, or data.format=tsv with them"
             problems.found(f"{path}:{line}: has the quoted cell {cell!r:.40}", way_out)
         else:
             yield line, cells
 
 
-def _is_quoted(cell: str, header: bool) -> bool:
-    """Whether a cell is in quotes and its own are doubled; in a header, whether it is in quotes."""
-    if not (len(cell) > 1 and cell[0] == cell[-1] == '"'):
-        return False
-    return header or ('""' in cell[1:-1] and '"' not in cell[1:-1].replace('""', ""))
-
-
 def _quoted(path: Path, problems: Problems) -> Cells:
     """Of each record that is not blank, with its first line; quoted cells may hold line ends."""
     csv.field_size_limit(sys.maxsize)  # a cell may be a document of more than csv's 131,072 characters
-    found = read_lines(path, problems)
+    found = ((line, text + "\n") for line, text in read_lines(path, problems))
     head = list(itertools.islice(found, HEAD))
-    record: list[tuple[int, str]] = []
+    record: list[int] = []  # its lines
 
     def texts() -> Iterator[str]:
-        for line in itertools.chain(head, found):
+        for line, text in itertools.chain(head, found):
             record.append(line)
-            yield line[1] + "\n"
+            yield text
 
-    reader = csv.reader(texts(), delimiter=_separator([text + "\n" for _, text in head]), strict=True)
+    reader = csv.reader(texts(), delimiter=_separator([text for _, text in head]), strict=True)
     while True:
         record.clear()
         try:
@@ -167,13 +164,11 @@ def _quoted(path: Path, problems: Problems) -> Cells:
         except StopIteration:
             return
         except csv.Error as error:
-            way_out = "Correct the quotes, or set data.format=tsv"
-            if any('\\"' in text for _, text in record):
-                way_out = 'A quote in a quoted cell is "", not \\": write it so'
-            problems.found(f"{path}:{record[0][0]}: no valid CSV ({error})", way_out)
+            way_out = 'Correct the quotes (one in a quoted cell is "", not \\"), or set data.format=tsv'
+            problems.found(f"{path}:{record[0]}: no valid CSV ({error})", way_out)
         else:
             if cells:
-                yield record[0][0], cells
+                yield record[0], cells
 
 
 def _separator(head: list[str]) -> str:
@@ -187,6 +182,12 @@ def _separator(head: list[str]) -> str:
         if len(widths := {len(row) for row in whole}) == 1 and widths != {1}:
             return separator
     return ","
+
+
+_ROW = (
+    "Correct the row (in CSV a cell with a separator or line end is in quotes, with no backslash before it), or set "
+    "the data.format that the file has"
+)
 
 
 def _table(path: Path, records: Cells, data: Data, problems: Problems) -> Iterator[Row]:
@@ -217,10 +218,7 @@ def _table(path: Path, records: Cells, data: Data, problems: Problems) -> Iterat
     for line, cells in records if named else itertools.chain([first], records):
         if len(cells) != len(names):
             what = f"has {len(cells)} cells where the {'header' if named else 'first row'} has {len(names)}"
-            way_out = "Correct the row, or set the data.format that the file has"
-            if any(cell.endswith("\\") for cell in cells):
-                way_out = "A cell with a separator or line end is in quotes, with no backslash before it: write it so"
-            problems.found(f"{path}:{line}: {what}", way_out)
+            problems.found(f"{path}:{line}: {what}", _ROW)
         elif named and cells == names:
             problems.found(f"{path}:{line}: is the header again", "Take it out")
         else:
@@ -270,15 +268,6 @@ def _question(article: dict[str, Any], paragraph: dict[str, Any], qa: dict[str, 
     }
 
 
-def _unbroken(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Lines, but none of a sentence of which one is skipped."""
-    lines = every_line(path, problems)
-    for _, group in itertools.groupby(lines, lambda line: line[1] is None or bool(line[1].strip())):
-        sentence = list(group)
-        if all(text is not None for _, text in sentence):
-            yield from ((number, text or "") for number, text in sentence)
-
-
 def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
     """A row a sentence: the lists of its tokens and, unless every line is a token alone, of its tags."""
     columns = {}
@@ -290,10 +279,12 @@ def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
                 f"data.columns.{key}={column}: the columns of CoNLL files have no names. "
                 "Set their numbers: data.columns.tokens=0 data.columns.tags=-1."
             ) from None
-    for word, lines in itertools.groupby(_unbroken(path, problems), _is_word):
-        if not word:
+    for word, group in itertools.groupby(every_line(path, problems), _is_word):
+        lines = list(group)
+        if not word or any(text is None for _, text in lines):  # nothing is read of a sentence with a bad line
             continue
-        sentence = _without_comments([(line, _cells(text)) for line, text in lines], columns["tags"], data.labels or ())
+        cut = [(line, _cells(text or "")) for line, text in lines]
+        sentence = _without_comments(cut, columns["tags"], data.labels or ())
         if not sentence:
             continue
         keys = ("tokens", "tags") if any(len(cells) > 1 for _, cells in sentence) else ("tokens",)
@@ -308,8 +299,9 @@ def _conll(path: Path, data: Data, problems: Problems) -> Iterator[Row]:
             yield f"{path}:{sentence[0][0]}", values
 
 
-def _is_word(line: tuple[int, str]) -> bool:
-    return bool(line[1].strip(string.whitespace)) and not line[1].startswith("-DOCSTART-")
+def _is_word(line: tuple[int, str | None]) -> bool:
+    text = line[1]
+    return text is None or (bool(text.strip(string.whitespace)) and not text.startswith("-DOCSTART-"))
 
 
 def _cells(text: str) -> list[str]:

@@ -26,11 +26,10 @@ SAMPLING = {"holdout", "max_length", "max_predictions", "mask_rate", "whole_word
 BLOCK_TOKENS = 2**18
 FEW_PIECES, MANY_PIECES = 0.01, 0.8  # shares of the tokens, beyond which masking whole words is doubtful
 ALONE = 0.3  # the largest share of samples of one sentence that needs no word: 35 % of the pairs are real then
-WHOLE = {  # what makes a document, and how it becomes one of several sentences
+WHOLE = {  # what makes a document, and how it becomes one of several sentences; else a regex does
     "blank_line": "A blank line ends a document (data.documents=blank_line): leave none between its sentences, or set "
     "data.documents=file or a regex of its first line",
     "file": "A file is a document (data.documents=file): put all its sentences into one",
-    "regex": "Each line that matches data.documents begins a document: correct the regex",
     "row": "A row is a document: put all its sentences into one",
 }
 
@@ -103,13 +102,12 @@ def _whole_words(whole: Corpus, counts: NDArray[np.int64]) -> list[str]:
             "word. Use another tokenizer or data.whole_word=false."
         )
     share = counts[piece].sum() / counts.sum()
-    if share < FEW_PIECES:
-        rest = "nearly all words are masked whole anyway. A smaller tokenizer.vocab_size gives more."
-        return [f"data.whole_word=true: only {share:.2%} of the tokens continue a word, so {rest}"]
+    if FEW_PIECES <= share <= MANY_PIECES:
+        return []
+    harm = "nearly all words are masked whole anyway. A smaller tokenizer.vocab_size gives more."
     if share > MANY_PIECES:
-        rest = "long ones are never masked. Use data.whole_word=false for a script without spaces."
-        return [f"data.whole_word=true: a word has {1 / (1 - share):.0f} tokens on average, and {rest}"]
-    return []
+        harm = "long words are never masked. Use data.whole_word=false for a script without spaces."
+    return [f"data.whole_word=true: {share:.2%} of the tokens continue a word, so {harm}"]
 
 
 def _warnings(whole: Corpus, held: NDArray[np.bool_], alone: float, config: RunConfig) -> list[str]:
@@ -118,10 +116,8 @@ def _warnings(whole: Corpus, held: NDArray[np.bool_], alone: float, config: RunC
     data, objective, counts = config.data, config.task.objective, whole.facts["counts"]
     warnings = []
     if counts["skipped"]:
-        first = counts["skipped_first"][0]
-        warnings.append(
-            f"data.on_error=skip: {counts['skipped']:,} bad lines, rows or files are left out, first {first}."
-        )
+        left_out = f"{counts['skipped']:,} bad lines, rows or files are left out"
+        warnings.append(f"data.on_error=skip: {left_out}, first {counts['skipped_first'][0]}.")
     if data.holdout and not held.any():
         warnings.append(
             f"data.holdout={data.holdout}: the corpus is one document, so none is held out: evaluation has nothing to "
@@ -131,15 +127,15 @@ def _warnings(whole: Corpus, held: NDArray[np.bool_], alone: float, config: RunC
         harm = "is cut within: no order of sentences is learnt of it"
         if objective == "mlm_nsp":
             harm = f"has no next: {(1 - alone) / 2:.0%} of the pairs are real, where half should be"
-        found = (
+        made_by = data.documents if data.format == "text" else "row"
+        whole_by = WHOLE.get(made_by, "Each line that matches data.documents begins one: correct the regex")
+        warnings.append(
             f"task.objective={objective}: {alone:.0%} of the samples are a document of one sentence (by the rules of "
-            f"data.language={data.language}), which {harm}. "
-            f"{WHOLE.get(data.documents if data.format == 'text' else 'row', WHOLE['regex'])}, or set "
-            f"task.objective=mlm.{sources.separators(data)}"
+            f"data.language={data.language}), which {harm}. {whole_by}, or set task.objective=mlm."
+            f"{sources.separators(data)}"
         )
         if objective == "mlm_nsp" and alone == 1:
-            raise DataError(found)
-        warnings.append(found)
+            raise DataError(warnings[-1])
     return warnings
 
 

@@ -1,37 +1,24 @@
-"""The tokenizer: a pretrained one, a WordPiece vocab.txt, or one trained on the texts.
+"""The tokenizer: a pretrained one, a WordPiece vocab.txt, or one trained on the texts (vocabulary.py).
 
     tokenizer = save(create(config.tokenizer, texts), folder, config.tokenizer)   # for AutoTokenizer, too
     tokenizer = load(folder, config.tokenizer)    # the same again: what every text is encoded with
 
-To it '[SEP]' in a text is text. Corpus text is encoded by :func:`encoder`, which adds and cuts nothing. Both languages
-of translation pairs have one vocabulary, of BPE or unigram, whose sequences end with </s>: as in SentencePiece a space
-becomes '▁', so decoding gives the text back; punctuation stands alone.
+To it '[SEP]' in a text is text. Corpus text is encoded by :func:`encoder`, which adds and cuts nothing.
 """
 
 import hashlib
+import io
 import json
 import re
 import string
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from toolkit.config.schema import Task, Tokenizer
+from toolkit.data import encodings
 from toolkit.data.prepared import fingerprint
+from toolkit.data.vocabulary import SPECIAL, Texts, train, words
 from toolkit.errors import DataError
-
-SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}  # of BERT's input
-PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # of translation pairs
-COMMON = 1000  # characters that a vocabulary spells out in any case, where they take a quarter of it at most
-LONGEST_WORD = 100  # characters that WordPiece takes apart, in quadratic time: longer runs are cut
-
-Texts = Callable[[], Iterator[str]]
-Form = Literal["NFC", "NFKC"]  # of Unicode
 
 
 def create(config: Tokenizer, texts: Texts, *, slow: bool = False) -> Any:
@@ -40,7 +27,7 @@ def create(config: Tokenizer, texts: Texts, *, slow: bool = False) -> Any:
     from transformers import BertTokenizer
 
     if config.path is None:
-        return (_wordpiece if config.model == "wordpiece" else _subwords)(config, texts)
+        return train(config, texts)
     if vocab := _vocab_file(config.path):
         options = {"do_lower_case": config.lowercase, "strip_accents": config.strip_accents}
         return BertTokenizer(_read_vocab(vocab, config.lowercase), **options)
@@ -72,7 +59,7 @@ def load(folder: Path, config: Tokenizer) -> Any:
         return tokenizer
     backend = tokenizer.backend_tokenizer
     # Where nothing cuts '</s>' in pieces, Unigram finds it among its ordinary entries: it is cut after the '<'
-    kept = [n for n in special_names(tokenizer) if len(n) > 1 and any(n in piece for piece in _words(n, backend))]
+    kept = [n for n in special_names(tokenizer) if len(n) > 1 and any(n in piece for piece in words(n, backend))]
     if kept:
         first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in kept)
         before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
@@ -117,7 +104,7 @@ def _language(side: str, given: str | None, suffix: str, codes: list[str]) -> st
     for found in ([c for c in codes if asked == form(c)] for form in (_plain, lambda c: _plain(c).split("_")[0])):
         if len(found) == 1:
             return found[0]
-    near = sorted(codes, key=lambda c: (_plain(c)[:2] != asked[:2], -SequenceMatcher(None, asked, _plain(c)).ratio()))
+    near = [c for c in codes if _plain(c)[:2] == asked[:2]] or codes
     key = f"task.{side}_code={given}" if given else f"task.{side}={suffix}"
     several = "several languages" if found else "no language"
     raise DataError(
@@ -173,111 +160,6 @@ def encoder(tokenizer: Any) -> Any:
     return backend
 
 
-def _wordpiece(config: Tokenizer, texts: Texts) -> Any:
-    """WordPiece over the corpus: special tokens at ids 0 to 4, the same corpus gives the same ids. The trainer numbers
-    '##' characters, and breaks ties between merges by these numbers, in the order in which its hash table gives the
-    words: another one each time. So they are numbered before it starts. BertTokenizer builds its own normalizer and
-    limit of a word anew from a saved folder, so it is none."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, normalizers, pre_tokenizers, trainers
-    from transformers import BertTokenizer, PreTrainedTokenizerFast
-
-    trained = Backend(models.WordPiece(unk_token=SPECIAL["unk"]))
-    clean = normalizers.BertNormalizer(strip_accents=False, lowercase=False)
-    trained.normalizer = normalizers.Sequence([clean, *_letters(config, "NFC")])
-    words = [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.FixedLength(LONGEST_WORD)]
-    trained.pre_tokenizer = pre_tokenizers.Sequence(words)
-    alphabet, _ = _alphabet(texts(), trained, config, "NFC", config.vocab_size - len(SPECIAL))
-    if not alphabet:
-        raise DataError("tokenizer: the corpus holds no word to train on. Check data.path and data.column.")
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=config.min_frequency,
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        special_tokens=[*SPECIAL.values(), *(f"##{c}" for c in alphabet if len(_words(f"a{c}", trained)) == 1)],
-        continuing_subword_prefix="##",
-        show_progress=False,
-    )
-    trained.train_from_iterator(texts(), trainer)
-    backend = BertTokenizer(trained.get_vocab()).backend_tokenizer  # for its [CLS] … [SEP]
-    backend.normalizer, backend.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        do_lower_case=config.lowercase,  # for those who read it with BertTokenizer nevertheless
-        strip_accents=bool(config.strip_accents),
-        **{f"{name}_token": token for name, token in SPECIAL.items()},
-    )
-
-
-def _subwords(config: Tokenizer, texts: Texts) -> Any:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = config.model == "bpe"
-    backend = Backend(models.BPE(unk_token=UNK) if bpe else models.Unigram())
-    backend.normalizer = normalizers.Sequence(_letters(config, "NFKC"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
-    backend.decoder = decoders.Metaspace()
-    alphabet, rare = _alphabet(texts(), backend, config, "NFKC", config.vocab_size - 8)  # PAD, EOS, UNK, '▁'
-    if not alphabet:
-        raise DataError("tokenizer: the texts hold no word to train on. Check data.train.")
-    trainer: Any = trainers.BpeTrainer if bpe else trainers.UnigramTrainer
-    rest: dict[str, Any] = {"unk_token": UNK}
-    if bpe:
-        rest = {"min_frequency": config.min_frequency, "limit_alphabet": len(alphabet) + 1}
-    rest |= {"special_tokens": [PAD, EOS, UNK], "initial_alphabet": ["▁", *alphabet], "show_progress": False}
-    spaces = dict.fromkeys(map(ord, rare), " ")  # a unigram model would take every character in
-    kept = texts() if bpe else (unicodedata.normalize("NFKC", text).translate(spaces) for text in texts())
-    backend.train_from_iterator(kept, trainer(vocab_size=config.vocab_size, **rest))
-    eos = backend.token_to_id(EOS)
-    backend.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, eos)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
-    )
-
-
-def _letters(config: Tokenizer, form: Form) -> list[Any]:
-    """A letter and its marks as one character, in lower case, without accents, as it is configured."""
-    from tokenizers import Regex, normalizers
-
-    # Combining Diacritical Marks are those of Latin, Greek and Cyrillic; other scripts have theirs elsewhere
-    strip = [normalizers.NFD(), normalizers.Replace(Regex("[\u0300-\u036f]"), ""), normalizers.NFC()]
-    lower = [normalizers.Lowercase()] if config.lowercase else []
-    return [getattr(normalizers, form)(), *lower, *(strip if config.strip_accents else [])]
-
-
-def _words(text: str, backend: Any) -> list[str]:
-    """What the tokenizer's model is given of a text, one after the other."""
-    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
-    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
-
-
-def _alphabet(
-    texts: Iterator[str], backend: Any, config: Tokenizer, form: Form, room: int
-) -> tuple[list[str], list[str]]:
-    """The characters that the vocabulary spells out, sorted, at least one: the most frequent ones after normalisation
-    up to config.coverage of the text, and those that are COMMON, as far as ``room`` entries reach; WordPiece keeps most
-    of them twice, alone and as '##'. And the characters of the text that hold others."""
-    raw: Counter[str] = Counter()
-    for text in texts:
-        raw.update(unicodedata.normalize(form, text))
-    normal = {character: backend.normalizer.normalize_str(character).strip() for character in raw}
-    counts: Counter[str] = Counter()
-    for character, number in raw.items():
-        for part in normal[character]:
-            counts[part] += number
-    ranked = sorted(counts, key=lambda c: (-counts[c], c))
-    cost = np.cumsum([1 + (config.model == "wordpiece" and len(_words(f"a{c}", backend)) == 1) for c in ranked])
-    share = np.cumsum([counts[c] for c in ranked]) / max(counts.total(), 1)
-    common, fits = (int(np.searchsorted(cost, entries, "right")) for entries in (room / 4, room))
-    enough = max(int(np.searchsorted(share, config.coverage)) + 1, min(COMMON, common))
-    chosen = ranked[: max(1, min(enough, fits))]
-    return sorted(chosen), [character for character in raw if not set(normal[character]) <= set(chosen)]
-
-
 def _vocab_file(path: str) -> Path | None:
     """The WordPiece vocabulary that ``path`` names: the file, or a folder that holds nothing else."""
     place = Path(path).expanduser()
@@ -292,10 +174,11 @@ def _read_vocab(path: Path, lowercase: bool) -> dict[str, int]:
     """One token per line, the id is the line number from 0, as Hugging Face's load_vocab has it: U+2028 ends no line. A
     byte order mark and blank lines at the end, which it takes for entries, are none."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(encodings.opened(path), "utf-8-sig") as file:
             tokens = [line.rstrip("\n") for line in file]
-    except UnicodeDecodeError as error:
-        raise DataError(f"tokenizer.path={path}: is not UTF-8 ({error.reason}). Use a BERT vocab.txt.") from error
+    except (UnicodeDecodeError, OSError, EOFError) as error:  # also what ends with .gz and is not gzip
+        why = encodings.way_out(path, 0) if isinstance(error, UnicodeDecodeError) else error
+        raise DataError(f"tokenizer.path={path}: cannot be read as UTF-8 text. {why}.") from error
     while tokens and not tokens[-1].strip(" \t"):
         tokens.pop()
     vocab = {token: number for number, token in enumerate(tokens)}

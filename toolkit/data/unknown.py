@@ -5,7 +5,6 @@ warnings(config.tokenizer, tokenizer, found)         # a line each
 refuse(config.tokenizer, found)                      # raises DataError; of data that is found in the cache, too
 """
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,41 +14,47 @@ from typing import Any
 
 from toolkit.config.schema import Tokenizer
 from toolkit.data import tokenizer as tokenizers
+from toolkit.data.vocabulary import LONGEST_WORD
 from toolkit.errors import DataError
 
 DOUBTFUL = 0.01  # share of the characters, or of the texts, from which on it is said
 VIETNAMESE = "\u0309\u031b\u0323"  # the marks of Latin letters that are no accents
+COUNTED = ("texts", "named", "characters", "unknown", "long", "capital", "stripped")
 Counts = dict[str, int]
 
 
 class Lost:
     """``counts``: texts, those that name a special token, characters without blanks, of these the unknown ones, the
-    ones in unknown words that are too long for WordPiece, and the stripped marks that are vowels or tones."""
+    ones in unknown words that are too long for WordPiece or have capitals that no entry has, and the stripped marks
+    that are vowels or tones."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.unknown = tokenizer, tokenizer.unk_token_id
         self.backend = tokenizers.encoder(tokenizer) if tokenizer.is_fast else None
         self.longest = getattr(self.backend and self.backend.model, "max_input_chars_per_word", inf)
-        names = tokenizers.special_names(tokenizer) if tokenizer.split_special_tokens else []
-        self.names = re.compile("|".join(map(re.escape, names)) or r"\b\B")
+        special = tokenizers.special_names(tokenizer)
+        self.names = special if tokenizer.split_special_tokens else []
+        capitals = (token for token in {*tokenizer.get_vocab()} - {*special} if token != token.lower())
+        self.uncased = _normal(tokenizer, "A") == "A" and next(capitals, None) is None
         self.strips = _normal(tokenizer, "\u0e02\u0e48") == _normal(tokenizer, "\u0e02")  # Thai's tones, say
-        self.counts: Counts = dict.fromkeys(("texts", "named", "characters", "unknown", "long", "stripped"), 0)
+        self.counts: Counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, texts: Sequence[str], ids: Sequence[Sequence[int]] | None = None) -> None:
         """Count ``texts``; ``ids``: their tokens, where these are known."""
         found: Counter[str] = Counter(texts=len(texts))
         whole = "\n".join(texts)
         found["characters"] = len(whole) - whole.count(" ") - whole.count("\n")
-        if self.names.search(whole):
-            found["named"] = sum(self.names.search(text) is not None for text in texts)
+        if names := [name for name in self.names if name in whole]:
+            found["named"] = sum(any(name in text for name in names) for text in texts)
         if self.strips:
             found["stripped"] = sum(whole.count(character) for character in set(whole) if self._stripped(character))
         if ids is None and self.backend:
             ids = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         doubtful = [t for t, own in zip(texts, ids, strict=True) if self.unknown in own] if ids is not None else texts
-        for size in map(len, self._unknown(doubtful)):
-            found["unknown"] += size
-            found["long"] += size * (size > self.longest)
+        for part in self._unknown(doubtful):
+            found["unknown"] += len(part)
+            found["long"] += len(part) * (len(part) > self.longest)
+            found["capital"] += len(part) * (self.uncased and part != part.lower())
         self.counts = {name: number + found[name] for name, number in self.counts.items()}
 
     def _unknown(self, texts: Sequence[str]) -> Iterator[str]:
@@ -122,12 +127,14 @@ def _unknown(config: Tokenizer, name: str, counts: Counts) -> str:
     tokenizer = "the trained vocabulary" if config.path is None else f"tokenizer.path={config.path}"
     cause, way_out = "it does not have them", "Raise tokenizer.vocab_size or tokenizer.coverage."
     if counts["long"] > counts["unknown"] / 2:
-        cause = f"most stand in words of more than {tokenizers.LONGEST_WORD} characters, which WordPiece does not read"
+        cause = f"most stand in words of more than {LONGEST_WORD} characters, which WordPiece does not read"
     if config.path:
         way_out = (
             "Use tokenizer.path (or model.weights, with the tokenizer that it has) of a model for this language and "
             "writing, or train one (tokenizer.path=null)."
         )
+        if counts["capital"] > counts["unknown"] / 2:
+            cause, way_out = "most stand in words with capitals, which it has none of", "Use tokenizer.lowercase=true."
     return f"{name}: {_share(counts, 'unknown'):.1%} of the characters are unknown to {tokenizer}: {cause}. {way_out}"
 
 

@@ -62,11 +62,11 @@ ASKED: dict[Asked, tuple[Callable[[Facts], str | bool], str]] = {
 }  # fmt: skip
 
 
-# Which formats of data a key is for; None is that of each file
+# Which formats of data a key is for; None is that of each file, hub of a preset, beside which files may be named
 _HEADED = ("csv", "tsv", "columns", None)
 FORMATS: dict[str, tuple[str | None, ...]] = {
     "data.column": ("jsonl", "parquet", "hub"), "data.documents": ("text",), "data.split": ("hub", None),
-    "data.streaming": ("hub", None), "data.header": _HEADED, **dict.fromkeys(("data.target", "data.drop"),
+    "data.streaming": ("hub", None), "data.header": (*_HEADED, "hub"), **dict.fromkeys(("data.target", "data.drop"),
     (*_HEADED, "jsonl", "json", "parquet", "hub")), **dict.fromkeys(("data.rows", "data.features", "data.noise"),
     ("synthetic",)),
 }  # fmt: skip
