@@ -1,8 +1,8 @@
 """What the labels of the splits make wrong, which is refused, and what they make doubtful, said when a run starts.
 
 seen = {"train": counted(rows, labels)}    # Counter({'good': 102, 'bad': 101})
-refuse_labels(seen["train"], len(rows), config)
-doubtful(seen, counts, labels, "classify")    # ["train: labels 'Good' (3 rows), 'good' (9 rows) differ …"]
+refuse(seen["train"], len(rows), config)
+warnings(seen, counts, labels, "classify")    # ["train: labels 'Good' (3 rows), 'good' (9 rows) differ …"]
 """
 
 import unicodedata
@@ -47,16 +47,16 @@ def unlabelled(rows: list[Any], task: Task) -> int:
     return 0 if task.kind == "span_qa" and task.null_answers else labels.count(None)
 
 
-def refuse_labels(seen: Counter[str], rows: int, config: RunConfig) -> None:
+def refuse(seen: Counter[str], rows: int, config: RunConfig) -> None:
     """Raises DataError where the training rows have nothing to tell apart, or no classes."""
     data, kind = config.data, config.task.kind
     where = f"data.train={data.train}"
     if kind == "multi_label" and not seen:
         raise DataError(f"{where}: none of its {rows:,} rows has a label. Correct data.columns.label or .labels.")
-    if len(seen) == 1 and seen.total() == rows and (kind != "tag" or "O" in seen):  # B- and I- of a type are two
+    if [*seen] == ["O"] or (kind != "tag" and set(seen.values()) == {rows}):  # a list of flags may look like names
         raise DataError(
             f"{where}: all {rows:,} rows have the same label, {_listed([*seen])}: there is nothing to tell apart. Add "
-            "rows of another, or name the column of labels in data.columns."
+            "rows of another, or correct data.columns."
         )
     if kind == "classify" and not data.labels and len(seen) > max(FEW, rows / 2):
         raise DataError(
@@ -66,7 +66,7 @@ def refuse_labels(seen: Counter[str], rows: int, config: RunConfig) -> None:
         )
 
 
-def doubtful(
+def warnings(
     seen: Mapping[str, Counter[str]], counts: Mapping[str, Mapping[str, int]], labels: Labels, kind: str
 ) -> Iterator[str]:
     """A line for each thing that makes what is learned, or its score, doubtful."""
@@ -89,12 +89,13 @@ def doubtful(
 
 
 def _names(train: Counter[str]) -> Iterator[str]:
-    for _, group in groupby(sorted(sorted(train), key=_plain), key=_plain):
-        if len(names := list(group)) > 1:
-            yield (
-                f"train: labels {_listed(names, train)} differ only in case, white space or notation, and are learned "
-                "as labels of their own. Write them alike if they are one."
-            )
+    groups = [list(group) for _, group in groupby(sorted(sorted(train), key=_plain), key=_plain)]
+    if alike := [names for names in groups if len(names) > 1]:
+        yield (
+            f"train: labels {_listed(alike[0], train)} differ only in case, white space or notation, and are learned "
+            f"as labels of their own{f', as are {len(alike) - 1:,} others' if alike[1:] else ''}. Write them alike "
+            "if they are one."
+        )
     # as SNLI has -1 where nobody agrees; -1, 0 and 1 may be bad, neutral and good
     if empty := [name for name in train if name.lower() in EMPTY or (name == "-1" and len(train) > 3)]:
         yield f"train: {_listed(empty, train)} is learned as a label. Leave these rows out if it is an empty cell."
@@ -125,7 +126,8 @@ def _untaught(seen: Mapping[str, Counter[str]], names: list[str]) -> Iterator[st
         held = ", ".join(f"{n:,} in {s}" for s, found in seen.items() if (n := sum(found[name] for name in unseen)))
         yield (
             f"train: {len(unseen):,} of the labels have no row ({_listed(unseen)}; {held or 'none held out either'}), "
-            "so they are never learned. Add rows, or drop them from data.labels."
+            "so nothing is learned of them. Add rows, or leave them out of data.labels; where the weights name them, "
+            "model.new_head=true draws a head without."
         )
 
 

@@ -208,7 +208,7 @@ def _score(label: Any, low: float, high: float) -> float:
 def _name(label: Any) -> str:
     """What a class is called, without white space around it."""
     if _listed(label) is not None or _blank(label) or not isinstance(label, str | int | float):
-        way_out = "Name one class a row, or learn any number of them: task=multi_label"
+        way_out = "Write its name or number; rows with any number of classes are learned by task=multi_label"
         raise _BadRow(f"label {label!r:.40} is no name of one class", way_out)
     if isinstance(label, float) and label.is_integer():  # of a column of whole numbers with gaps
         label = int(label)
@@ -267,9 +267,11 @@ def _index(name: str, labels: Labels, data: Data) -> int:
         return labels.index(name)
     known = ", ".join(labels[:20]) + ", …" * (len(labels) > 20)
     if data.labels and name.isdecimal() and all(number(label) is None for label in labels):
-        if int(name) < len(labels):
+        if int(name) < len(data.labels):
             return labels.index(data.labels[int(name)])  # weights may have the same labels in another order
-        what = f"label {name} is none of the numbers 0 to {len(labels) - 1} of data.labels ({', '.join(data.labels)})"
+        what = (
+            f"label {name} is none of the numbers 0 to {len(data.labels) - 1} of data.labels ({', '.join(data.labels)})"
+        )
     else:
         what = f"unknown label '{name}'.{nearest(name, labels)} Known: {known}"
     raise _BadRow(what, "Correct the row, or name every label in data.labels=[…]")

@@ -46,7 +46,7 @@ class Sample:
 
 
 Encode = Callable[[Any, list[Any]], Iterator[Sample]]  # of a tokenizer and examples
-Doubts = Callable[[Any, list[Any], examples.Labels], Iterator[str]]  # of these and the names of labels
+Warnings = Callable[[Any, list[Any], examples.Labels], Iterator[str]]  # of these and the names of labels
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Reader:
     weights."""
 
     encode: Encode
-    doubts: Doubts = lambda *_: iter(())
+    warnings: Warnings = lambda *_: iter(())
     float_labels: bool = False
     head: examples.Labels = ()
 
@@ -103,10 +103,10 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -
             raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
         seen[name] = doubts.counted(rows, labels)
         if name == "train":
-            doubts.refuse_labels(seen[name], len(rows), config)
+            doubts.refuse(seen[name], len(rows), config)
         write(folder / name, reader.encode(tokenizer, rows), float_labels=reader.float_labels)
         if prepared.role(name) != "test":
-            warnings += [f"{name}: {line}" for line in reader.doubts(tokenizer, rows, labels)]
+            warnings += [f"{name}: {line}" for line in reader.warnings(tokenizer, rows, labels)]
         lengths = Ragged(folder / name / "sequences").lengths
         lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows, data.joiner))))
         counts[name] = {
@@ -122,22 +122,29 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -
     known = {"labels": labels, "positive": positive, "pad_id": tokenizer.pad_token_id}
     known["vocab_size"] = tokenizers.vocab_size(tokenizer)
     found = known | {"splits": counts, "first_skipped": first, "lost": lost}
-    warnings += [*unknown.warnings(chosen, tokenizer, lost), *doubts.doubtful(seen, counts, labels, config.task.kind)]
+    warnings += [*unknown.warnings(chosen, tokenizer, lost), *doubts.warnings(seen, counts, labels, config.task.kind)]
     prepared.finish(folder, found, splits=counts, notes=_told(counts, first), warnings=warnings, **known)
 
 
 def _in_order(labels: examples.Labels, head: examples.Labels, config: RunConfig) -> examples.Labels:
-    """The labels as the weights' head numbers them, in capitals or not. Raises ConfigError where it has others."""
-    if not head or not labels or set(head) == set(labels):
-        return head or labels
+    """The labels as the weights' head numbers them, in capitals or not, with those that the data lacks. Raises
+    ConfigError where the head lacks some."""
     here = {name.casefold(): name for name in labels}
-    if len(here) == len(labels) == len(head) and set(here) == {name.casefold() for name in head}:
-        return tuple(here[name.casefold()] for name in head)
-    theirs, ours = (" ".join(", ".join(some[:20]).split()) + ", …" * (len(some) > 20) for some in (head, labels))
+    theirs = tuple(name if name in labels else here.get(name.casefold(), name) for name in head)
+    tags = config.task.kind == "tag"
+    iob2 = all(name == "O" or name[:2] in ("B-", "I-") for name in theirs)  # of another scheme a head says other tags
+    if not head or (set(labels) <= set(theirs) and len(set(theirs)) == len(theirs) and (iob2 or not tags)):
+        return theirs or labels
+    told, ours = (" ".join(", ".join(some[:20]).split()) + ", …" * (len(some) > 20) for some in (head, labels))
+    if tags:
+        way_out = "Tags are learned as IOB2, whatever their scheme: "
+    elif all(tables.number(name) is not None for name in labels):
+        way_out = f"Name them in the order of the file's numbers, as data.labels=[{','.join(head[:20])}], or "
+    else:
+        way_out = "Write the head's names in the data, or "
     raise ConfigError(
-        f"model.weights={config.model.weights}: its head tells {theirs} (id2label), data.train={config.data.train} has "
-        f"{ours}. Where these are the same, name the head's in the order of the file's numbers: "
-        f"data.labels=[{','.join(head[:20])}]; else model.new_head=true draws a head for other labels."
+        f"model.weights={config.model.weights}: its head tells {told} (id2label), data.train={config.data.train} has "
+        f"{ours}. {way_out}model.new_head=true draws a head for other labels."
     )
 
 

@@ -95,8 +95,8 @@ class Finetune(Task):
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
         head = cls._head(config)
         known = () if cls.label_names or _unnamed(head) else head
-        encode, doubts = functools.partial(cls.encode, config), functools.partial(cls.doubts, config)
-        return labelled.prepare(config, labelled.Reader(encode, doubts, cls.float_labels, known))
+        encode, warnings = functools.partial(cls.encode, config), functools.partial(cls.warnings, config)
+        return labelled.prepare(config, labelled.Reader(encode, warnings, cls.float_labels, known))
 
     @classmethod
     def _head(cls, config: RunConfig) -> tuple[str, ...]:
@@ -113,7 +113,8 @@ class Finetune(Task):
                 f"model.weights={weights}: a {there}, whose head is not that of task.kind={config.task.kind}. "
                 "model.new_head=true draws one."
             )
-        return tuple(map(str, found.id2label.values())) if there in ("", here) else ()
+        names = [str(name) for _, name in sorted(found.id2label.items())]  # a file may have 10 before 2
+        return tuple(names) if there in ("", here) else ()
 
     # What a kind of task says of itself ------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ class Finetune(Task):
         raise NotImplementedError
 
     @classmethod
-    def doubts(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
+    def warnings(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
         """What makes results on labelled examples doubtful: a line each, with how much, and the way out."""
         return iter(())
 
