@@ -347,7 +347,7 @@ def test_weights_and_a_new_head_go_into_the_stages_of_a_pipeline(refused: tuple[
 def test_which_label_is_which_of_unnamed_ones_is_said_to_be_a_guess(refused: tuple[Path, dict[str, list[str]]]) -> None:
     folder, errors = refused
     told = " ".join((folder / "told.txt").read_text().split())
-    guess = "/unnamed: its head names no labels (LABEL_0, …), so that these are theirs is a guess: 0 is bad, 1 is good"
+    guess = "their head names no labels (LABEL_0, …), so that these are theirs is a guess: 0 is bad, 1 is good"
     assert "unnamed" not in errors and told.count("is a guess") == 1 and guess in told
 
 

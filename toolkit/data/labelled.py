@@ -34,6 +34,7 @@ READING = {
 }  # fmt: skip
 TASK = {"kind", "scheme", "stride", "max_question", "max_answer", "null_answers"}
 WAY_OUT = "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
+UNNAMED = "LABEL_0"  # of a head whose labels transformers has numbered
 MULTIPLE = 8  # of which widths are: what tensor cores like
 
 
@@ -94,7 +95,7 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -
     lost: dict[str, unknown.Counts] = {}
     first: dict[str, list[str]] = {}
     seen: dict[str, Counter[str]] = {}  # rows of each label
-    warnings: list[str] = []
+    warnings = [*_guessed(labels, reader.head)]
     for name in [*sources] + ([] if data.eval or not data.holdout else ["eval"]):
         problems = Problems(data.on_error)
         rows = read(config, name, labels, problems)
@@ -118,7 +119,7 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -
             "unlabelled": doubts.unlabelled(rows, config.task) if prepared.role(name) == "test" else 0,
         }
         first |= {name: problems.first} if problems.first else {}
-    positive = labels.index(named[1]) if len(labels) == 2 else 1  # F1 is of the data's second label
+    positive = labels.index(named[-1]) if len(labels) == 2 else 1  # F1 is of the data's second label
     known = {"labels": labels, "positive": positive, "pad_id": tokenizer.pad_token_id}
     known["vocab_size"] = tokenizers.vocab_size(tokenizer)
     found = known | {"splits": counts, "first_skipped": first, "lost": lost}
@@ -131,21 +132,32 @@ def _in_order(labels: examples.Labels, head: examples.Labels, config: RunConfig)
     ConfigError where the head lacks some."""
     here = {name.casefold(): name for name in labels}
     theirs = tuple(name if name in labels else here.get(name.casefold(), name) for name in head)
-    tags = config.task.kind == "tag"
-    iob2 = all(name == "O" or name[:2] in ("B-", "I-") for name in theirs)  # of another scheme a head says other tags
-    if not head or (set(labels) <= set(theirs) and len(set(theirs)) == len(theirs) and (iob2 or not tags)):
-        return theirs or labels
+    # a head of another scheme says other tags than those that are learned
+    tags = config.task.kind == "tag" and "Tags are learned as IOB2, whatever their scheme: "
+    foreign = tags and any(name != "O" and name[:2] not in ("B-", "I-") for name in theirs)
+    if set(labels) <= set(theirs) and len(set(theirs)) == len(theirs) and not foreign:
+        return theirs
+    if not head or UNNAMED in head:
+        return labels
     told, ours = (" ".join(", ".join(some[:20]).split()) + ", …" * (len(some) > 20) for some in (head, labels))
-    if tags:
-        way_out = "Tags are learned as IOB2, whatever their scheme: "
-    elif all(tables.number(name) is not None for name in labels):
+    way_out = tags or "Write the head's names in the data, or "
+    if all(tables.number(name) is not None for name in labels):
         way_out = f"Name them in the order of the file's numbers, as data.labels=[{','.join(head[:20])}], or "
-    else:
-        way_out = "Write the head's names in the data, or "
     raise ConfigError(
         f"model.weights={config.model.weights}: its head tells {told} (id2label), data.train={config.data.train} has "
         f"{ours}. {way_out}model.new_head=true draws a head for other labels."
     )
+
+
+def _guessed(labels: examples.Labels, head: examples.Labels) -> Iterator[str]:
+    """Of a head whose labels have no names, each may be any."""
+    numbers = tuple(map(str, range(len(labels))))
+    if UNNAMED in head and len(head) == len(labels) and labels not in (head, numbers):
+        told = ", ".join(f"{i} is {name}" for i, name in enumerate(labels[:5])) + ", …" * (len(labels) > 5)
+        yield (
+            f"model.weights: their head names no labels ({UNNAMED}, …), so that these are theirs is a guess: {told}. "
+            "Order them by data.labels, or let model.new_head=true draw a head."
+        )
 
 
 def _texts(rows: list[Any], joiner: str) -> Iterator[str]:

@@ -83,20 +83,13 @@ class Finetune(Task):
         self._warned: set[str] = set()
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
         self.tell(self.prepared)
-        numbers = tuple(map(str, range(len(self.names))))
-        if not self.label_names and self.names != numbers and _unnamed(self._head(config)) == len(self.names):
-            told = ", ".join(f"{i} is {name}" for i, name in enumerate(self.names[:5])) + ", …" * (len(self.names) > 5)
-            run.warn(
-                f"model.weights={config.model.weights}: its head names no labels (LABEL_0, …), so that these are "
-                f"theirs is a guess: {told}. Order them by data.labels, or let model.new_head=true draw a head."
-            )
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
         head = cls._head(config)
-        known = () if cls.label_names or _unnamed(head) else head
         encode, warnings = functools.partial(cls.encode, config), functools.partial(cls.warnings, config)
-        return labelled.prepare(config, labelled.Reader(encode, warnings, cls.float_labels, known))
+        reader = labelled.Reader(encode, warnings, cls.float_labels, () if cls.label_names else head)
+        return labelled.prepare(config, reader)
 
     @classmethod
     def _head(cls, config: RunConfig) -> tuple[str, ...]:
@@ -113,8 +106,8 @@ class Finetune(Task):
                 f"model.weights={weights}: a {there}, whose head is not that of task.kind={config.task.kind}. "
                 "model.new_head=true draws one."
             )
-        names = [str(name) for _, name in sorted(found.id2label.items())]  # a file may have 10 before 2
-        return tuple(names) if there in ("", here) else ()
+        names = tuple(str(name) for _, name in sorted(found.id2label.items()))  # a file may have 10 before 2
+        return names if there == here or (not there and labelled.UNNAMED not in names) else ()
 
     # What a kind of task says of itself ------------------------------------------------------------------------------
 
@@ -226,8 +219,3 @@ class Finetune(Task):
     def _split(self, name: str) -> Encoded:
         pad_id = self.prepared.pad_id
         return Encoded(self.prepared.path / name, pad_id, self.choices, self.per_token, self.width)
-
-
-def _unnamed(head: tuple[str, ...]) -> int:
-    """How many labels a head has, where transformers has named them; else 0."""
-    return len(head) if head == tuple(f"LABEL_{i}" for i in range(len(head))) else 0
