@@ -6,9 +6,11 @@
 A row that does not fit is an error that names it, before anything is trained.
 """
 
+import ast
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,19 +218,17 @@ def _name(label: Any) -> str:
 
 
 def _listed(cell: Any) -> list[Any] | dict[str, Any] | None:
-    """A cell that holds a list or an object, also as JSON or pandas write one into a cell of text."""
-    if isinstance(cell, str) and cell.strip()[:1] in ("[", "{"):
-        for text in (cell, cell.replace("'", '"')):
-            try:
-                cell = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            break
+    """A cell that holds a list or an object, also as JSON or Python write one into a cell of text."""
+    for parse in (
+        (json.loads, ast.literal_eval) if isinstance(cell, str) and cell.strip()[:1] in ("[", "{", "(") else ()
+    ):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            found = parse(cell.strip())
+            # to Python ['a' 'b'], as numpy prints an array, is ['ab']
+            if parse is json.loads or "".join(str(found).split()) == "".join(cell.split()):
+                cell = list(found) if isinstance(found, tuple) else found
+                break
     return cell if isinstance(cell, list | dict) else None
-
-
-def _class(row: _Row) -> list[str]:
-    return [_name(row.label("label"))]
 
 
 def _marked(row: _Row) -> list[str] | None:
@@ -367,4 +367,8 @@ _MAKE: dict[str, _Make] = {
     "choose": _choice,
 }
 # The kinds whose labels have names, and those of a row
-_NAMES: dict[str, Callable[[_Row], list[str] | None]] = {"classify": _class, "multi_label": _marked, "tag": _tag_names}
+_NAMES: dict[str, Callable[[_Row], list[str] | None]] = {
+    "classify": lambda row: [_name(row.label("label"))],
+    "multi_label": _marked,
+    "tag": _tag_names,
+}
