@@ -219,13 +219,12 @@ def _name(label: Any) -> str:
 
 def _listed(cell: Any) -> list[Any] | dict[str, Any] | None:
     """A cell that holds a list or an object, also as JSON or Python write one into a cell of text."""
-    for parse in (
-        (json.loads, ast.literal_eval) if isinstance(cell, str) and cell.strip()[:1] in ("[", "{", "(") else ()
-    ):
+    text = cell.strip() if isinstance(cell, str) else ""
+    for parse in (json.loads, ast.literal_eval) if text[:1] in ("[", "{", "(") else ():
         with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            found = parse(cell.strip())
+            found = parse(text)
             # to Python ['a' 'b'], as numpy prints an array, is ['ab']
-            if parse is json.loads or "".join(str(found).split()) == "".join(cell.split()):
+            if parse is json.loads or "".join(str(found).split()) == "".join(text.split()):
                 cell = list(found) if isinstance(found, tuple) else found
                 break
     return cell if isinstance(cell, list | dict) else None
@@ -239,11 +238,12 @@ def _marked(row: _Row) -> list[str] | None:
             return None
         return [column for column in columns if _flag(column, row.cell("labels", column))]
     cell = row.cell("label") if row.labelled or key in row.values else None
-    if isinstance(cell, str) and data.label_separator:  # an empty cell has none of the labels
-        cell = [part for part in cell.split(data.label_separator) if part.strip()]
-    if not row.labelled and cell in ABSENT:
+    listed = _listed(cell)
+    if isinstance(cell, str) and data.label_separator and listed is None:  # an empty cell has none of the labels
+        listed = [part for part in cell.split(data.label_separator) if part.strip()]
+    elif not row.labelled and cell in ABSENT:
         return None
-    if not isinstance(listed := _listed(cell), list):
+    if not isinstance(listed, list):
         way_out = "Set data.label_separator=<what is between them>, or name columns of 0 and 1 in data.columns.labels"
         raise _BadRow(f"column '{key}' holds {cell!r:.40}, which is no list of labels", way_out)
     names = [_name(item) for item in listed]
