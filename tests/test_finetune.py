@@ -461,7 +461,7 @@ def test_prepared_data_is_found_again(tmp_path: Path) -> None:
     config = compose([*table(tmp_path, "classify"), f"data.cache_dir={tmp_path / 'cache'}", "tokenizer.vocab_size=200"])
     calls: list[int] = []
 
-    def encode(tokenizer: Any, examples: list[Any]) -> Any:
+    def encode(config: Any, tokenizer: Any, examples: list[Any]) -> Any:
         calls.append(len(examples))
         return (labelled.Sample([([1], [0])], [0]) for _ in range(len(examples)))
 
@@ -477,7 +477,7 @@ def test_without_held_out_data_a_share_of_the_rows_is_held_out_whatever_the_seed
     for seed in (1, 2):
         config = compose([*common, f"seed={seed}"])
         prepared = labelled.prepare(
-            config, labelled.Reader(lambda t, e: (labelled.Sample([([1], [0])], [0]) for _ in e))
+            config, labelled.Reader(lambda c, t, e: (labelled.Sample([([1], [0])], [0]) for _ in e))
         )
         labels = tuple(prepared.facts["labels"])
         train, held = ({e.id for e in labelled.read(config, s, labels)} for s in ("train", "eval"))

@@ -25,17 +25,12 @@ def counted(rows: list[Any], labels: Labels) -> Counter[str]:
     found: Counter[str] = Counter()
     for row in rows:
         if isinstance(row, Tagged):
-            found.update(set(_types(labels[tag] for tag in row.tags or ())))
+            found.update({labels[tag][2:] or "O" for tag in row.tags or ()})
         elif isinstance(row, Text) and isinstance(row.label, tuple):
             found.update(name for name, has in zip(labels, row.label, strict=True) if has)
         elif isinstance(row, Text) and row.label is not None:
             found[labels[row.label] if isinstance(row.label, int) else str(row.label)] += 1
     return found
-
-
-def _types(tags: Iterable[str]) -> list[str]:
-    """O, and the types of entities."""
-    return list(dict.fromkeys(tag.partition("-")[2] or tag for tag in tags))
 
 
 def unlabelled(rows: list[Any], task: Task) -> int:
@@ -73,7 +68,8 @@ def warnings(
     train = seen["train"]
     if labels and train:
         yield from _names(train)
-        yield from _untaught(seen, [name for name in _types(labels) if name != "O"] if kind == "tag" else list(labels))
+        types = dict.fromkeys(name[2:] for name in labels if name != "O")
+        yield from _untaught(seen, types if kind == "tag" else labels)
     for split, found in seen.items():
         rows, missing = counts[split]["rows"], counts[split]["unlabelled"]
         if train and split != "train" and missing < rows and len(found) < 2 and found.total() in (0, rows):
@@ -115,7 +111,7 @@ def _plain(name: str) -> str:
     return " ".join("".join(visible).split())
 
 
-def _untaught(seen: Mapping[str, Counter[str]], names: list[str]) -> Iterator[str]:
+def _untaught(seen: Mapping[str, Counter[str]], names: Iterable[str]) -> Iterator[str]:
     train = seen["train"]
     if rare := [name for name in names if train[name] == 1]:
         yield (

@@ -1,6 +1,6 @@
 """Labelled data as ``recipes/finetune.py`` reads it: rows checked, tokenised and cached, once for all ranks.
 
-    prepared = prepare(config, encode)        # encode(tokenizer, examples) yields Samples
+    prepared = prepare(config, Reader(encode))    # encode(config, tokenizer, examples) yields Samples
     read(config, "eval", prepared.facts["labels"])    # its examples
     data = Encoded(prepared.path / "train", pad_id=0)
     data[keyed(0, np.array([3, 5, -1]))]    # tensors; -1 is an empty sample that nothing counts
@@ -46,8 +46,8 @@ class Sample:
     labels: Sequence[float]
 
 
-Encode = Callable[[Any, list[Any]], Iterator[Sample]]  # of a tokenizer and examples
-Warnings = Callable[[Any, list[Any], examples.Labels], Iterator[str]]  # of these and the names of labels
+Encode = Callable[[RunConfig, Any, list[Any]], Iterator[Sample]]  # with a tokenizer, of examples
+Warnings = Callable[[RunConfig, Any, list[Any], examples.Labels], Iterator[str]]  # of these, with the labels' names
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -
         seen[name] = doubts.counted(rows, labels)
         if name == "train":
             doubts.refuse(seen[name], len(rows), config)
-        write(folder / name, reader.encode(tokenizer, rows), float_labels=reader.float_labels)
+        write(folder / name, reader.encode(config, tokenizer, rows), float_labels=reader.float_labels)
         if prepared.role(name) != "test":
-            warnings += [f"{name}: {line}" for line in reader.warnings(tokenizer, rows, labels)]
+            warnings += [f"{name}: {line}" for line in reader.warnings(config, tokenizer, rows, labels)]
         lengths = Ragged(folder / name / "sequences").lengths
         lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows, data.joiner))))
         counts[name] = {

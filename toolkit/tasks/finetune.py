@@ -80,15 +80,13 @@ class Finetune(Task):
         self.width = config.data.max_length if fixed else None
         train, grouped = self._split("train"), config.data.group_by_length
         self.learns(train, Grouped(train.lengths, config.seed, size=config.batch.global_size, grouped=grouped))
-        self._warned: set[str] = set()
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
         self.tell(self.prepared)
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
         head = cls._head(config)
-        encode, warnings = functools.partial(cls.encode, config), functools.partial(cls.warnings, config)
-        reader = labelled.Reader(encode, warnings, cls.float_labels, () if cls.label_names else head)
+        reader = labelled.Reader(cls.encode, cls.warnings, cls.float_labels, () if cls.label_names else head)
         return labelled.prepare(config, reader)
 
     @classmethod
@@ -210,11 +208,10 @@ class Finetune(Task):
         """The examples of a split, read again from where they come: once, on the ranks that ask."""
         return labelled.read(self.config, split, tuple(self.prepared.facts["labels"]))
 
+    @functools.cache  # noqa: B019 - one task a run
     def warn_once(self, line: str) -> None:
         """What is found out in every evaluation is said in the first."""
-        if line not in self._warned:
-            self._warned.add(line)
-            self.run.warn(line)
+        self.run.warn(line)
 
     def _split(self, name: str) -> Encoded:
         pad_id = self.prepared.pad_id
