@@ -334,9 +334,11 @@ def _question(row: _Row, task: Task, labels: Labels) -> Question:
     if value is not None and not answers and not task.null_answers:
         raise _BadRow("has no answer", "Let questions have none with task.null_answers=true (task=squad_v2)")
     for text, start in answers:
+        if not text.strip():
+            raise _BadRow(f"answer {text!r:.60} is blank", "Correct it, or leave it out")
         stands = context[start : start + len(text)]
-        if not text or stands != text:
-            elsewhere = f", but at {context.find(text)}" if text and text in context else ""
+        if stands != text:
+            elsewhere = f", but at {context.find(text)}" if text in context else ""
             what = f"answer {text!r:.60} is not at answer_start={start}, where {stands!r:.60} stands{elsewhere}"
             raise _BadRow(what, "Count answer_start in characters of the context, from 0")
     return Question(row.id, row.text("question"), context, answers)
