@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ from toolkit.checkpoint.export import export
 from toolkit.config import kinds
 from toolkit.config.compose import compose
 from toolkit.data import labelled
+from toolkit.data.examples import Text
 from toolkit.data.labelled import Encoded
 from toolkit.data.order import Grouped
 from toolkit.engine.start import factor
 from toolkit.models.build import decay_groups, initialise
 from toolkit.tasks import task_class
+from toolkit.tasks.classify import Regress
 from toolkit.train.several import row
 
 BEST = dict.fromkeys(KINDS, "f1") | {"classify": "accuracy", "choose": "accuracy", "regress": "spearman"}
@@ -455,6 +458,27 @@ def test_a_second_held_out_split_is_recorded_under_its_name(splits: Path) -> Non
 def test_without_anything_held_out_the_last_weights_are_kept(splits: Path) -> None:
     records = read(splits / "none" / "metrics.jsonl")
     assert not any("eval_loss" in r for r in records) and records[-1]["checkpoint"] == "step-2"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("[mse]", "eval: all predictions are the same. Train longer"),
+        ("[pearson,mse]", "eval: all predictions are the same; undefined, pearson count as 0. Train longer"),
+    ],
+)
+def test_constant_predictions_are_said_once(names: str, said: str) -> None:
+    task = Regress.__new__(Regress)
+    task.config = compose(["task=regress", f"task.metrics={names}"])
+    told: list[str] = []
+    vars(task).update(
+        run=SimpleNamespace(warn=told.append), prepared=SimpleNamespace(facts={"positive": 1}), names=("score",),
+        examples=lambda _: [Text("0", "a", None, 1.0), Text("1", "b", None, 3.0)],
+    )  # fmt: skip
+    task.scores("eval", {0: np.array([1.5]), 1: np.array([2.0])})
+    assert not told
+    assert [task.scores("eval", {0: np.array([2.0]), 1: np.array([2.0])})["mse"] for _ in range(2)] == [1, 1]
+    assert len(told) == 1 and told[0].startswith(said)
 
 
 def test_prepared_data_is_found_again(tmp_path: Path) -> None:
