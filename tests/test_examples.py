@@ -247,7 +247,7 @@ BAD: list[tuple[str, dict[str, Any], tuple[str, ...] | None, dict[str, Any], str
     ("span_qa", answered(("Bob", 7)), None, {},
      r"answer 'Bob' is not at answer_start=7, where ' Bo' stands, but at 8. Count answer_start in characters"),
     ("span_qa", answered(("Ann", 0), ("Eve", 99)), None, {}, r"answer 'Eve' is not at answer_start=99, where ''"),
-    ("span_qa", answered(("", 0)), None, {"null_answers": True}, r"answer '' is not at answer_start=0"),
+    ("span_qa", answered(("Ann", 0), (" ", 3)), None, {"null_answers": True}, r"answer ' ' is blank\. Correct it"),
     ("span_qa", answered(), None, {}, r"has no answer. Let .* task.null_answers=true \(task=squad_v2\)"),
     ("span_qa", answered(("Bob", 8), is_impossible=True), None, {}, r"has no answer"),
     ("span_qa", answered(("Bob", 8), is_impossible="False"), None, {}, r"is_impossible 'False' is neither true nor"),

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ from toolkit.checkpoint.export import export
 from toolkit.config import kinds
 from toolkit.config.compose import compose
 from toolkit.data import labelled
+from toolkit.data.examples import Text
 from toolkit.data.labelled import Encoded
 from toolkit.data.order import Grouped
 from toolkit.engine.start import factor
 from toolkit.models.build import decay_groups, initialise
 from toolkit.tasks import task_class
+from toolkit.tasks.classify import Regress
 from toolkit.train.several import row
 
 BEST = dict.fromkeys(KINDS, "f1") | {"classify": "accuracy", "choose": "accuracy", "regress": "spearman"}
@@ -347,7 +350,7 @@ def test_weights_and_a_new_head_go_into_the_stages_of_a_pipeline(refused: tuple[
 def test_which_label_is_which_of_unnamed_ones_is_said_to_be_a_guess(refused: tuple[Path, dict[str, list[str]]]) -> None:
     folder, errors = refused
     told = " ".join((folder / "told.txt").read_text().split())
-    guess = "/unnamed: its head names no labels (LABEL_0, …), so that these are theirs is a guess: 0 is bad, 1 is good"
+    guess = "their head names no labels (LABEL_0, …), so that these are theirs is a guess: 0 is bad, 1 is good"
     assert "unnamed" not in errors and told.count("is a guess") == 1 and guess in told
 
 
@@ -457,11 +460,32 @@ def test_without_anything_held_out_the_last_weights_are_kept(splits: Path) -> No
     assert not any("eval_loss" in r for r in records) and records[-1]["checkpoint"] == "step-2"
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("[mse]", "eval: all predictions are the same. Train longer"),
+        ("[pearson,mse]", "eval: all predictions are the same; undefined, pearson count as 0. Train longer"),
+    ],
+)
+def test_constant_predictions_are_said_once(names: str, said: str) -> None:
+    task = Regress.__new__(Regress)
+    task.config = compose(["task=regress", f"task.metrics={names}"])
+    told: list[str] = []
+    vars(task).update(
+        run=SimpleNamespace(warn=told.append), prepared=SimpleNamespace(facts={"positive": 1}), names=("score",),
+        examples=lambda _: [Text("0", "a", None, 1.0), Text("1", "b", None, 3.0)],
+    )  # fmt: skip
+    task.scores("eval", {0: np.array([1.5]), 1: np.array([2.0])})
+    assert not told
+    assert [task.scores("eval", {0: np.array([2.0]), 1: np.array([2.0])})["mse"] for _ in range(2)] == [1, 1]
+    assert len(told) == 1 and told[0].startswith(said)
+
+
 def test_prepared_data_is_found_again(tmp_path: Path) -> None:
     config = compose([*table(tmp_path, "classify"), f"data.cache_dir={tmp_path / 'cache'}", "tokenizer.vocab_size=200"])
     calls: list[int] = []
 
-    def encode(tokenizer: Any, examples: list[Any]) -> Any:
+    def encode(config: Any, tokenizer: Any, examples: list[Any]) -> Any:
         calls.append(len(examples))
         return (labelled.Sample([([1], [0])], [0]) for _ in range(len(examples)))
 
@@ -477,7 +501,7 @@ def test_without_held_out_data_a_share_of_the_rows_is_held_out_whatever_the_seed
     for seed in (1, 2):
         config = compose([*common, f"seed={seed}"])
         prepared = labelled.prepare(
-            config, labelled.Reader(lambda t, e: (labelled.Sample([([1], [0])], [0]) for _ in e))
+            config, labelled.Reader(lambda c, t, e: (labelled.Sample([([1], [0])], [0]) for _ in e))
         )
         labels = tuple(prepared.facts["labels"])
         train, held = ({e.id for e in labelled.read(config, s, labels)} for s in ("train", "eval"))

@@ -74,6 +74,9 @@ def test_metrics_of_several_labels_are_scikit_learns():
     )
     absent = [np.hstack([a, np.zeros((50, 1), a.dtype)]) for a in (predicted, chances, gold)]
     assert several(*absent) == pytest.approx(found), "a label that nothing has is in no mean"
+    one = several(predicted[:, :1], chances[:, :1], gold[:, :1])
+    assert one["f1_micro"] == one["f1_macro"] == pytest.approx(metrics.f1_score(gold[:, 0], predicted[:, 0]))
+    assert math.isnan(several(predicted, np.full((50, 4), np.nan), gold)["map"])
 
 
 def test_nothing_that_has_a_label_gives_zero_without_a_warning():

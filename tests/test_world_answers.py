@@ -42,4 +42,4 @@ def test_answers(case: Case, architecture: str) -> None:
     said = [learnt(case, config, tokenizer, text) for text in case.answers]
     assert said == (case.says or case.answers)
     examples = [Question("q", QUESTION, case.context, ((text, case.context.index(text)),)) for text in case.answers]
-    assert list(SpanQA.doubts(config, tokenizer, examples, ())) == (case.counted or [])
+    assert list(SpanQA.warnings(config, tokenizer, examples, ())) == (case.counted or [])

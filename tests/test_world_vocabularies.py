@@ -107,7 +107,7 @@ def prepare(kind: str, folder: Path, *overrides: str, lines: list[str]) -> Prepa
         rows = "".join(f"{line}\t{'no' if number % 3 else 'yes'}\n" for number, line in enumerate(lines))
         (folder / "x.tsv").write_text(f"text\tlabel\n{rows}")
         config = compose("task=classify", f"data.train={folder / 'x.tsv'}", *common, *overrides)
-        return labelled.prepare(config, labelled.Reader(lambda *of: Classify.encode(config, *of)))
+        return labelled.prepare(config, labelled.Reader(Classify.encode))
     (folder / "x.de").write_text(f"{ENGLISH}\n" * len(lines))
     (folder / "x.en").write_text("".join(f"{line}\n" for line in lines))
     given = [

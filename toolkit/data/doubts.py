@@ -1,8 +1,8 @@
 """What the labels of the splits make wrong, which is refused, and what they make doubtful, said when a run starts.
 
 seen = {"train": counted(rows, labels)}    # Counter({'good': 102, 'bad': 101})
-refuse_labels(seen["train"], len(rows), config)
-doubtful(seen, counts, labels, "classify")    # ["train: labels 'Good' (3 rows), 'good' (9 rows) differ …"]
+refuse(seen["train"], len(rows), config)
+warnings(seen, counts, labels, "classify")    # ["train: labels 'Good' (3 rows), 'good' (9 rows) differ …"]
 """
 
 import unicodedata
@@ -25,17 +25,12 @@ def counted(rows: list[Any], labels: Labels) -> Counter[str]:
     found: Counter[str] = Counter()
     for row in rows:
         if isinstance(row, Tagged):
-            found.update(set(_types(labels[tag] for tag in row.tags or ())))
+            found.update({labels[tag][2:] or "O" for tag in row.tags or ()})
         elif isinstance(row, Text) and isinstance(row.label, tuple):
             found.update(name for name, has in zip(labels, row.label, strict=True) if has)
         elif isinstance(row, Text) and row.label is not None:
             found[labels[row.label] if isinstance(row.label, int) else str(row.label)] += 1
     return found
-
-
-def _types(tags: Iterable[str]) -> list[str]:
-    """O, and the types of entities."""
-    return list(dict.fromkeys(tag.partition("-")[2] or tag for tag in tags))
 
 
 def unlabelled(rows: list[Any], task: Task) -> int:
@@ -47,16 +42,16 @@ def unlabelled(rows: list[Any], task: Task) -> int:
     return 0 if task.kind == "span_qa" and task.null_answers else labels.count(None)
 
 
-def refuse_labels(seen: Counter[str], rows: int, config: RunConfig) -> None:
+def refuse(seen: Counter[str], rows: int, config: RunConfig) -> None:
     """Raises DataError where the training rows have nothing to tell apart, or no classes."""
     data, kind = config.data, config.task.kind
     where = f"data.train={data.train}"
     if kind == "multi_label" and not seen:
         raise DataError(f"{where}: none of its {rows:,} rows has a label. Correct data.columns.label or .labels.")
-    if len(seen) == 1 and seen.total() == rows and (kind != "tag" or "O" in seen):  # B- and I- of a type are two
+    if [*seen] == ["O"] or (kind != "tag" and set(seen.values()) == {rows}):  # a list of flags may look like names
         raise DataError(
             f"{where}: all {rows:,} rows have the same label, {_listed([*seen])}: there is nothing to tell apart. Add "
-            "rows of another, or name the column of labels in data.columns."
+            "rows of another, or correct data.columns."
         )
     if kind == "classify" and not data.labels and len(seen) > max(FEW, rows / 2):
         raise DataError(
@@ -66,14 +61,15 @@ def refuse_labels(seen: Counter[str], rows: int, config: RunConfig) -> None:
         )
 
 
-def doubtful(
+def warnings(
     seen: Mapping[str, Counter[str]], counts: Mapping[str, Mapping[str, int]], labels: Labels, kind: str
 ) -> Iterator[str]:
     """A line for each thing that makes what is learned, or its score, doubtful."""
     train = seen["train"]
     if labels and train:
         yield from _names(train)
-        yield from _untaught(seen, [name for name in _types(labels) if name != "O"] if kind == "tag" else list(labels))
+        types = dict.fromkeys(name[2:] for name in labels if name != "O")
+        yield from _untaught(seen, types if kind == "tag" else labels)
     for split, found in seen.items():
         rows, missing = counts[split]["rows"], counts[split]["unlabelled"]
         if train and split != "train" and missing < rows and len(found) < 2 and found.total() in (0, rows):
@@ -89,12 +85,13 @@ def doubtful(
 
 
 def _names(train: Counter[str]) -> Iterator[str]:
-    for _, group in groupby(sorted(sorted(train), key=_plain), key=_plain):
-        if len(names := list(group)) > 1:
-            yield (
-                f"train: labels {_listed(names, train)} differ only in case, white space or notation, and are learned "
-                "as labels of their own. Write them alike if they are one."
-            )
+    groups = [list(group) for _, group in groupby(sorted(sorted(train), key=_plain), key=_plain)]
+    if alike := [names for names in groups if len(names) > 1]:
+        yield (
+            f"train: labels {_listed(alike[0], train)} differ only in case, white space or notation, and are learned "
+            f"as labels of their own{f', as are {len(alike) - 1:,} others' if alike[1:] else ''}. Write them alike "
+            "if they are one."
+        )
     # as SNLI has -1 where nobody agrees; -1, 0 and 1 may be bad, neutral and good
     if empty := [name for name in train if name.lower() in EMPTY or (name == "-1" and len(train) > 3)]:
         yield f"train: {_listed(empty, train)} is learned as a label. Leave these rows out if it is an empty cell."
@@ -114,7 +111,7 @@ def _plain(name: str) -> str:
     return " ".join("".join(visible).split())
 
 
-def _untaught(seen: Mapping[str, Counter[str]], names: list[str]) -> Iterator[str]:
+def _untaught(seen: Mapping[str, Counter[str]], names: Iterable[str]) -> Iterator[str]:
     train = seen["train"]
     if rare := [name for name in names if train[name] == 1]:
         yield (
@@ -125,7 +122,8 @@ def _untaught(seen: Mapping[str, Counter[str]], names: list[str]) -> Iterator[st
         held = ", ".join(f"{n:,} in {s}" for s, found in seen.items() if (n := sum(found[name] for name in unseen)))
         yield (
             f"train: {len(unseen):,} of the labels have no row ({_listed(unseen)}; {held or 'none held out either'}), "
-            "so they are never learned. Add rows, or drop them from data.labels."
+            "so nothing is learned of them. Add rows, or leave them out of data.labels; where the weights name them, "
+            "model.new_head=true draws a head without."
         )
 
 

@@ -6,9 +6,11 @@
 A row that does not fit is an error that names it, before anything is trained.
 """
 
+import ast
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,7 +210,7 @@ def _score(label: Any, low: float, high: float) -> float:
 def _name(label: Any) -> str:
     """What a class is called, without white space around it."""
     if _listed(label) is not None or _blank(label) or not isinstance(label, str | int | float):
-        way_out = "Name one class a row, or learn any number of them: task=multi_label"
+        way_out = "Write its name or number; rows with any number of classes are learned by task=multi_label"
         raise _BadRow(f"label {label!r:.40} is no name of one class", way_out)
     if isinstance(label, float) and label.is_integer():  # of a column of whole numbers with gaps
         label = int(label)
@@ -216,19 +218,16 @@ def _name(label: Any) -> str:
 
 
 def _listed(cell: Any) -> list[Any] | dict[str, Any] | None:
-    """A cell that holds a list or an object, also as JSON or pandas write one into a cell of text."""
-    if isinstance(cell, str) and cell.strip()[:1] in ("[", "{"):
-        for text in (cell, cell.replace("'", '"')):
-            try:
-                cell = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            break
+    """A cell that holds a list or an object, also as JSON or Python write one into a cell of text."""
+    text = cell.strip() if isinstance(cell, str) else ""
+    for parse in (json.loads, ast.literal_eval) if text[:1] in ("[", "{", "(") else ():
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            found = parse(text)
+            # to Python ['a' 'b'], as numpy prints an array, is ['ab']
+            if parse is json.loads or "".join(str(found).split()) == "".join(text.split()):
+                cell = list(found) if isinstance(found, tuple) else found
+                break
     return cell if isinstance(cell, list | dict) else None
-
-
-def _class(row: _Row) -> list[str]:
-    return [_name(row.label("label"))]
 
 
 def _marked(row: _Row) -> list[str] | None:
@@ -239,11 +238,12 @@ def _marked(row: _Row) -> list[str] | None:
             return None
         return [column for column in columns if _flag(column, row.cell("labels", column))]
     cell = row.cell("label") if row.labelled or key in row.values else None
-    if isinstance(cell, str) and data.label_separator:  # an empty cell has none of the labels
-        cell = [part for part in cell.split(data.label_separator) if part.strip()]
-    if not row.labelled and cell in ABSENT:
+    listed = _listed(cell)
+    if isinstance(cell, str) and data.label_separator and listed is None:  # an empty cell has none of the labels
+        listed = [part for part in cell.split(data.label_separator) if part.strip()]
+    elif not row.labelled and cell in ABSENT:
         return None
-    if not isinstance(listed := _listed(cell), list):
+    if not isinstance(listed, list):
         way_out = "Set data.label_separator=<what is between them>, or name columns of 0 and 1 in data.columns.labels"
         raise _BadRow(f"column '{key}' holds {cell!r:.40}, which is no list of labels", way_out)
     names = [_name(item) for item in listed]
@@ -267,9 +267,11 @@ def _index(name: str, labels: Labels, data: Data) -> int:
         return labels.index(name)
     known = ", ".join(labels[:20]) + ", …" * (len(labels) > 20)
     if data.labels and name.isdecimal() and all(number(label) is None for label in labels):
-        if int(name) < len(labels):
+        if int(name) < len(data.labels):
             return labels.index(data.labels[int(name)])  # weights may have the same labels in another order
-        what = f"label {name} is none of the numbers 0 to {len(labels) - 1} of data.labels ({', '.join(data.labels)})"
+        what = (
+            f"label {name} is none of the numbers 0 to {len(data.labels) - 1} of data.labels ({', '.join(data.labels)})"
+        )
     else:
         what = f"unknown label '{name}'.{nearest(name, labels)} Known: {known}"
     raise _BadRow(what, "Correct the row, or name every label in data.labels=[…]")
@@ -332,9 +334,11 @@ def _question(row: _Row, task: Task, labels: Labels) -> Question:
     if value is not None and not answers and not task.null_answers:
         raise _BadRow("has no answer", "Let questions have none with task.null_answers=true (task=squad_v2)")
     for text, start in answers:
+        if not text.strip():
+            raise _BadRow(f"answer {text!r:.60} is blank", "Correct it, or leave it out")
         stands = context[start : start + len(text)]
-        if not text or stands != text:
-            elsewhere = f", but at {context.find(text)}" if text and text in context else ""
+        if stands != text:
+            elsewhere = f", but at {context.find(text)}" if text in context else ""
             what = f"answer {text!r:.60} is not at answer_start={start}, where {stands!r:.60} stands{elsewhere}"
             raise _BadRow(what, "Count answer_start in characters of the context, from 0")
     return Question(row.id, row.text("question"), context, answers)
@@ -365,4 +369,8 @@ _MAKE: dict[str, _Make] = {
     "choose": _choice,
 }
 # The kinds whose labels have names, and those of a row
-_NAMES: dict[str, Callable[[_Row], list[str] | None]] = {"classify": _class, "multi_label": _marked, "tag": _tag_names}
+_NAMES: dict[str, Callable[[_Row], list[str] | None]] = {
+    "classify": lambda row: [_name(row.label("label"))],
+    "multi_label": _marked,
+    "tag": _tag_names,
+}

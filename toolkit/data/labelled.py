@@ -1,6 +1,6 @@
 """Labelled data as ``recipes/finetune.py`` reads it: rows checked, tokenised and cached, once for all ranks.
 
-    prepared = prepare(config, encode)        # encode(tokenizer, examples) yields Samples
+    prepared = prepare(config, Reader(encode))    # encode(config, tokenizer, examples) yields Samples
     read(config, "eval", prepared.facts["labels"])    # its examples
     data = Encoded(prepared.path / "train", pad_id=0)
     data[keyed(0, np.array([3, 5, -1]))]    # tensors; -1 is an empty sample that nothing counts
@@ -34,6 +34,7 @@ READING = {
 }  # fmt: skip
 TASK = {"kind", "scheme", "stride", "max_question", "max_answer", "null_answers"}
 WAY_OUT = "data.train=<file or hub name>, or use a preset: task=sst2, or data=files/sst2 data.path=<folder>"
+UNNAMED = "LABEL_0"  # of a head whose labels transformers has numbered
 MULTIPLE = 8  # of which widths are: what tensor cores like
 
 
@@ -45,8 +46,8 @@ class Sample:
     labels: Sequence[float]
 
 
-Encode = Callable[[Any, list[Any]], Iterator[Sample]]  # of a tokenizer and examples
-Doubts = Callable[[Any, list[Any], examples.Labels], Iterator[str]]  # of these and the names of labels
+Encode = Callable[[RunConfig, Any, list[Any]], Iterator[Sample]]  # with a tokenizer, of examples
+Warnings = Callable[[RunConfig, Any, list[Any], examples.Labels], Iterator[str]]  # of these, with the labels' names
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Reader:
     weights."""
 
     encode: Encode
-    doubts: Doubts = lambda *_: iter(())
+    warnings: Warnings = lambda *_: iter(())
     float_labels: bool = False
     head: examples.Labels = ()
 
@@ -94,7 +95,7 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -
     lost: dict[str, unknown.Counts] = {}
     first: dict[str, list[str]] = {}
     seen: dict[str, Counter[str]] = {}  # rows of each label
-    warnings: list[str] = []
+    warnings = [*_guessed(labels, reader.head)]
     for name in [*sources] + ([] if data.eval or not data.holdout else ["eval"]):
         problems = Problems(data.on_error)
         rows = read(config, name, labels, problems)
@@ -103,10 +104,10 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -
             raise DataError(f"{name}: no row is left of {place}. Add rows, or name other data for it.")
         seen[name] = doubts.counted(rows, labels)
         if name == "train":
-            doubts.refuse_labels(seen[name], len(rows), config)
-        write(folder / name, reader.encode(tokenizer, rows), float_labels=reader.float_labels)
+            doubts.refuse(seen[name], len(rows), config)
+        write(folder / name, reader.encode(config, tokenizer, rows), float_labels=reader.float_labels)
         if prepared.role(name) != "test":
-            warnings += [f"{name}: {line}" for line in reader.doubts(tokenizer, rows, labels)]
+            warnings += [f"{name}: {line}" for line in reader.warnings(config, tokenizer, rows, labels)]
         lengths = Ragged(folder / name / "sequences").lengths
         lost[name] = unknown.lost(tokenizer, iter(dict.fromkeys(_texts(rows, data.joiner))))
         counts[name] = {
@@ -118,27 +119,45 @@ def _write(folder: Path, config: RunConfig, chosen: Tokenizer, reader: Reader) -
             "unlabelled": doubts.unlabelled(rows, config.task) if prepared.role(name) == "test" else 0,
         }
         first |= {name: problems.first} if problems.first else {}
-    positive = labels.index(named[1]) if len(labels) == 2 else 1  # F1 is of the data's second label
+    positive = labels.index(named[-1]) if len(labels) == 2 else 1  # F1 is of the data's second label
     known = {"labels": labels, "positive": positive, "pad_id": tokenizer.pad_token_id}
     known["vocab_size"] = tokenizers.vocab_size(tokenizer)
     found = known | {"splits": counts, "first_skipped": first, "lost": lost}
-    warnings += [*unknown.warnings(chosen, tokenizer, lost), *doubts.doubtful(seen, counts, labels, config.task.kind)]
+    warnings += [*unknown.warnings(chosen, tokenizer, lost), *doubts.warnings(seen, counts, labels, config.task.kind)]
     prepared.finish(folder, found, splits=counts, notes=_told(counts, first), warnings=warnings, **known)
 
 
 def _in_order(labels: examples.Labels, head: examples.Labels, config: RunConfig) -> examples.Labels:
-    """The labels as the weights' head numbers them, in capitals or not. Raises ConfigError where it has others."""
-    if not head or not labels or set(head) == set(labels):
-        return head or labels
+    """The labels as the weights' head numbers them, in capitals or not, with those that the data lacks. Raises
+    ConfigError where the head lacks some."""
     here = {name.casefold(): name for name in labels}
-    if len(here) == len(labels) == len(head) and set(here) == {name.casefold() for name in head}:
-        return tuple(here[name.casefold()] for name in head)
-    theirs, ours = (" ".join(", ".join(some[:20]).split()) + ", …" * (len(some) > 20) for some in (head, labels))
+    theirs = tuple(name if name in labels else here.get(name.casefold(), name) for name in head)
+    # a head of another scheme says other tags than those that are learned
+    tags = config.task.kind == "tag" and "Tags are learned as IOB2, whatever their scheme: "
+    foreign = tags and any(name != "O" and name[:2] not in ("B-", "I-") for name in theirs)
+    if set(labels) <= set(theirs) and len(set(theirs)) == len(theirs) and not foreign:
+        return theirs
+    if not head or UNNAMED in head:
+        return labels
+    told, ours = (" ".join(", ".join(some[:20]).split()) + ", …" * (len(some) > 20) for some in (head, labels))
+    way_out = tags or "Write the head's names in the data, or "
+    if all(tables.number(name) is not None for name in labels):
+        way_out = f"Name them in the order of the file's numbers, as data.labels=[{','.join(head[:20])}], or "
     raise ConfigError(
-        f"model.weights={config.model.weights}: its head tells {theirs} (id2label), data.train={config.data.train} has "
-        f"{ours}. Where these are the same, name the head's in the order of the file's numbers: "
-        f"data.labels=[{','.join(head[:20])}]; else model.new_head=true draws a head for other labels."
+        f"model.weights={config.model.weights}: its head tells {told} (id2label), data.train={config.data.train} has "
+        f"{ours}. {way_out}model.new_head=true draws a head for other labels."
     )
+
+
+def _guessed(labels: examples.Labels, head: examples.Labels) -> Iterator[str]:
+    """Of a head whose labels have no names, each may be any."""
+    numbers = tuple(map(str, range(len(labels))))
+    if UNNAMED in head and len(head) == len(labels) and labels not in (head, numbers):
+        told = ", ".join(f"{i} is {name}" for i, name in enumerate(labels[:5])) + ", …" * (len(labels) > 5)
+        yield (
+            f"model.weights: their head names no labels ({UNNAMED}, …), so that these are theirs is a guess: {told}. "
+            "Order them by data.labels, or let model.new_head=true draw a head."
+        )
 
 
 def _texts(rows: list[Any], joiner: str) -> Iterator[str]:

@@ -98,7 +98,7 @@ def read_config(weights: str, kind: Any = AutoConfig) -> Any:
     """The Hugging Face configuration of ``weights``, of any kind or of a class. Raises ConfigError."""
     try:
         return kind.from_pretrained(weights_folder(weights))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # of values of another type
         raise ConfigError(
             f"model.weights={weights}: neither a folder with a config.json, nor a run, nor a hub name that "
             f"can be reached: {str(error).splitlines()[0]}"

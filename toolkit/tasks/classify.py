@@ -53,10 +53,12 @@ class Classify(Finetune):
         gold = np.array([self.examples(split)[i].label for i in said])
         decided = self.decide(np.stack(list(said.values())))
         names, positive = self.config.task.metrics, self.prepared.facts["positive"]
-        if undefined := metrics.undefined(names, decided, gold):
+        undefined, constant = metrics.undefined(names, decided, gold), np.ptp(decided) == 0
+        if undefined or (self.float_labels and constant):
+            count = f"; undefined, {', '.join(undefined)} count as 0" if undefined else ""
             self.warn_once(
-                f"{split}: all predictions, or all labels, are the same, so {', '.join(undefined)} is undefined and "
-                "counts as 0. Train longer, or at another learning rate."
+                f"{split}: all {'predictions' if constant else 'labels'} are the same{count}. Train longer, at another "
+                "learning rate, or hold out other rows."
             )
         return metrics.scores(names, decided, gold, len(self.names), positive)
 

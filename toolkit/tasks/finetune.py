@@ -80,23 +80,14 @@ class Finetune(Task):
         self.width = config.data.max_length if fixed else None
         train, grouped = self._split("train"), config.data.group_by_length
         self.learns(train, Grouped(train.lengths, config.seed, size=config.batch.global_size, grouped=grouped))
-        self._warned: set[str] = set()
         self._said: dict[str, Rows] = {}  # rank 0's, of the newest evaluation of each split
         self.tell(self.prepared)
-        numbers = tuple(map(str, range(len(self.names))))
-        if not self.label_names and self.names != numbers and _unnamed(self._head(config)) == len(self.names):
-            told = ", ".join(f"{i} is {name}" for i, name in enumerate(self.names[:5])) + ", …" * (len(self.names) > 5)
-            run.warn(
-                f"model.weights={config.model.weights}: its head names no labels (LABEL_0, …), so that these are "
-                f"theirs is a guess: {told}. Order them by data.labels, or let model.new_head=true draw a head."
-            )
 
     @classmethod
     def prepare(cls, config: RunConfig, console: Console) -> Prepared:
         head = cls._head(config)
-        known = () if cls.label_names or _unnamed(head) else head
-        encode, doubts = functools.partial(cls.encode, config), functools.partial(cls.doubts, config)
-        return labelled.prepare(config, labelled.Reader(encode, doubts, cls.float_labels, known))
+        reader = labelled.Reader(cls.encode, cls.warnings, cls.float_labels, () if cls.label_names else head)
+        return labelled.prepare(config, reader)
 
     @classmethod
     def _head(cls, config: RunConfig) -> tuple[str, ...]:
@@ -113,7 +104,8 @@ class Finetune(Task):
                 f"model.weights={weights}: a {there}, whose head is not that of task.kind={config.task.kind}. "
                 "model.new_head=true draws one."
             )
-        return tuple(map(str, found.id2label.values())) if there in ("", here) else ()
+        names = tuple(str(name) for _, name in sorted(found.id2label.items()))  # a file may have 10 before 2
+        return names if there == here or (not there and labelled.UNNAMED not in names) else ()
 
     # What a kind of task says of itself ------------------------------------------------------------------------------
 
@@ -123,7 +115,7 @@ class Finetune(Task):
         raise NotImplementedError
 
     @classmethod
-    def doubts(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
+    def warnings(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
         """What makes results on labelled examples doubtful: a line each, with how much, and the way out."""
         return iter(())
 
@@ -216,17 +208,11 @@ class Finetune(Task):
         """The examples of a split, read again from where they come: once, on the ranks that ask."""
         return labelled.read(self.config, split, tuple(self.prepared.facts["labels"]))
 
+    @functools.cache  # noqa: B019 - one task a run
     def warn_once(self, line: str) -> None:
         """What is found out in every evaluation is said in the first."""
-        if line not in self._warned:
-            self._warned.add(line)
-            self.run.warn(line)
+        self.run.warn(line)
 
     def _split(self, name: str) -> Encoded:
         pad_id = self.prepared.pad_id
         return Encoded(self.prepared.path / name, pad_id, self.choices, self.per_token, self.width)
-
-
-def _unnamed(head: tuple[str, ...]) -> int:
-    """How many labels a head has, where transformers has named them; else 0."""
-    return len(head) if head == tuple(f"LABEL_{i}" for i in range(len(head))) else 0

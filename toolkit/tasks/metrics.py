@@ -88,13 +88,14 @@ def several(predicted: NDArray[Any], logits: NDArray[Any], gold: NDArray[Any]) -
     precision, in ``gold``. ``exact_match`` is the share of samples of which every label is right."""
     from sklearn import metrics
 
-    there = gold.any(0)
-    mine = np.flatnonzero(there | predicted.any(0))
-    macro = metrics.f1_score(gold, predicted, labels=mine, average="macro", zero_division=0) if len(mine) else 0.0
-    ranked = metrics.average_precision_score(gold[:, there], logits[:, there], average="macro") if there.any() else 0.0
+    # not by its f1_score, to which a single label is one of two classes
+    both, either, there = (gold * predicted).sum(0), gold.sum(0) + predicted.sum(0), gold.any(0)
+    ranked = 0.0 if np.isfinite(logits).all() else np.nan
+    if there.any() and not np.isnan(ranked):
+        ranked = metrics.average_precision_score(gold[:, there], logits[:, there], average="macro")
     return {
-        "f1_micro": float(metrics.f1_score(gold, predicted, average="micro", zero_division=0)),
-        "f1_macro": float(macro),
+        "f1_micro": float(2 * both.sum() / max(1, either.sum())),
+        "f1_macro": float(np.mean(2 * both[either > 0] / either[either > 0])) if either.any() else 0.0,
         "map": float(ranked),
         "exact_match": float(np.mean((predicted == gold).all(1))),
     }

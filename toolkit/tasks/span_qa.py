@@ -38,7 +38,7 @@ class SpanQA(Finetune):
                 yield Sample([(cut.input_ids, cut.token_type_ids)], windows.answer_span(cut, answers))
 
     @classmethod
-    def doubts(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
+    def warnings(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
         """Answers that no prediction can be."""
         length, longest = config.data.max_length, config.task.max_answer
         answered = [example for example in examples if example.answers]

@@ -49,7 +49,7 @@ class Tag(Finetune):
             yield Sample([(read.input_ids, read.token_type_ids)], labels)
 
     @classmethod
-    def doubts(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
+    def warnings(cls, config: RunConfig, tokenizer: Any, examples: list[Any], labels: Labels) -> Iterator[str]:
         yield from _misspelt(config.task.scheme, examples, labels)
         words = [word for example in examples for word in example.words]
         unspaced = sum(bool(_UNSPACED.search(word)) for word in words) / len(words)
