@@ -22,6 +22,11 @@ OWN = {
 }
 
 
+def told(error: Exception) -> str:
+    """What Hydra says, in a line."""
+    return " ".join(str(error).partition("Config search path")[0].split())
+
+
 class _Word(str):
     """One argument, and no other of the same letters: argparse hands back the object that it was given."""
 
@@ -48,11 +53,12 @@ def split(arguments: Iterable[str]) -> Typed:
     words = [_Word(a) for a in arguments]
     found = get_args_parser().parse_intermixed_args(words)
     own = {id(word) for word in found.overrides}
+    several = found.multirun or "hydra.mode=MULTIRUN" in found.overrides
     config = next((f"--config-{n}" for n in ("path", "name", "dir") if getattr(found, f"config_{n}")), None)
     flags = [str(one) for one in words if id(one) not in own]
     asks = found.help or found.hydra_help or found.shell_completion
     shows = bool(found.cfg or found.info)
-    return Typed([*found.overrides], flags, found.multirun, config, found.config_path, found.help, asks, shows)
+    return Typed([*found.overrides], flags, several, config, found.config_path, found.help, asks, shows)
 
 
 def parse(override: str) -> Any:
@@ -73,11 +79,14 @@ def parse(override: str) -> Any:
 def _quoted(override: str) -> str:
     """How to type what Hydra's grammar wants in quotes, as a word of a command line."""
     key, equals, value = override.partition("=")
-    if not equals or not value or not re.fullmatch(r"\+{0,2}[\w.@/-]+", key, re.ASCII):
+    if not equals or not value or not re.fullmatch(r"\+{0,2}\w[\w.@/-]*", key, re.ASCII):
         return f"Write key=value, without blanks{f': {key}=…' if re.fullmatch('[a-z_.]+', key) else ''}."
-    inside = re.fullmatch(r"\[([^][{}()]*)]", value)
-    items = [text.strip().strip("'\"") for text in inside[1].split(",")] if inside else []
-    typed = f"{key}=[{','.join(map(quoted, items))}]" if items else setting(key, value)
+    if items := re.fullmatch(r"\[([^][{}()'\"]*)]", value):
+        typed = f"{key}=[{','.join(quoted(text.strip()) for text in items[1].split(','))}]"
+    elif re.fullmatch(r"\[.*]|{.*}", value):
+        return "Quote every text in it, for Hydra, and all of it for the shell."
+    else:
+        typed = setting(key, value)
     return f"Quote it, for Hydra and for the shell: {word(typed)}"
 
 
@@ -92,11 +101,10 @@ def refuse_sweep(overrides: Iterable[str]) -> None:
         found = parse(override)
         if found.is_sweep_override() and not found.is_hydra_override():
             key, _, value = override.partition("=")
-            ways = word(f"{key}=[{value}]"), word(setting(key, value))
-            raise ConfigError(
-                f"{override}: several values. As a list: {ways[0]}, as a text: {ways[1]}; a run for each of them takes "
-                "--multirun of a recipe."
-            )
+            ways = ""
+            if getattr(found.value(), "simple_form", False) and not _is_group(key):
+                ways = f"As a list: {word(f'{key}=[{value}]')}, as a text: {word(setting(key, value))}. "
+            raise ConfigError(f"{override}: several values. {ways}A run for each of them takes --multirun of a recipe.")
 
 
 def values(overrides: Iterable[str]) -> dict[str, Any]:
@@ -110,9 +118,13 @@ def keys(overrides: Iterable[str]) -> frozenset[str]:
     return frozenset(
         key
         for one in found
-        if "." in one.key_or_group or not (conf_dir() / one.key_or_group).is_dir()
+        if not _is_group(one.key_or_group)
         for key in dotted({one.key_or_group: one.value()})
     )
+
+
+def _is_group(key: str) -> bool:
+    return "." not in key and (conf_dir() / key).is_dir()
 
 
 def setting(key: str, value: str) -> str:
@@ -143,9 +155,9 @@ def _permissive(override: str) -> str:
     key, value = found.key_or_group, found.value()
     if found.type != OverrideType.CHANGE or found.is_hydra_override():
         return override
-    folder = conf_dir() / key
-    if "." in key or not folder.is_dir():
+    if not _is_group(key):
         return override if found.package else f"++{override}"
+    folder = conf_dir() / key
     known = sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.rglob("*.yaml"))
     if value is None:
         return f"{found.get_key_element()}=[]"  # no option; Hydra's composition wants a list, though it parses null

@@ -143,7 +143,7 @@ def _given(recipe: Recipe, typed: overrides.Typed) -> Iterable[str]:
     if typed.config and typed.multirun:
         raise ConfigError(f"{typed.config} with --multirun: a sweep's jobs start from overrides. Drop one of the two.")
     primary = typed.config in (None, "--config-dir")
-    if not typed.multirun and not any(o.startswith("hydra.mode=") for o in typed.overrides):
+    if not typed.multirun:
         overrides.refuse_sweep(typed.overrides)
     given = overrides.permissive(recipe.completed(typed.overrides) if primary else typed.overrides)
     slurm = overrides.values(typed.overrides).get("hydra/launcher") == "submitit_slurm"
@@ -169,18 +169,18 @@ def _refusing(shows: bool) -> Iterator[None]:
     from hydra.errors import CompactHydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    def told(function: Callable[[], Any]) -> Any:
+    def refused(function: Callable[[], Any]) -> Any:
         try:
             return function()
         except (CompactHydraException, OmegaConfBaseException) as error:
-            refuse(ConfigError(" ".join(str(error).partition("Config search path")[0].split())))
+            refuse(ConfigError(overrides.told(error)))
 
     report = utils.run_and_report
-    utils.run_and_report = lambda function: report(lambda: told(function))
+    utils.run_and_report = lambda function: report(lambda: refused(function))
     try:
         yield
     except (CompactHydraException, ValueError) as error:  # of flags that do not go together
-        refuse(ConfigError(" ".join(str(error).split())))
+        refuse(ConfigError(overrides.told(error)))
     except SystemExit as end:
         sys.exit(ConfigError.code if shows and end.code == 1 else end.code)
     finally:
