@@ -33,17 +33,14 @@ class _Word(str):
 
 @dataclass(frozen=True)
 class Typed:
-    """A command line; ``config`` is the flag by which it starts from another config than the primary one, ``path`` the
-    folder that it names. ``asks``: for help, or for what a shell completes; ``shows``: a configuration, no run."""
+    """A command line; ``config`` is the flag by which it starts from another config than the primary one; ``said`` what
+    Hydra's parser makes of all flags."""
 
     overrides: list[str]
     flags: list[str]
     multirun: bool
     config: str | None
-    path: str | None = None
-    help: bool = False
-    asks: bool = False
-    shows: bool = False
+    said: Any
 
 
 def split(arguments: Iterable[str]) -> Typed:
@@ -56,9 +53,7 @@ def split(arguments: Iterable[str]) -> Typed:
     several = found.multirun or "hydra.mode=MULTIRUN" in found.overrides
     config = next((f"--config-{n}" for n in ("path", "name", "dir") if getattr(found, f"config_{n}")), None)
     flags = [str(one) for one in words if id(one) not in own]
-    asks = found.help or found.hydra_help or found.shell_completion
-    shows = bool(found.cfg or found.info)
-    return Typed([*found.overrides], flags, several, config, found.config_path, found.help, asks, shows)
+    return Typed([*found.overrides], flags, several, config, found)
 
 
 def parse(override: str) -> Any:
@@ -116,10 +111,7 @@ def keys(overrides: Iterable[str]) -> frozenset[str]:
     """The keys that are set one by one, ``a={b: 1}`` as ``a.b``; not the options of groups."""
     found = [one for one in map(parse, overrides) if not one.is_hydra_override() and not one.is_delete()]
     return frozenset(
-        key
-        for one in found
-        if not _is_group(one.key_or_group)
-        for key in dotted({one.key_or_group: one.value()})
+        key for one in found if not _is_group(one.key_or_group) for key in dotted({one.key_or_group: one.value()})
     )
 
 
