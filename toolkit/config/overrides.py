@@ -90,18 +90,6 @@ def word(text: str) -> str:
     return shlex.quote(text) if re.search(r"[\"$`\\!]", text) or shlex.quote(text) == text else f'"{text}"'
 
 
-def refuse_sweep(overrides: Iterable[str]) -> None:
-    """Raise ConfigError for several values where one run is to start: a comma in a text is such a value's, too."""
-    for override in overrides:
-        found = parse(override)
-        if found.is_sweep_override() and not found.is_hydra_override():
-            key, _, value = override.partition("=")
-            ways = ""
-            if getattr(found.value(), "simple_form", False) and not _is_group(key):
-                ways = f"As a list: {word(f'{key}=[{value}]')}, as a text: {word(setting(key, value))}. "
-            raise ConfigError(f"{override}: several values. {ways}A run for each of them takes --multirun of a recipe.")
-
-
 def values(overrides: Iterable[str]) -> dict[str, Any]:
     """What each key, or option of a group, was set to last; None where that is null or it was deleted."""
     return {one.key_or_group: one.value() for one in map(parse, overrides)}
@@ -131,21 +119,29 @@ def quoted(text: str) -> str:
     return str(QuotedString(text, Quote.single).with_quotes()).replace("${", "\\${")
 
 
-def permissive(overrides: Iterable[str]) -> list[str]:
+def permissive(overrides: Iterable[str], *, sweep: bool = True) -> list[str]:
     """Let every key through Hydra (``a.b=1`` as ``++a.b=1``), so that one place judges keys: ours.
 
     Hydra refuses keys that no option mentions yet, which would bar valid DeepSpeed keys, and names no
-    nearest key for a typo. The options of a group are checked here for the same reason. Raises ConfigError.
+    nearest key for a typo. The options of a group are checked here for the same reason, and that there are several
+    values in a ``sweep`` only: a comma in a text is such a value's, too. Raises ConfigError.
     """
-    return [_permissive(o) for o in overrides]
+    return [_permissive(o, sweep) for o in overrides]
 
 
-def _permissive(override: str) -> str:
+def _permissive(override: str, sweep: bool) -> str:
     from hydra.core.override_parser.types import ChoiceSweep, OverrideType
 
     found = parse(override)
     key, value = found.key_or_group, found.value()
-    if found.type != OverrideType.CHANGE or found.is_hydra_override():
+    if found.is_hydra_override():
+        return override
+    if found.is_sweep_override() and not sweep:
+        ways, words = "", override.partition("=")[2]
+        if getattr(value, "simple_form", False) and not _is_group(key):
+            ways = f"As a list: {word(f'{key}=[{words}]')}, as a text: {word(setting(key, words))}. "
+        raise ConfigError(f"{override}: several values. {ways}A run for each of them takes --multirun of a recipe.")
+    if found.type != OverrideType.CHANGE:
         return override
     if not _is_group(key):
         return override if found.package else f"++{override}"
@@ -153,8 +149,8 @@ def _permissive(override: str) -> str:
     known = sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.rglob("*.yaml"))
     if value is None:
         return f"{found.get_key_element()}=[]"  # no option; Hydra's composition wants a list, though it parses null
-    sweep = value.list if isinstance(value, ChoiceSweep) else value
-    for option in sweep if isinstance(sweep, list) else [sweep]:
+    options = value.list if isinstance(value, ChoiceSweep) else value
+    for option in options if isinstance(options, list) else [options]:
         text = getattr(option, "text", option)  # a quoted one of a sweep
         if isinstance(text, str | int | float | None) and str(text) not in known:
             near, own = nearest(str(text), known), key in OWN and re.search(r"[-/.]", str(text))

@@ -148,9 +148,9 @@ def _given(recipe: Recipe, typed: overrides.Typed) -> Iterable[str]:
     if typed.config and typed.multirun:
         raise ConfigError(f"{typed.config} with --multirun: a sweep's jobs start from overrides. Drop one of the two.")
     primary = typed.config in (None, "--config-dir")
-    if not typed.multirun:
-        overrides.refuse_sweep(typed.overrides)
-    given = overrides.permissive(recipe.completed(typed.overrides) if primary else typed.overrides)
+    given = overrides.permissive(
+        recipe.completed(typed.overrides) if primary else typed.overrides, sweep=typed.multirun
+    )
     slurm = overrides.values(typed.overrides).get("hydra/launcher") == "submitit_slurm"
     return *(SWEEP if typed.multirun else ()), *([SLURM_SWEEP] if slurm else ()), *given, *HYDRA.split()
 
