@@ -265,7 +265,7 @@ ROWS = [
         "data.holdout without effect: data.eval",
     ),
     ("patience_of_nothing", "cpu", "task=translate train.patience=2", "Set train.eval_every, and hold something out"),
-    ("patience_of_nothing", "cpu", "task=classify train.patience=2 data.holdout=0", "patience=2 without effect"),
+    ("patience_of_nothing", "cpu", "task=classify train.patience=2 data.holdout=0", "train.patience without effect"),
     ("eval_of_nothing", "cpu", "data.holdout=0 train.eval_every=9", "train.eval_every without effect: nothing is held"),
     ("unread_tokenizer", "cpu", "tokenizer.path=x tokenizer.vocab_size=9", "tokenizer.vocab_size without effect"),
     (

@@ -44,6 +44,7 @@ def test_the_command_has_the_name_that_the_run_was_given(tmp_path: Path) -> None
         (["seed=1"], {"step": 6, "checkpoint": "step-6"}, False, True),
         (["seed=2"], {"step": 6, "checkpoint": "step-6"}, False, False),  # another configuration
         (["seed=1"], {"step": 9, "eval_loss": 1.0}, False, False),  # that has ended
+        (["seed=1"], {"step": 1000, "loss": 1.0}, False, False),  # that has ended, and nothing was held out
         (["seed=1"], {"step": 6, "loss": 1.0}, True, False),  # that runs
     ],
 )

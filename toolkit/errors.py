@@ -91,5 +91,6 @@ def leave(error: ToolkitError, whose: str = "") -> NoReturn:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'stage'?`` for a misspelt ``name``, or the empty string."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+    written = {one.lower(): one for one in known}
+    matches = difflib.get_close_matches(name.lower(), written, n=1, cutoff=0.6)
+    return f" Did you mean '{written[matches[0]]}'?" if matches else ""

@@ -6,7 +6,7 @@ rebased(config, compose(["zero=stage3"]), compose(["zero=stage1"]))        # the
 
 from typing import Any
 
-from toolkit.config.overrides import keys, permissive, refuse_sweep
+from toolkit.config.overrides import keys, permissive, told
 from toolkit.config.schema import RunConfig, conf_dir, load, schema
 from toolkit.errors import ConfigError
 
@@ -59,8 +59,7 @@ def _composed(overrides: list[str], model: type[RunConfig], *, return_hydra_conf
     from hydra.errors import HydraException
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
-    given = permissive(overrides)
-    refuse_sweep(overrides)
+    given = permissive(overrides, sweep=False)
     register_schema(model)
     around = get_gh_backup()
     GlobalHydra.instance().clear()
@@ -68,6 +67,6 @@ def _composed(overrides: list[str], model: type[RunConfig], *, return_hydra_conf
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra_compose("config", given, return_hydra_config=return_hydra_config)
     except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(told(error)) from error
     finally:
         restore_gh_from_backup(around)

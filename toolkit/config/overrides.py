@@ -22,23 +22,25 @@ OWN = {
 }
 
 
+def told(error: Exception) -> str:
+    """What Hydra says, in a line."""
+    return " ".join(str(error).partition("Config search path")[0].split())
+
+
 class _Word(str):
     """One argument, and no other of the same letters: argparse hands back the object that it was given."""
 
 
 @dataclass(frozen=True)
 class Typed:
-    """A command line; ``config`` is the flag by which it starts from another config than the primary one, ``path`` the
-    folder that it names. ``asks``: for help, or for what a shell completes; ``shows``: a configuration, no run."""
+    """A command line; ``config`` is the flag by which it starts from another config than the primary one; ``said`` what
+    Hydra's parser makes of all flags."""
 
     overrides: list[str]
     flags: list[str]
     multirun: bool
     config: str | None
-    path: str | None = None
-    help: bool = False
-    asks: bool = False
-    shows: bool = False
+    said: Any
 
 
 def split(arguments: Iterable[str]) -> Typed:
@@ -48,11 +50,10 @@ def split(arguments: Iterable[str]) -> Typed:
     words = [_Word(a) for a in arguments]
     found = get_args_parser().parse_intermixed_args(words)
     own = {id(word) for word in found.overrides}
+    several = found.multirun or "hydra.mode=MULTIRUN" in found.overrides
     config = next((f"--config-{n}" for n in ("path", "name", "dir") if getattr(found, f"config_{n}")), None)
     flags = [str(one) for one in words if id(one) not in own]
-    asks = found.help or found.hydra_help or found.shell_completion
-    shows = bool(found.cfg or found.info)
-    return Typed([*found.overrides], flags, found.multirun, config, found.config_path, found.help, asks, shows)
+    return Typed([*found.overrides], flags, several, config, found)
 
 
 def parse(override: str) -> Any:
@@ -73,30 +74,20 @@ def parse(override: str) -> Any:
 def _quoted(override: str) -> str:
     """How to type what Hydra's grammar wants in quotes, as a word of a command line."""
     key, equals, value = override.partition("=")
-    if not equals or not value or not re.fullmatch(r"\+{0,2}[\w.@/-]+", key, re.ASCII):
+    if not equals or not value or not re.fullmatch(r"\+{0,2}\w[\w.@/-]*", key, re.ASCII):
         return f"Write key=value, without blanks{f': {key}=…' if re.fullmatch('[a-z_.]+', key) else ''}."
-    inside = re.fullmatch(r"\[([^][{}()]*)]", value)
-    items = [text.strip().strip("'\"") for text in inside[1].split(",")] if inside else []
-    typed = f"{key}=[{','.join(map(quoted, items))}]" if items else setting(key, value)
+    if items := re.fullmatch(r"\[([^][{}()'\"]*)]", value):
+        typed = f"{key}=[{','.join(quoted(text.strip()) for text in items[1].split(','))}]"
+    elif re.fullmatch(r"\[.*]|{.*}", value):
+        return "Quote every text in it, for Hydra, and all of it for the shell."
+    else:
+        typed = setting(key, value)
     return f"Quote it, for Hydra and for the shell: {word(typed)}"
 
 
 def word(text: str) -> str:
     """``text`` as a shell reads one word."""
     return shlex.quote(text) if re.search(r"[\"$`\\!]", text) or shlex.quote(text) == text else f'"{text}"'
-
-
-def refuse_sweep(overrides: Iterable[str]) -> None:
-    """Raise ConfigError for several values where one run is to start: a comma in a text is such a value's, too."""
-    for override in overrides:
-        found = parse(override)
-        if found.is_sweep_override() and not found.is_hydra_override():
-            key, _, value = override.partition("=")
-            ways = word(f"{key}=[{value}]"), word(setting(key, value))
-            raise ConfigError(
-                f"{override}: several values. As a list: {ways[0]}, as a text: {ways[1]}; a run for each of them takes "
-                "--multirun of a recipe."
-            )
 
 
 def values(overrides: Iterable[str]) -> dict[str, Any]:
@@ -108,11 +99,12 @@ def keys(overrides: Iterable[str]) -> frozenset[str]:
     """The keys that are set one by one, ``a={b: 1}`` as ``a.b``; not the options of groups."""
     found = [one for one in map(parse, overrides) if not one.is_hydra_override() and not one.is_delete()]
     return frozenset(
-        key
-        for one in found
-        if "." in one.key_or_group or not (conf_dir() / one.key_or_group).is_dir()
-        for key in dotted({one.key_or_group: one.value()})
+        key for one in found if not _is_group(one.key_or_group) for key in dotted({one.key_or_group: one.value()})
     )
+
+
+def _is_group(key: str) -> bool:
+    return "." not in key and (conf_dir() / key).is_dir()
 
 
 def setting(key: str, value: str) -> str:
@@ -127,30 +119,38 @@ def quoted(text: str) -> str:
     return str(QuotedString(text, Quote.single).with_quotes()).replace("${", "\\${")
 
 
-def permissive(overrides: Iterable[str]) -> list[str]:
+def permissive(overrides: Iterable[str], *, sweep: bool = True) -> list[str]:
     """Let every key through Hydra (``a.b=1`` as ``++a.b=1``), so that one place judges keys: ours.
 
     Hydra refuses keys that no option mentions yet, which would bar valid DeepSpeed keys, and names no
-    nearest key for a typo. The options of a group are checked here for the same reason. Raises ConfigError.
+    nearest key for a typo. The options of a group are checked here for the same reason, and that there are several
+    values in a ``sweep`` only: a comma in a text is such a value's, too. Raises ConfigError.
     """
-    return [_permissive(o) for o in overrides]
+    return [_permissive(o, sweep) for o in overrides]
 
 
-def _permissive(override: str) -> str:
+def _permissive(override: str, sweep: bool) -> str:
     from hydra.core.override_parser.types import ChoiceSweep, OverrideType
 
     found = parse(override)
     key, value = found.key_or_group, found.value()
-    if found.type != OverrideType.CHANGE or found.is_hydra_override():
+    if found.is_hydra_override():
         return override
-    folder = conf_dir() / key
-    if "." in key or not folder.is_dir():
+    if found.is_sweep_override() and not sweep:
+        ways, words = "", override.partition("=")[2]
+        if getattr(value, "simple_form", False) and not _is_group(key):
+            ways = f"As a list: {word(f'{key}=[{words}]')}, as a text: {word(setting(key, words))}. "
+        raise ConfigError(f"{override}: several values. {ways}A run for each of them takes --multirun of a recipe.")
+    if found.type != OverrideType.CHANGE:
+        return override
+    if not _is_group(key):
         return override if found.package else f"++{override}"
+    folder = conf_dir() / key
     known = sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.rglob("*.yaml"))
     if value is None:
         return f"{found.get_key_element()}=[]"  # no option; Hydra's composition wants a list, though it parses null
-    sweep = value.list if isinstance(value, ChoiceSweep) else value
-    for option in sweep if isinstance(sweep, list) else [sweep]:
+    options = value.list if isinstance(value, ChoiceSweep) else value
+    for option in options if isinstance(options, list) else [options]:
         text = getattr(option, "text", option)  # a quoted one of a sweep
         if isinstance(text, str | int | float | None) and str(text) not in known:
             near, own = nearest(str(text), known), key in OWN and re.search(r"[-/.]", str(text))

@@ -20,6 +20,7 @@ from toolkit.config.kinds import known
 from toolkit.errors import ConfigError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]  # of what is read: '' would be the working directory
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["fp32", "tf32", "bf16", "fp16"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -83,7 +84,7 @@ class Model(Strict):
     # sdpa becomes eager, with a warning, where the architecture of the weights has none
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     # A hub name, a Hugging Face folder, or a run directory; none: from scratch, which fine-tuning wants to be told
-    weights: str | None = Field(None, min_length=1)
+    weights: Name | None = None
     from_scratch: bool = False  # what model.weights=none becomes
     # A translator made of two BERTs: which of its halves begin as model.weights, the others are drawn
     init: Literal["none", "encoder", "both"] = "both"
@@ -103,7 +104,7 @@ class Model(Strict):
 class Tokenizer(Strict):
     """A pretrained tokenizer (``path``: hub name, folder or vocab.txt), or one trained on the corpus."""
 
-    path: str | None = None
+    path: Name | None = None
     model: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"  # bpe, unigram: of both languages of translation pairs
     vocab_size: Positive = 30522
     lowercase: bool = True
@@ -143,7 +144,7 @@ class Data(Strict):
         Literal["python_docs", "text", "jsonl", "parquet", "hub", "csv", "tsv", "columns", "json", "conll", "synthetic"]
         | None
     ) = "python_docs"  # None: by each file's suffix, or the hub
-    path: str | tuple[str, ...] | None = None  # files, globs, or hub names as owner/name[:config]
+    path: Name | tuple[Name, ...] | None = None  # files, globs, or hub names as owner/name[:config]
     column: str = "text"
     split: str = "train"
     streaming: bool = True  # hub only
@@ -158,11 +159,11 @@ class Data(Strict):
     short_rate: Fraction = 0.1
     dynamic: bool = True  # draw pairs and masks anew each epoch
     workers: Annotated[int, Field(ge=0)] = 1
-    cache_dir: str | None = None  # None: <the user's cache>/deepspeed-toolkit/data
+    cache_dir: Name | None = None  # None: <the user's cache>/deepspeed-toolkit/data
     # Tables of labelled rows: files, or hub names as owner/name[:config][@split]
-    train: str | None = None
-    eval: str | dict[str, str] | None = None  # several by name: the first decides
-    test: str | dict[str, str] | None = None
+    train: Name | None = None
+    eval: Name | dict[str, Name] | None = None  # several by name: the first decides
+    test: Name | dict[str, Name] | None = None
     columns: Columns = Columns()
     header: bool | None = True  # csv, tsv, columns: the first line names the columns; None: unless it is all numbers
     labels: tuple[str, ...] | None = None  # in the order of their numbers; None: those of data.train, sorted
@@ -428,24 +429,33 @@ def load(cfg: Any, model: type[RunConfig] = RunConfig, typed: Iterable[str] = ()
     try:
         config = model.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, model) for e in error.errors())) from error
+        lines: dict[str, list[str]] = {}
+        for key, said in (_explain(one, model) for one in error.errors()):
+            lines.setdefault(key, []).append(said)
+        raise ConfigError("\n".join(f"{key}: {' or: '.join(said)}." for key, said in lines.items())) from error
     config.__dict__["typed"] = frozenset(typed)
     return config
 
 
-def _explain(error: Any, model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+_OF_A_UNION = re.compile(r"(constrained-)?(str|int|float)|\w+\[.*")  # what pydantic puts behind the key
+
+
+def _explain(error: Any, model: type[BaseModel]) -> tuple[str, str]:
+    """What was set, and what is wrong with it."""
+    loc = [part for part in error["loc"] if not _OF_A_UNION.fullmatch(str(part))]
+    key = ".".join(map(str, loc))
     if error["type"] == "extra_forbidden":
-        known = _keys_at(model, error["loc"][:-1])
-        return f"{key}: unknown key.{nearest(str(error['loc'][-1]), known)} Known: {', '.join(known)}."
-    if error["type"] in ("model_type", "dict_type") and isinstance(error["input"], str):
-        known = [] if key == "deepspeed" else _keys_at(model, error["loc"])
-        named = ", ".join(f"{key}.{k}" for k in known) or "DeepSpeed's, one by one (a file of them: toolkit check)"
-        return f"{key}={error['input']}: is no value but a node of keys: {named}."
-    return f"{key}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
+        known = _keys_at(model, loc[:-1])
+        return key, f"unknown key.{nearest(str(loc[-1]), known)} Known: {', '.join(known)}"
+    if error["type"] in ("model_type", "dict_type") and isinstance(error["input"], str) and loc == [*error["loc"]]:
+        known = _keys_at(model, loc) if error["type"] == "model_type" else ["…"]
+        named = ", ".join(f"{key}.{k}" for k in known) + " (a file of them: toolkit check)" * (key == "deepspeed")
+        return f"{key}={error['input']}", f"is no value but a node of keys: {named}"
+    said = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list, as [a,b]")
+    return f"{key}={error['input']!r}", said
 
 
-def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+def _keys_at(model: type[BaseModel], loc: list[Any]) -> list[str]:
     for part in loc:
         annotation = model.model_fields[str(part)].annotation
         options = getattr(annotation, "__args__", (annotation,))

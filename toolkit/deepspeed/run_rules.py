@@ -4,7 +4,7 @@ broken(RUN_RULES, facts, "deepspeed.")       # toolkit.deepspeed.ds_config does 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from math import inf
 
 from toolkit.config.kinds import KINDS, Asked
@@ -73,9 +73,9 @@ FORMATS: dict[str, tuple[str | None, ...]] = {
 PLACES = ("data.path", "data.train", "data.eval", "data.test")
 # What weights bring with them
 OF_WEIGHTS = (
-    "hidden_size", "num_hidden_layers", "decoder_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-    "max_position_embeddings", "initializer_range", "layer_norm_eps",
-)  # fmt: skip
+    "model.hidden_size model.num_hidden_layers model.decoder_layers model.num_attention_heads model.intermediate_size "
+    "model.hidden_act model.max_position_embeddings model.initializer_range model.layer_norm_eps"
+)
 
 
 def _ignored(f: Facts) -> str:
@@ -87,11 +87,6 @@ def _ignored(f: Facts) -> str:
     readers = ", ".join(name for name, kind in KINDS.items() if not kind.ignores(found[0]))
     why = f"its data is {own}" if own and found[0].startswith(PLACES) else f"it is for {readers}"
     return f"{', '.join(f'{key}={f.changed[key]}' for key in found)} without effect with task.kind={f.kind.name}: {why}"
-
-
-def _typed(f: Facts, *keys: str) -> str:
-    """Those of ``keys`` that the command line set, and this kind of task reads: presets may set what has no effect."""
-    return ", ".join(key for key in keys if key in f.run.typed and not f.kind.ignores(key))
 
 
 def _unread_path(f: Facts) -> str:
@@ -118,41 +113,46 @@ def _held_out(f: Facts) -> bool:
     return bool(f.run.data.holdout or (f.run.data.eval and not f.kind.ignores("data.eval")))
 
 
+def _typed(keys: str, when: Callable[[Facts], object], f: Facts) -> str:
+    """Those of ``keys`` that the command line set, and this kind of task reads: presets may set what has no effect."""
+    read = (key for key in keys.split() if key in f.run.typed and not f.kind.ignores(key))
+    return ", ".join(key for key in read if reduce(getattr, key.split("."), f.run)) if when(f) else ""
+
+
+# What is typed without effect, when, and why
+TYPED: dict[str, tuple[str, Callable[[Facts], object], str]] = {
+    "unread_holdout": ("data.holdout", lambda f: f.run.data.eval, ": data.eval is held out. Drop one of the two."),
+    "patience_of_nothing": ("train.patience", lambda f: f.run.train.eval_every is None or not _held_out(f),
+        ": it counts evaluations, and there is one at most, at the end. Set train.eval_every, and hold something out "
+        "(data.holdout or data.eval)."),
+    "eval_of_nothing": ("train.eval_every train.eval_samples", lambda f: "loss" not in f.kind.can and not _held_out(f),
+        ": nothing is held out. Set data.holdout, or drop it."),
+    "unread_tokenizer": ("tokenizer.model tokenizer.vocab_size tokenizer.min_frequency tokenizer.coverage",
+        # weights that are pretrained further do not bring their own
+        lambda f: f.run.tokenizer.path or (f.run.model.weights and "masks" not in f.kind.can),
+        ": the tokenizer is that of tokenizer.path or model.weights, none is trained. Drop it."),
+    "unread_shape": (OF_WEIGHTS, lambda f: f.run.model.weights,
+        ": model.weights={c.model.weights} has a shape of its own. Drop it, or model.weights."),
+    "init_of_nothing": ("model.init", lambda f: f.run.model.weights is None,
+        ": there are no weights to begin with. Set model.weights to a BERT."),
+    "huber_delta": ("task.huber_delta", lambda f: f.run.task.loss != "huber",
+        " with loss={c.task.loss}. Use loss=huber, or drop it."),
+    "length_penalty": ("task.length_penalty", lambda f: max(f.run.task.beams, f.run.task.eval_beams) == 1,
+        ": a search with one beam compares no lengths. Raise task.beams, or drop it."),
+    "decay_steps": ("schedule.decay_steps", lambda f: f.run.schedule.name not in ("linear", "cosine"),
+        " with schedule.name={c.schedule.name}: only linear and cosine reach 0. Drop it."),
+    "unread_warmup": ("schedule.warmup", lambda f: f.run.schedule.name == "none",
+        " with schedule.name=none. Use schedule=linear, cosine, inverse_sqrt or constant, or drop it."),
+}  # fmt: skip
 # Keys that nothing reads in this combination. It takes neither ranks nor DeepSpeed to say so.
 UNREAD: dict[str, Rule] = {
     "unread": (_ignored, "{got}. Drop it."),
     "unread_path": (_unread_path, "data.path={c.data.path} without effect: {got}."),
     "other_format": (_of_another_format, "{got} without effect with data.format={c.data.format}. Drop it."),
-    "unread_holdout": (lambda f: f.run.data.eval and f.run.data.holdout and not f.kind.ignores("data.eval")
-        and _typed(f, "data.holdout"), "{got} without effect: data.eval is held out. Drop one of the two."),
-    "patience_of_nothing": (lambda f: f.run.train.patience and not f.kind.ignores("train.patience")
-        and (f.run.train.eval_every is None or not _held_out(f)),
-        "train.patience={c.train.patience} without effect: it counts evaluations, and there is one at most, at the "
-        "end. Set train.eval_every, and hold something out (data.holdout or data.eval)."),
-    "eval_of_nothing": (lambda f: "loss" not in f.kind.can and not _held_out(f)
-        and _typed(f, *(f"train.{k}" for k in ("eval_every", "eval_samples") if getattr(f.run.train, k))),
-        "{got} without effect: nothing is held out. Set data.holdout, or drop it."),
-    # weights that are pretrained further do not bring their own
-    "unread_tokenizer": (lambda f: (f.run.tokenizer.path or (f.run.model.weights and "masks" not in f.kind.can))
-        and _typed(f, "tokenizer.model", "tokenizer.vocab_size", "tokenizer.min_frequency", "tokenizer.coverage"),
-        "{got} without effect: the tokenizer is that of tokenizer.path or model.weights, none is trained. Drop it."),
-    "unread_shape": (lambda f: f.run.model.weights is not None and _typed(f, *(f"model.{k}" for k in OF_WEIGHTS)),
-        "{got} without effect: model.weights={c.model.weights} has a shape of its own. Drop it, or model.weights."),
-    "init_of_nothing": (lambda f: f.run.model.weights is None and "model.init" in f.changed
-        and not f.kind.ignores("model.init"),
-        "model.init={c.model.init} without effect: there are no weights to begin with. Set model.weights to a BERT."),
-    "huber_delta": (lambda f: "loss" in f.kind.can and f.run.task.loss != "huber" and "task.huber_delta" in f.changed,
-        "task.huber_delta={c.task.huber_delta} without effect with loss={c.task.loss}. Use loss=huber, or drop it."),
-    "length_penalty": (lambda f: max(f.run.task.beams, f.run.task.eval_beams) == 1 and _typed(f, "task.length_penalty"),
-        "{got} without effect: a search with one beam compares no lengths. Raise task.beams, or drop it."),
-    "decay_steps": (lambda f: f.run.schedule.name not in ("linear", "cosine") and f.run.schedule.decay_steps,
-        "schedule.decay_steps={c.schedule.decay_steps} without effect with schedule.name={c.schedule.name}: only "
-        "linear and cosine reach 0. Drop it."),
-    "unread_warmup": (lambda f: f.run.schedule.name == "none" and f.run.schedule.warmup
-        and _typed(f, "schedule.warmup"),
-        "{got} without effect with schedule.name=none. Use schedule=linear, cosine, inverse_sqrt or constant, or drop "
-        "it."),
-}  # fmt: skip
+    **{
+        rule: (partial(_typed, keys, when), f"{{got}} without effect{why}") for rule, (keys, when, why) in TYPED.items()
+    },
+}
 
 
 def _beyond(capability: Asked, f: Facts) -> str | bool:

@@ -60,7 +60,7 @@ def encoder_config(
 def require_fit(config: RunConfig, hf_config: Any, model_class: Any, pad_id: int) -> None:
     """The longest sequence has a position for every token, and model and data agree on what padding is. Raises
     ConfigError."""
-    model, length = skeleton(hf_config, model_class), config.data.max_length
+    model, length, name = skeleton(hf_config, model_class), config.data.max_length, class_name(model_class)
     given = f"model.weights={config.model.weights}"
     first, limit = _first_position(model), positions(model)
     if limit is not None and length > limit:
@@ -72,8 +72,12 @@ def require_fit(config: RunConfig, hf_config: Any, model_class: Any, pad_id: int
         )
     if getattr(getattr(model, "sequence_summary", None), "summary_type", None) == "last":
         raise ConfigError(
-            f"{given}: {class_name(model_class)} reads the last position, which is padding in all but the longest of a "
+            f"{given}: {name} reads the last position, which is padding in all but the longest of a "
             "batch. Use weights of another architecture."
+        )
+    if config.tokenizer.special_in_text and hf_config.is_encoder_decoder and name.endswith("SequenceClassification"):
+        raise ConfigError(
+            f"tokenizer.special_in_text=true: {name} reads the last </s>, and every text is to have as many. Drop it."
         )
     # GPT-2, Llama and their like classify the last token before it
     getattr(hf_config, "text_config", hf_config).pad_token_id = pad_id

@@ -49,10 +49,12 @@ def unfinished(config: RunConfig) -> str:
 
     mine, found = settings(as_yaml(config.model_dump(mode="json"))), []
     for path in Path(config.output_dir).glob("*/config.yaml"):
-        if settings(path.read_text()) == mine and not _running(path.with_name("env.json")):
-            last = next(reversed(read_metrics(path.with_name("metrics.jsonl"))), {"eval_": "none to go on with"})
-            if not any(key.startswith("eval_") for key in last):
-                found.append((path.stat().st_mtime, path.parent, last.get("step", 0)))
+        with suppress(OSError):  # other people's
+            if settings(path.read_text()) == mine and not _running(path.with_name("env.json")):
+                last: dict[str, Any] = next(reversed(read_metrics(path.with_name("metrics.jsonl"))), {})
+                ended = any(key.startswith("eval_") for key in last)
+                if not ended and 0 < (step := last.get("step", 0)) < (config.train.steps or math.inf):
+                    found.append((path.stat().st_mtime, path.parent, step))
     if not found:
         return ""
     _, run, step = max(found)

@@ -75,18 +75,19 @@ class Recipe:
         words = [a for a in sys.argv[1:] if not re.match(r"--local[_-]rank=|--debug$", a)]
         remember([sys.argv[0], *words], alone="RANK" not in os.environ)
         typed = overrides.split(words)
-        if typed.help:
+        if typed.said.help:
             print(self.help() * (ranks.rank() == 0))
             return
         debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
         try:
             # Hydra takes overrides before flags, or after them; for its own help and completion as they are typed
-            sys.argv[1:] = words if typed.asks else [*_given(self, typed), *_flags(typed)]
+            asks = typed.said.hydra_help or typed.said.shell_completion
+            sys.argv[1:] = words if asks else [*_given(self, typed), *_flags(typed)]
         except ConfigError as error:
             refuse(error)
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
         start = decorate(functools.partial(_job, self, debug))
-        with nullcontext() if debug else _refusing(typed.shows):
+        with nullcontext() if debug else _refusing(shows=typed.said.cfg or typed.said.info):
             _sweep(start) if typed.multirun else start()
 
     def help(self) -> str:
@@ -128,6 +129,10 @@ class Recipe:
                 "hub name (model.weights=google-bert/bert-base-uncased), a Hugging Face folder or a run, or say that "
                 "it is to be from scratch: model.weights=none."
             )
+        if not self.engine:
+            from toolkit.deepspeed import ds_config
+
+            ds_config.refuse_unread(config)
 
 
 def recipe(*kinds: str, engine: bool = True, more: More | None = None) -> Callable[[Main], Recipe]:
@@ -143,44 +148,41 @@ def _given(recipe: Recipe, typed: overrides.Typed) -> Iterable[str]:
     if typed.config and typed.multirun:
         raise ConfigError(f"{typed.config} with --multirun: a sweep's jobs start from overrides. Drop one of the two.")
     primary = typed.config in (None, "--config-dir")
-    if not typed.multirun and not any(o.startswith("hydra.mode=") for o in typed.overrides):
-        overrides.refuse_sweep(typed.overrides)
-    given = overrides.permissive(recipe.completed(typed.overrides) if primary else typed.overrides)
+    given = overrides.permissive(
+        recipe.completed(typed.overrides) if primary else typed.overrides, sweep=typed.multirun
+    )
     slurm = overrides.values(typed.overrides).get("hydra/launcher") == "submitit_slurm"
     return *(SWEEP if typed.multirun else ()), *([SLURM_SWEEP] if slurm else ()), *given, *HYDRA.split()
 
 
 def _flags(typed: overrides.Typed) -> list[str]:
-    """Hydra's flags, the folder of --config-path from where the command was typed, as other paths are. Raises
-    ConfigError."""
-    path = typed.path
+    """Hydra's flags, the folder of --config-path from where the command was typed, as other paths are."""
+    path = typed.said.config_path
     if path is None or path.startswith("pkg://"):
         return typed.flags
-    if not Path(path).is_dir():
-        raise ConfigError(f"--config-path {path}: no such folder (working directory {Path.cwd()}). Name one that is.")
     whole = str(Path(path).absolute())
     return [f"{w.removesuffix(path)}{whole}" if w == path or w.endswith(f"={path}") else w for w in typed.flags]
 
 
 @contextmanager
-def _refusing(shows: bool) -> Iterator[None]:
+def _refusing(shows: Any) -> Iterator[None]:
     """What Hydra refuses is one line and a refusal's code, where it would print a paragraph and leave with a bug's."""
     from hydra._internal import utils
     from hydra.errors import CompactHydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    def told(function: Callable[[], Any]) -> Any:
+    def refused(function: Callable[[], Any]) -> Any:
         try:
             return function()
         except (CompactHydraException, OmegaConfBaseException) as error:
-            refuse(ConfigError(" ".join(str(error).partition("Config search path")[0].split())))
+            refuse(ConfigError(overrides.told(error)))
 
     report = utils.run_and_report
-    utils.run_and_report = lambda function: report(lambda: told(function))
+    utils.run_and_report = lambda function: report(lambda: refused(function))
     try:
         yield
     except (CompactHydraException, ValueError) as error:  # of flags that do not go together
-        refuse(ConfigError(" ".join(str(error).split())))
+        refuse(ConfigError(overrides.told(error)))
     except SystemExit as end:
         sys.exit(ConfigError.code if shows and end.code == 1 else end.code)
     finally:
@@ -238,8 +240,6 @@ def _run(recipe: Recipe, config: RunConfig, debug: bool) -> None:
     ranks.complete_environment()
     device = ranks.device()
     ds = ds_config.complete(config, world=ranks.world(), device=device) if recipe.engine else {}
-    if not recipe.engine and recipe.kinds:
-        ds_config.refuse_unread(config)
     if recipe.engine and config.data.workers and not KINDS[config.task.kind].ignores("data.workers"):
         workers.begin()
     with Terminal(quiet=not debug) as terminal:

@@ -1,6 +1,5 @@
 """Translation by an encoder-decoder: cross-entropy with label smoothing, beam search, BLEU."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -77,11 +76,12 @@ class Translate(Task):
 
     def _tell_of_languages(self, marks: Sequence[str]) -> None:
         """Of a Marian into several languages, which the source is to begin with."""
-        prefix, weights = self.config.task.prefix, self.config.model.weights
-        if len(marks) > 1 and not prefix.startswith(tuple(marks)):
+        config, first = self.config, self.tokenizer.convert_ids_to_tokens(int(self.splits["train"].source(0)[0]))
+        if len(marks) > 1 and first not in marks:
             self.run.warn(
-                f"task.prefix={prefix!r}: model.weights={weights} translates into {len(marks)} languages, and nothing "
-                f"tells it which. Begin task.prefix with one of {', '.join(marks[:5])} …"
+                f"task.prefix={config.task.prefix!r}: model.weights={config.model.weights} translates into "
+                f"{len(marks)} languages, and nothing tells it which. Begin task.prefix with one of "
+                f"{', '.join(marks[:5])} …"
             )
 
     @classmethod
@@ -182,17 +182,10 @@ class Translate(Task):
 
     def _search(self, beams: int) -> GenerationConfig:
         """The model's own configuration with this run's search."""
-        task, config = self.config.task, copy.deepcopy(self.generation)
-        config.update(
-            max_length=None,
-            max_new_tokens=task.max_target,
-            num_beams=beams,
-            length_penalty=task.length_penalty if beams > 1 else 1.0,
-            early_stopping=False,
-            do_sample=False,
-            use_cache=True,
-        )
-        return config
+        task, penalty = self.config.task, self.config.task.length_penalty if beams > 1 else 1.0
+        own = {"num_beams": beams, "max_new_tokens": task.max_target, "length_penalty": penalty}
+        plain = {"max_length": None, "early_stopping": False, "do_sample": False, "use_cache": True}
+        return GenerationConfig(**self.generation.to_dict() | own | plain)
 
 
 def _prefix(split: str) -> str:
