@@ -63,7 +63,7 @@ def main(config: Config) -> None:
                 run.console.print(f"left out: {' '.join(name.values())}: {error}")
                 continue
             found = step_memory.measure(engine, task.train_batches(start_sample=0))
-            rows.append({**name, **dict(zip(found, ranks.largest(list(found.values())), strict=True))})
+            rows.append(name | max(ranks.gathered(found), key=lambda rank: rank["peak_mib"]))
             run.console.print(f"{name['layout']:22} {name['activation']:18} {rows[-1]['peak_mib']:10,.1f} MiB  "
                               f"{rows[-1]['step_seconds']:.3f} s", highlight=False)  # fmt: skip
             engine.close()

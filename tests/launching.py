@@ -376,7 +376,7 @@ def read_by(overrides: Sequence[str], defaults: Sequence[str]) -> list[str]:
     given = values(o for o in overrides if o.startswith(("task", "experiment=", "model.weights=", "tokenizer.path=")))
     kind = KINDS.get(str(given.get("task.kind")), _kind(*(f"{k}={v}" for k, v in given.items() if "." not in k)))
     weights = given.get("model.weights") not in (None, "none")
-    own = {f"model.{key}" for key in OF_WEIGHTS if weights}
+    own = set(OF_WEIGHTS.split() if weights else ())
     if given.get("tokenizer.path") or (weights and "masks" not in kind.can):
         own.add("tokenizer.vocab_size")
     return [o for o in defaults if (key := o.split("=")[0]) not in own and not kind.ignores(key)]

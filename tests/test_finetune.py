@@ -241,7 +241,7 @@ def test_the_export_holds_the_best_weights_and_predicts_what_was_written(stopped
 def test_weights_keep_the_order_of_their_labels(stopped_early: Result) -> None:
     """Whatever that of the data; lr=0: nothing moves."""
     folder, weights = stopped_early.dir.parent, export(stopped_early.dir)
-    given = [*table(folder, "classify"), "train.steps=2", f"model.weights={weights}", "data.labels=[good,bad]"]
+    given = fit(*table(folder, "classify"), "train.steps=2", f"model.weights={weights}", "data.labels=[good,bad]")
     assert not launch_many(folder, {"again": [*given, "deepspeed.optimizer.params.lr=0"]}).errors
     assert AutoConfig.from_pretrained(folder / "again" / "model").id2label == {0: "bad", 1: "good"}
     best = json.loads((stopped_early.dir / "best.json").read_text())["value"]
