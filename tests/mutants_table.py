@@ -20,10 +20,10 @@ READERS = "tests/test_world_readers.py::test_a_variant_of_a_good_file_is_read_ri
 FILES = "tests/test_world_readers.py::test_a_file_as_it_is_ends_in_its_rows_or_one_line"
 DOCUMENTS = "tests/test_world_documents.py::test_documents_are_found_or_what_hides_them_is_told"
 STEP = f"{ENGINE}test_a_step_is_that_of_the_whole_batch_however_it_is_divided"
-WORLD = "tests/test_world_architectures.py::"
+WEIGHTS = "tests/test_world_architectures.py::"
 DAMAGED = f"{CHECKPOINT}test_what_is_wrong_with_a_checkpoint_is_said_and_the_one_before_it_is_taken"
 ROUND = f"{CHECKPOINT}test_every_rank_gets_its_own_random_state_back_and_the_place_in_the_data"
-WORLD = "tests/test_world_labels.py::test_labels_as_other_people_have_them"
+LABELS = "tests/test_world_labels.py::test_labels_as_other_people_have_them"
 MASKING = f"{PAIRS}test_masking_is_15_percent_of_which_80_10_10"
 
 MUTANTS = [
@@ -131,11 +131,11 @@ MUTANTS = [
     Mutant("held-out documents", "toolkit/data/corpus.py", "(~in_eval, in_eval)", "(~in_eval | in_eval, in_eval)",
            "tests/test_data_prepare.py::test_held_out_documents_are_never_in_training_samples"),
     Mutant("rows of no sample", "toolkit/data/labelled.py", "np.where(indices < 0, max(0, indices.max()), indices)",
-           "indices", f"{WORLD}test_logits_are_those_of_transformers_whatever_is_padded[T5]"),
+           "indices", f"{WEIGHTS}test_logits_are_those_of_transformers_whatever_is_padded[T5]"),
     Mutant("positions from padding's on", "toolkit/models/build.py", "return int(module.padding_idx) + 1", "return 0",
-           f"{WORLD}test_logits_are_those_of_transformers_whatever_is_padded[RoBERTa]"),
+           f"{WEIGHTS}test_logits_are_those_of_transformers_whatever_is_padded[RoBERTa]"),
     Mutant("the decoder's first token", "toolkit/models/seq2seq.py", "if around and (shift :=", "if 0 and (shift :=",
-           f"{WORLD}test_an_export_translates_as_its_run_did[mBART, which was tuned for another language]"),
+           f"{WEIGHTS}test_an_export_translates_as_its_run_did[mBART, which was tuned for another language]"),
     Mutant("held-out rows", "toolkit/data/labelled.py", 'out == (split == "eval")', 'out or split == "train"',
            "tests/test_finetune.py::test_without_held_out_data_a_share_of_the_rows_is_held_out_whatever_the_seed"),
     Mutant("special ids of the tokenizer", "toolkit/data/tokenizer.py",
@@ -173,11 +173,11 @@ MUTANTS = [
            "        gold, predicted, average=", "        predicted, gold, average=",
            "tests/test_metrics.py::test_precision_is_of_the_predicted_and_recall_of_the_gold_entities"),
     # ---- labels
-    Mutant("labels as the weights number them", "toolkit/data/labelled.py", "return head or labels", "return labels",
-           f"{WORLD}[the weights number the labels]"),
+    Mutant("labels as the weights number them", "toolkit/data/labelled.py", "return theirs", "return labels",
+           f"{LABELS}[the weights number the labels]"),
     Mutant("numbers in a file are those of data.labels", "toolkit/data/examples.py",
            "labels.index(data.labels[int(name)])", "int(name)",
-           f"{WORLD}[numbers in a file are those of data.labels, whatever the weights' order]"),
+           f"{LABELS}[numbers in a file are those of data.labels, whatever the weights' order]"),
     Mutant("F1 is of the data's second label", "toolkit/tasks/metrics.py", "pos_label=positive", "pos_label=1",
            "tests/test_metrics.py::test_f1_is_of_the_label_that_is_named_whatever_its_number"),
     Mutant("predictions in the file's order", "toolkit/tasks/finetune.py",
