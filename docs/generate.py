@@ -26,7 +26,6 @@ from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[1]
 HERE = "<!-- keys -->"
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -46,6 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def keys() -> Iterator[str]:
     """A table for each node of the configuration, then for those of single recipes."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]  # not above: MkDocs takes back what a hook adds as it is loaded
     from toolkit.config.schema import RunConfig
 
     yield from tables(RunConfig, "")
