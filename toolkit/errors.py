@@ -10,7 +10,7 @@ import difflib
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -87,6 +87,11 @@ def leave(error: ToolkitError, whose: str = "") -> NoReturn:
     for line in str(error).splitlines():
         print(f"error: {whose}{line}", file=sys.stderr)
     sys.exit(error.code)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """``a, b, …``: so many of the names, and whether there are more."""
+    return ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

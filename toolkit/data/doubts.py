@@ -14,7 +14,7 @@ from typing import Any
 from toolkit.config.schema import RunConfig, Task
 from toolkit.data.examples import Labels, Tagged, Text
 from toolkit.data.tables import number
-from toolkit.errors import DataError
+from toolkit.errors import DataError, first_of
 
 FEW = 20  # classes that may be more than half as many as the rows
 EMPTY = ("nan", "null", "none", "n/a", "<na>", "-", "?")  # how programs and people write an empty cell
@@ -128,5 +128,4 @@ def _untaught(seen: Mapping[str, Counter[str]], names: Iterable[str]) -> Iterato
 
 
 def _listed(names: list[str], counts: Counter[str] | None = None) -> str:
-    told = [f"{name!r:.40}" + (f" ({counts[name]:,} rows)" if counts else "") for name in names[:5]]
-    return ", ".join(told) + ", …" * (len(names) > 5)
+    return first_of([f"{name!r:.40}" + (f" ({counts[name]:,} rows)" if counts else "") for name in names], 5)

@@ -19,7 +19,7 @@ from toolkit.data import schemes, tables
 from toolkit.data.lines import Problems
 from toolkit.data.prepared import role
 from toolkit.data.tables import number
-from toolkit.errors import DataError, nearest
+from toolkit.errors import DataError, first_of, nearest
 
 Labels = tuple[str, ...]  # in the order of their numbers
 ABSENT = (None, "", -1, "-1")  # what stands for a label that is not known
@@ -265,7 +265,7 @@ def _index(name: str, labels: Labels, data: Data) -> int:
     """The number of a label: of its name, or the file's own where data.labels has names for numbers."""
     if name in labels:
         return labels.index(name)
-    known = ", ".join(labels[:20]) + ", …" * (len(labels) > 20)
+    known = first_of(labels, 20)
     if data.labels and name.isdecimal() and all(number(label) is None for label in labels):
         if int(name) < len(data.labels):
             return labels.index(data.labels[int(name)])  # weights may have the same labels in another order

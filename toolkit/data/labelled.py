@@ -27,7 +27,7 @@ from toolkit.data.corpus import held_out
 from toolkit.data.lines import Problems
 from toolkit.data.order import Indices, Keys
 from toolkit.data.prepared import SPLIT_SEED, Mapped, Prepared, Ragged, RaggedWriter
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, first_of
 
 READING = {
     "columns", "header", "format", "labels", "label_separator", "range", "holdout", "on_error", "max_length", "joiner"
@@ -139,7 +139,7 @@ def _in_order(labels: examples.Labels, head: examples.Labels, config: RunConfig)
         return theirs
     if not head or UNNAMED in head:
         return labels
-    told, ours = (" ".join(", ".join(some[:20]).split()) + ", …" * (len(some) > 20) for some in (head, labels))
+    told, ours = (" ".join(first_of(some, 20).split()) for some in (head, labels))
     way_out = tags or "Write the head's names in the data, or "
     if all(tables.number(name) is not None for name in labels):
         way_out = f"Name them in the order of the file's numbers, as data.labels=[{','.join(head[:20])}], or "
@@ -153,7 +153,7 @@ def _guessed(labels: examples.Labels, head: examples.Labels) -> Iterator[str]:
     """Of a head whose labels have no names, each may be any."""
     numbers = tuple(map(str, range(len(labels))))
     if UNNAMED in head and len(head) == len(labels) and labels not in (head, numbers):
-        told = ", ".join(f"{i} is {name}" for i, name in enumerate(labels[:5])) + ", …" * (len(labels) > 5)
+        told = first_of([f"{i} is {name}" for i, name in enumerate(labels)], 5)
         yield (
             f"model.weights: their head names no labels ({UNNAMED}, …), so that these are theirs is a guess: {told}. "
             "Order them by data.labels, or let model.new_head=true draw a head."
